@@ -1,0 +1,172 @@
+"""What every attack is made of: the contract, the problem, the record of successes, the result.
+
+An attack is a frozen dataclass registered as a pytree: real hyper-parameters (eps, step size, const) are leaves, so
+that a sweep over them is one compiled program; those that give shapes (steps, norm) are static. Every leaf of an
+attack's state has the example as its first axis, so that states can be gathered, sharded and stored by example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxinterp.network import Model
+
+
+class State(Protocol):
+    """What the driver needs to see of an attack's state."""
+
+    @property
+    def done(self) -> Bool[Array, " b"]:
+        """Examples that no further step changes."""
+        ...
+
+
+class Attack(Protocol):
+    """Three pure functions and the number of steps, in the manner of optax."""
+
+    name: ClassVar[str]
+
+    @property
+    def iterations(self) -> int:
+        """How many calls of `step` complete the attack."""
+        ...
+
+    def init(
+        self, model: Model, images: Any, labels: Any, targets: Any, keys: Any, support: Any = None
+    ) -> Any:
+        """The state before the first step; see `jaxinterp.attacks.run` for the arguments."""
+        ...
+
+    def step(self, model: Model, state: Any) -> Any:
+        """The state after one more step. Examples that are done stay as they are."""
+        ...
+
+    def result(self, state: Any) -> AttackResult:
+        """The result so far."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, by example.
+
+    Attributes:
+        images: the adversarial images, or the original where the attack failed.
+        success: whether the returned image is adversarial at the stated confidence.
+        l0: how many components of the image changed.
+        l1: sum of absolute changes, in pixel units of [0, 1].
+        l2: Euclidean norm of the change.
+        linf: largest absolute change.
+        iterations: the iteration at which the example first succeeded; -1 if it never did.
+        forward: forward passes that the example paid for.
+        backward: backward passes that the example paid for.
+    """
+
+    images: Float[Array, "b h w c"]
+    success: Bool[Array, " b"]
+    l0: Int[Array, " b"]
+    l1: Float[Array, " b"]
+    l2: Float[Array, " b"]
+    linf: Float[Array, " b"]
+    iterations: Int[Array, " b"]
+    forward: Int[Array, " b"]
+    backward: Int[Array, " b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The problem: images, their true classes, the targets of a targeted attack, where the images may change."""
+
+    images: Float[Array, "b h w c"]
+    labels: Int[Array, " b"]
+    targets: Int[Array, " b"] | None
+    support: Bool[Array, "b h w c"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The best adversarial image seen so far, when the first one was seen, and what the search has cost."""
+
+    best: Float[Array, "b h w c"]
+    success: Bool[Array, " b"]
+    iterations: Int[Array, " b"]
+    forward: Int[Array, " b"]
+    backward: Int[Array, " b"]
+
+    @classmethod
+    def start(cls, images: Float[Array, "b h w c"]) -> Record:
+        """No success yet; the best image is the original."""
+        zeros = jnp.zeros(images.shape[0], jnp.int32)
+        return cls(images, zeros.astype(bool), zeros - 1, zeros, zeros)
+
+    def update(
+        self,
+        *,
+        images: Float[Array, "b h w c"],
+        found: Bool[Array, " b"],
+        better: Bool[Array, " b"],
+        iteration: Int[Array, " b"],
+        forward: Bool[Array, " b"],
+        backward: Bool[Array, " b"],
+    ) -> Record:
+        """The record after one evaluation.
+
+        Args:
+            images: the images that were evaluated.
+            found: which of them are adversarial (and belong to examples not done).
+            better: which of those replace the best so far.
+            iteration: number of the evaluation, from 0.
+            forward: who paid for a forward pass.
+            backward: who paid for a backward pass.
+        """
+        return Record(
+            best=select(better, images, self.best),
+            success=self.success | found,
+            iterations=jnp.where(found & (self.iterations < 0), iteration, self.iterations),
+            forward=self.forward + forward,
+            backward=self.backward + backward,
+        )
+
+    def result(self, original: Float[Array, "b h w c"]) -> AttackResult:
+        """The result, with distances measured on the returned images."""
+        delta = self.best - original
+        axes = tuple(range(1, delta.ndim))
+        return AttackResult(
+            images=self.best,
+            success=self.success,
+            l0=jnp.sum(delta != 0, axis=axes, dtype=jnp.int32),
+            l1=jnp.sum(jnp.abs(delta), axis=axes),
+            l2=norm(delta),
+            linf=jnp.max(jnp.abs(delta), axis=axes),
+            iterations=self.iterations,
+            forward=self.forward,
+            backward=self.backward,
+        )
+
+
+def along(values: Array, images: Array) -> Array:
+    """Values [B] or [] shaped to broadcast against images [B,...]."""
+    return jnp.reshape(values, jnp.shape(values) + (1,) * (images.ndim - 1)) if jnp.ndim(values) else values
+
+
+def norm(delta: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+    """Euclidean norm of every example."""
+    return jnp.sqrt(jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim))))
+
+
+def select(condition: Bool[Array, " b"], new: Any, old: Any) -> Any:
+    """The pytree `new` for examples where `condition` holds, `old` for the others."""
+    return jax.tree.map(lambda a, b: jnp.where(along(condition, a), a, b), new, old)
+
+
+def per_example(value: Any, images: Array) -> Float[Array, " b"]:
+    """A hyper-parameter, one number or one an example, as float32 [B]."""
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), images.shape[:1])

@@ -1,0 +1,247 @@
+"""The one driver of all attacks: checks the problem, then init, a loop of steps, result.
+
+    run = start, advance, finish
+
+`advance` can be called in pieces of any number of steps, and its state stored in between: the result is the same to
+the last bit. Where the images are sharded over the devices of a mesh, every device loops over its own examples and
+stops by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxinterp.attacks.attack import Attack, AttackResult
+from jaxinterp.attacks.constraint import NORMS
+from jaxinterp.network import Model, as_model
+from jaxinterp.sharding import mesh_of, on_mesh
+
+S = TypeVar("S")
+
+
+def run(
+    attack: Attack,
+    model: Model,
+    images: Any,
+    labels: Any,
+    targets: Any = None,
+    *,
+    key: jax.Array,
+    support: Any = None,
+    ids: Any = None,
+) -> AttackResult:
+    """Runs an attack to its end.
+
+    An example's result depends on the example alone: not on its neighbours in the batch, its position, or the number
+    of devices. On CPU that holds to the last bit; where a backend picks kernels by batch size, up to rounding.
+
+    Args:
+        attack: for instance `CW(kappa=5.0)`.
+        model: `images [B,H,W,C] -> logits [B,K]`: a bound network, or any callable that treats every example by
+            itself.
+        images: [B,H,W,C] float in [0, 1].
+        labels: [B] integers, the true classes.
+        targets: [B] integers other than the labels; where given, the attack is targeted.
+        key: a JAX random key; every example uses its own, folded from this one and the example's id.
+        support: boolean (or 0 and 1) [B,H,W,C], or any shape that broadcasts to it, such as [B,H,W,1]: where the
+            images may change.
+        ids: [B] integers that identify the examples for randomness. By default an example is identified by its
+            pixels, so that neither order nor batch matters.
+
+    Returns:
+        The result for every example.
+
+    Raises:
+        ValueError: images of the wrong rank, outside [0, 1] or not finite; labels or targets out of range; a target
+            equal to its label; shapes that do not fit; a hyper-parameter that is negative or not finite.
+        TypeError: a model that is not callable, images that are not floats, labels that are not integers.
+    """
+    state = start(attack, model, images, labels, targets, key=key, support=support, ids=ids)
+    return finish(attack, advance(attack, model, state))
+
+
+def start(
+    attack: Attack,
+    model: Model,
+    images: Any,
+    labels: Any,
+    targets: Any = None,
+    *,
+    key: jax.Array,
+    support: Any = None,
+    ids: Any = None,
+) -> Any:
+    """The state before the first step. Arguments and errors are those of `run`."""
+    attack, model = coerce(attack), as_model(model)
+    images, labels, targets, support = check(model, images, labels, targets, support)
+    keys = example_keys(key, images, ids)
+    return _start(mesh_of(images))(attack, model, (images, labels, targets, keys, support))
+
+
+def advance(attack: Attack, model: Model, state: S, steps: int | None = None) -> S:
+    """The state after at most `steps` more steps (None: to the end), fewer where every example is done before."""
+    steps = attack.iterations if steps is None else steps
+    return _advance(mesh_of(state))(coerce(attack), as_model(model), state, np.int32(steps))
+
+
+def finish(attack: Attack, state: Any) -> AttackResult:
+    """The result of a state, whether or not the attack has ended."""
+    return _finish(mesh_of(state))(coerce(attack), state)
+
+
+def finished(state: Any) -> bool:
+    """Whether no further step changes anything."""
+    return bool(jnp.all(state.done))
+
+
+@functools.cache
+def _start(mesh: Mesh | None):
+    def one_program(attack, model, problem):
+        images, labels, targets, keys, support = problem
+        return attack.init(model, images, labels, targets, keys, support)
+
+    return on_mesh(mesh, one_program, (False, False, True))
+
+
+@functools.cache
+def _advance(mesh: Mesh | None):
+    def one_program(attack, model, state, limit):
+        def unfinished(carry):
+            taken, state = carry
+            return (taken < limit) & ~jnp.all(state.done)
+
+        def body(carry):
+            taken, state = carry
+            return taken + 1, attack.step(model, state)
+
+        return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+    return on_mesh(mesh, one_program, (False, False, True, False))
+
+
+@functools.cache
+def _finish(mesh: Mesh | None):
+    return on_mesh(mesh, lambda attack, state: attack.result(state), (False, True))
+
+
+def coerce(attack: Attack) -> Attack:
+    """The attack with float32 arrays for leaves, so that Python numbers and arrays share one compiled program.
+
+    Raises:
+        ValueError: a leaf is negative or not finite, or `steps` and the like are below 1.
+    """
+    fields = getattr(attack, "__dataclass_fields__", {})
+    for name in fields:
+        value = getattr(attack, name)
+        if isinstance(value, bool | str) or value is None:
+            continue
+        if fields[name].metadata.get("static"):
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{type(attack).__name__}.{name} must be at least 1, got {value}")
+        elif not isinstance(value, jax.core.Tracer):
+            array = np.asarray(value, np.float32)
+            if not np.all(np.isfinite(array)) or np.any(array < 0):
+                raise ValueError(f"{type(attack).__name__}.{name} must be finite and not negative, got {value}")
+    which = getattr(attack, "norm", NORMS[0])
+    if which not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {which!r}")
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), attack)
+
+
+def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = None) -> jax.Array:
+    """One key for every example, folded from `key` and the example's id, or from its pixels without ids."""
+    return _example_keys(key, images, None if ids is None else jnp.asarray(ids))
+
+
+@jax.jit
+def _example_keys(key, images, ids):
+    if ids is None:
+        # A multiplicative hash of the bits; integer sums are exact in any order, and so the same on any device.
+        bits = lax.bitcast_convert_type(images, jnp.uint32).reshape(images.shape[0], -1)
+        weights = 2 * lax.iota(jnp.uint32, bits.shape[1]) + 1
+        mixed = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B) * weights
+        ids = jnp.sum(mixed ^ (mixed >> 13), axis=1, dtype=jnp.uint32)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
+
+
+def check(
+    model: Model, images: Any, labels: Any, targets: Any = None, support: Any = None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """The problem as arrays: float32 images, int32 labels and targets, boolean support of the images' shape.
+
+    Values are checked where they are known; under a trace only shapes and types are. Errors are those of `run`.
+    """
+    images = _array(images, "images")
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B,H,W,C], got shape {images.shape}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
+    known = None if isinstance(images, jax.core.Tracer) else np.asarray(images)
+    if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
+        raise ValueError(
+            f"images must be finite and in [0, 1], got values from {np.min(known)} to {np.max(known)}"
+        )
+    images = images.astype(jnp.float32)
+    logits = jax.eval_shape(model, images)
+    if getattr(logits, "ndim", None) != 2 or logits.shape[0] != images.shape[0]:
+        raise ValueError(
+            f"model must map images {images.shape} to logits [{images.shape[0]},K], got "
+            f"{getattr(logits, 'shape', type(logits).__name__)}"
+        )
+    batch, classes = logits.shape
+    if classes < 2:
+        raise ValueError(f"model must have at least two classes, got logits of shape {logits.shape}")
+    labels = _classes(labels, "labels", batch, classes)
+    if targets is not None:
+        targets = _classes(targets, "targets", batch, classes)
+        if not any(isinstance(x, jax.core.Tracer) for x in (labels, targets)):
+            same = np.flatnonzero(np.asarray(labels) == np.asarray(targets))
+            if same.size:
+                raise ValueError(
+                    f"targets must differ from labels, but example {same[0]} has both {int(labels[same[0]])}"
+                )
+    if support is not None:
+        support = _array(support, "support")
+        if not jnp.issubdtype(support.dtype, jnp.bool_):
+            if not isinstance(support, jax.core.Tracer) and not np.all(np.isin(np.asarray(support), (0, 1))):
+                raise ValueError("support must be boolean, or 0 and 1")
+            support = support != 0
+        try:
+            support = jnp.broadcast_to(support, images.shape)
+        except ValueError:
+            raise ValueError(
+                f"support must broadcast to the images' shape {images.shape}, got {support.shape}"
+            ) from None
+    return images, labels, targets, support
+
+
+def _array(value: Any, name: str) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(value).__name__}") from error
+
+
+def _classes(values: Any, name: str, batch: int, classes: int) -> Array:
+    values = _array(values, name)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    if values.shape != (batch,):
+        raise ValueError(f"{name} must have shape [{batch}], one for every image, got {values.shape}")
+    if not isinstance(values, jax.core.Tracer):
+        known = np.asarray(values)
+        outside = np.flatnonzero((known < 0) | (known >= classes))
+        if outside.size:
+            raise ValueError(
+                f"{name} must be classes from 0 to {classes - 1}, but example {outside[0]} has "
+                f"{int(known[outside[0]])}"
+            )
+    return values.astype(jnp.int32)

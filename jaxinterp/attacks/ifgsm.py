@@ -1,0 +1,66 @@
+"""I-FGSM, the iterative fast gradient sign method (Kurakin, Goodfellow and Bengio 2017, arXiv 1607.02533)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxinterp.attacks import descent
+from jaxinterp.attacks.attack import AttackResult, Examples
+from jaxinterp.canonical import canonical
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IFGSM:
+    """x <- clip(x - a sign grad CE(x, t)) into the Linf ball and the box; untargeted: + sign grad CE(x, y).
+
+    The latest iterate that succeeded is returned.
+
+    Attributes:
+        eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
+        step_size: a; None means 2.5 eps / steps.
+        kappa: confidence, the margin of logits that counts as success.
+        steps: number of steps K.
+        stop_on_success: stop an example at its first success.
+    """
+
+    name: ClassVar[str] = "ifgsm"
+
+    eps: float | Float[Array, " b"] = 8 / 255
+    step_size: float | Float[Array, " b"] | None = None
+    kappa: float | Float[Array, " b"] = 0.0
+    steps: int = dataclasses.field(default=20, metadata={"static": True})
+    stop_on_success: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def iterations(self) -> int:
+        """K steps, and one that judges the last iterate."""
+        return self.steps + 1
+
+    @canonical
+    def init(self, model, images, labels, targets, keys, support=None) -> descent.DescentState:
+        """Starts at the original image."""
+        return descent.start(
+            Examples(images, labels, targets, support),
+            images,
+            eps=self.eps,
+            step_size=self.step_size,
+            kappa=self.kappa,
+            steps=self.steps,
+        )
+
+    @canonical
+    def step(self, model, state: descent.DescentState) -> descent.DescentState:
+        """One signed step."""
+        return descent.step(
+            model, state, which="linf", steps=self.steps, stop_on_success=self.stop_on_success
+        )
+
+    @canonical
+    def result(self, state: descent.DescentState) -> AttackResult:
+        """The latest iterate that succeeded."""
+        return descent.result(state)

@@ -1,0 +1,81 @@
+"""What attacks minimise, and when they have succeeded. Logits are [B,K]; results are [B].
+
+Every objective is computed from differences of logits, so a constant added to all of them changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxinterp.network import Model
+
+# Another program (another batch size, another framework) computes the same logits with other rounding. A success
+# must survive that, so its margin exceeds the confidence by this fraction of the largest difference of logits.
+ROUNDING = 1e-5
+
+
+def log_odds(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
+    """log((1 - p_c) / p_c) of each example's class c; cross-entropy is softplus of it.
+
+    Its gradient has the direction of the gradient of cross-entropy but does not underflow when p_c nears 1, so that
+    attacks which normalise the gradient are not stopped by confident networks.
+    """
+    others = jnp.where(_one_hot(logits, classes), -jnp.inf, logits)
+    return jax.nn.logsumexp(others, axis=-1) - _pick(logits, classes)
+
+
+def likelihood(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Array, " b"] | None
+) -> Float[Array, " b"]:
+    """The objective with the direction of cross-entropy: against the targets, or for leaving the labels."""
+    return -log_odds(logits, labels) if targets is None else log_odds(logits, targets)
+
+
+def margin(
+    logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Array, " b"] | None
+) -> Float[Array, " b"]:
+    """Difference of logits that is negative on success (Carlini and Wagner 2017, f_6).
+
+    max_{j != t} Z_j - Z_t with targets t, else Z_y - max_{j != y} Z_j with labels y.
+    """
+    chosen = labels if targets is None else targets
+    others = jnp.max(jnp.where(_one_hot(logits, chosen), -jnp.inf, logits), axis=-1)
+    difference = others - _pick(logits, chosen)
+    return -difference if targets is None else difference
+
+
+def succeeded(
+    logits: Float[Array, "b k"],
+    labels: Int[Array, " b"],
+    targets: Int[Array, " b"] | None,
+    kappa: Float[Array, " b"] | Float[Array, ""] | float,
+) -> Bool[Array, " b"]:
+    """Whether the margin exceeds the confidence `kappa`, and by more than rounding; never for logits not finite."""
+    spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
+    return -margin(logits, labels, targets) > kappa + ROUNDING * spread
+
+
+def value_and_gradient(
+    model: Model, images: Float[Array, "b h w c"], objective: Callable[[Array], Float[Array, " b"]]
+) -> tuple[Float[Array, "b k"], Float[Array, " b"], Float[Array, "b h w c"]]:
+    """Logits, objective(logits) [B] and the gradient of each example's objective with respect to its image.
+
+    No gradient with respect to parameters is computed. Components that are not finite become zero, so that a network
+    which returns NaN leaves an image unchanged instead of destroying it.
+    """
+    logits, pull_back = jax.vjp(model, images)
+    values, by_logits = jax.vjp(objective, logits)
+    (gradient,) = pull_back(by_logits(jnp.ones_like(values))[0])
+    return logits, values, jnp.where(jnp.isfinite(gradient), gradient, 0)
+
+
+def _pick(logits, classes):
+    return jnp.sum(jnp.where(_one_hot(logits, classes), logits, 0), axis=-1)
+
+
+def _one_hot(logits, classes):
+    return jnp.arange(logits.shape[-1]) == classes[:, None]

@@ -1,0 +1,167 @@
+"""The same function in the form that XLA's CPU backend computes fast and reproducibly.
+
+Two properties of that backend matter to everything here that loops over a network, and neither can be asked of the
+author of a network. `canonical` rewrites the traced function, so that any JAX model has both:
+
+* Speed. Inside scan, while and cond a convolution takes the fast path only in the exact layout NHWC,HWIO->NHWC
+  (jax-ml/jax#12868). The gradient with respect to the input, and every network in NCHW, comes in another one and
+  runs many times slower. Explicit transposes around the convolution restore the fast path.
+* Reproducibility. A matrix product or a sum with few rows is computed in another order than one with many, so an
+  example's result would depend on the size of the batch it came in. Rows of products are padded to a multiple of
+  eight, from which on the order is fixed, and reductions become trees of elementwise operations. These operations
+  are small beside the convolutions.
+
+On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
+batch size, so results there agree to rounding only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
+
+F = TypeVar("F", bound=Callable[..., Any])
+_ROWS = 8
+
+
+def canonical(function: F) -> F:
+    """Returns `function`, rewritten as above where the default backend is the CPU.
+
+    It computes the same values (convolutions bit for bit), and can be jitted, vmapped and put into loops like the
+    original. Arguments are pytrees; leaves that are not arrays or numbers are taken as they are.
+    """
+
+    @functools.wraps(function)
+    def rewritten(*args):
+        if jax.default_backend() != "cpu":
+            return function(*args)
+        leaves, treedef = jax.tree.flatten(args)
+        dynamic = [_is_array(leaf) for leaf in leaves]
+
+        def of_arrays(*arrays):
+            remaining = iter(arrays)
+            merged = [next(remaining) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
+            return function(*jax.tree.unflatten(treedef, merged))
+
+        arrays = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
+        closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, arrays))
+
+    return rewritten  # type: ignore[return-value]  # wraps() keeps the signature
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | int | float | complex) or hasattr(leaf, "__array__")
+
+
+def _evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr with the rules below in place of the primitives they are for."""
+    jaxpr = closed.jaxpr
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        rule = _RULES.get(eqn.primitive.name)
+        if rule is not None:
+            outputs = rule(eqn, *inputs)
+        else:
+            params = {name: _rewrite(value) for name, value in eqn.params.items()}
+            outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
+        if not eqn.primitive.multiple_results:
+            outputs = [outputs]
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _rewrite(param: Any) -> Any:
+    """A parameter of a primitive with the functions inside it (loop bodies, branches, calls) rewritten too."""
+    if isinstance(param, jex.ClosedJaxpr):
+        specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in param.in_avals]
+        return jax.make_jaxpr(lambda *args: _evaluate(param, args))(*specs)
+    if isinstance(param, tuple) and any(isinstance(each, jex.ClosedJaxpr) for each in param):
+        return tuple(map(_rewrite, param))
+    return param
+
+
+def _convolution(eqn, lhs, rhs):
+    p = dict(eqn.params)
+    lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
+    if p["batch_group_count"] != 1:
+        return eqn.primitive.bind(lhs, rhs, **p)
+    rank = len(lhs_spec)
+    last = (0, rank - 1, *range(1, rank - 1))  # where batch, feature and spatial stand in N...C
+    to_lhs = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+    to_rhs = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+    to_out = (out_spec[0], *out_spec[2:], out_spec[1])
+    p["dimension_numbers"] = lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
+    out = eqn.primitive.bind(_transpose(lhs, to_lhs), _transpose(rhs, to_rhs), **p)
+    return _transpose(out, tuple(sorted(range(rank), key=to_out.__getitem__)))
+
+
+def _transpose(x, permutation):
+    return x if permutation == tuple(range(x.ndim)) else lax.transpose(x, permutation)
+
+
+def _dot(eqn, lhs, rhs):
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    lhs_free = [axis for axis in range(lhs.ndim) if axis not in (*lhs_contract, *lhs_batch)]
+    rhs_free = [axis for axis in range(rhs.ndim) if axis not in (*rhs_contract, *rhs_batch)]
+    out_shape = eqn.outvars[0].aval.shape
+    out = eqn.primitive.bind(_pad_rows(lhs, lhs_free), _pad_rows(rhs, rhs_free), **eqn.params)
+    return out if out.shape == out_shape else lax.slice(out, [0] * out.ndim, out_shape)
+
+
+def _tree(combine):
+    """The rule for a reduction: a tree of elementwise operations, whose order the compiler cannot choose.
+
+    The backend hands reductions, with whatever elementwise operations surround them, to one of two libraries by
+    their size; the two differ in the order of additions and in the last bit of exp.
+    """
+
+    def rule(eqn, x):
+        if 0 in x.shape:
+            return eqn.primitive.bind(x, **eqn.params)
+        for axis in sorted(eqn.params["axes"], reverse=True):
+            while (size := x.shape[axis]) > 1:
+                half = 1 << ((size - 1).bit_length() - 1)
+                paired = combine(
+                    lax.slice_in_dim(x, 0, size - half, axis=axis), lax.slice_in_dim(x, half, size, axis=axis)
+                )
+                x = lax.concatenate([paired, lax.slice_in_dim(x, size - half, half, axis=axis)], axis)
+            x = lax.squeeze(x, [axis])
+        return x
+
+    return rule
+
+
+def _pad_rows(x, axes):
+    """Pads the first of `axes` with zeros until the product of their sizes is a multiple of eight."""
+    if not axes or math.prod(x.shape) == 0:
+        return x
+    first, *others = axes
+    step = _ROWS // math.gcd(_ROWS, math.prod(x.shape[axis] for axis in others))
+    missing = -x.shape[first] % step
+    if missing == 0:
+        return x
+    widths = [(0, missing if axis == first else 0, 0) for axis in range(x.ndim)]
+    return lax.pad(x, jnp.zeros((), x.dtype), widths)
+
+
+_RULES = {
+    "conv_general_dilated": _convolution,
+    "dot_general": _dot,
+    "reduce_sum": _tree(lax.add),
+    "reduce_max": _tree(lax.max),
+    "reduce_min": _tree(lax.min),
+}

@@ -1,0 +1,41 @@
+"""Programs that run on every device of a mesh over that device's own examples.
+
+Functions of the core look at where their examples are. On one device, or under somebody else's jit, they are plain
+programs. Where the examples are sharded over a mesh, each device runs the program on its share, so that a loop ends
+on a device when that device's examples are done and no step waits for another device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh over whose first axis the examples of `tree` are sharded; None on one device or under a trace."""
+    leaf = jax.tree.leaves(tree)[0]
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
+        return None
+    mesh = sharding.mesh
+    if not isinstance(mesh, Mesh) or not sharding.spec or sharding.spec[0] != mesh.axis_names[0]:
+        return None
+    return mesh
+
+
+def on_mesh(mesh: Mesh | None, function: Callable, by_example: tuple[bool, ...]) -> Callable:
+    """`function` jitted, on `mesh` as one program a device.
+
+    Args:
+        mesh: the mesh, or None for a single program.
+        function: its results have the example as the first axis of every leaf.
+        by_example: for every argument, whether its leaves are sharded by example; the others are replicated.
+    """
+    if mesh is None:
+        return jax.jit(function)
+    shares = PartitionSpec(mesh.axis_names[0])
+    specs = tuple(shares if sharded else PartitionSpec() for sharded in by_example)
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False))
