@@ -11,7 +11,6 @@ PSR < -1 is suppression-dominated, -1 <= PSR <= 1 balanced, PSR > 1 promotion-do
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 from typing import Any
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model
+from jaxinterp.pytree import pytree
 from jaxinterp.sharding import mesh_of, on_mesh
 
 # Cells in one forward pass: enough to fill the machine.
@@ -53,8 +53,7 @@ _LABELS = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Effect:
     """Suppression and promotion of every cell; [B,gh,gw] except where stated.
 
@@ -179,9 +178,7 @@ def _leave_one_out(mesh, cell: tuple[int, int], chunk: int):
         _, by_label, by_target, spread = lax.while_loop(
             lambda carry: carry[0] < count, body, (jnp.int32(0), empty, empty, empty)
         )
-        by_label, by_target, spread = (
-            x.reshape(batch, cells + 1) for x in (by_label, by_target, spread)
-        )
+        by_label, by_target, spread = (x.reshape(batch, cells + 1) for x in (by_label, by_target, spread))
         zero = jnp.float32(0)
         suppression = jnp.where(perturbed, jnp.maximum(by_label[:, :-1] - by_label[:, -1:], 0), zero)
         promotion = jnp.where(perturbed, jnp.maximum(by_target[:, -1:] - by_target[:, :-1], 0), zero)
@@ -200,7 +197,9 @@ def _leave_one_out(mesh, cell: tuple[int, int], chunk: int):
 
 
 def classify(
-    suppression: Float[Array, "*shape"], promotion: Float[Array, "*shape"], tolerance: Float[Array, "..."] | float
+    suppression: Float[Array, "*shape"],
+    promotion: Float[Array, "*shape"],
+    tolerance: Float[Array, ...] | float,
 ) -> tuple[Float[Array, "*shape"], Int[Array, "*shape"]]:
     """PSR and kind of cells with the given effects; both effects within `tolerance` is kind NONE, with ratio NaN."""
     nothing = (suppression <= tolerance) & (promotion <= tolerance)
@@ -227,7 +226,5 @@ def _cell_sums(values: Float[Array, "b h w c"], cell: tuple[int, int]) -> Float[
     """Sums over the pixels and channels of every cell."""
     batch, height, width, channels = values.shape
     rows, columns = grid(height, width, cell)
-    padded = jnp.pad(
-        values, ((0, 0), (0, rows * cell[0] - height), (0, columns * cell[1] - width), (0, 0))
-    )
+    padded = jnp.pad(values, ((0, 0), (0, rows * cell[0] - height), (0, columns * cell[1] - width), (0, 0)))
     return jnp.sum(padded.reshape(batch, rows, cell[0], columns, cell[1], channels), axis=(2, 4, 5))

@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ Params = Any
 Tap = Callable[[str, Any], Any]
 
 
+@runtime_checkable
 class Model(Protocol):
     """Anything that maps images [B,H,W,C] to logits [B,K]."""
 
@@ -288,6 +289,4 @@ def as_model(model: Model) -> Partial:
     leaves, treedef = jax.tree.flatten(model)
     arrays = [isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves]
     static = tuple(None if dynamic else leaf for leaf, dynamic in zip(leaves, arrays, strict=True))
-    return Partial(
-        _Rebuild(treedef, static), [leaf if d else None for leaf, d in zip(leaves, arrays, strict=True)]
-    )
+    return Partial(_Rebuild(treedef, static), [leaf if d else None for leaf, d in zip(leaves, arrays, strict=True)])

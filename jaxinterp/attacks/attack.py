@@ -7,16 +7,17 @@ attack's state has the example as its first axis, so that states can be gathered
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.network import Model
+from jaxinterp.pytree import pytree
 
 
+@runtime_checkable
 class State(Protocol):
     """What the driver needs to see of an attack's state."""
 
@@ -26,6 +27,7 @@ class State(Protocol):
         ...
 
 
+@runtime_checkable
 class Attack(Protocol):
     """Three pure functions and the number of steps, in the manner of optax."""
 
@@ -36,9 +38,7 @@ class Attack(Protocol):
         """How many calls of `step` complete the attack."""
         ...
 
-    def init(
-        self, model: Model, images: Any, labels: Any, targets: Any, keys: Any, support: Any = None
-    ) -> Any:
+    def init(self, model: Model, images: Any, labels: Any, targets: Any, keys: Any, support: Any = None) -> Any:
         """The state before the first step; see `jaxinterp.attacks.run` for the arguments."""
         ...
 
@@ -51,8 +51,7 @@ class Attack(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class AttackResult:
     """What an attack found, by example.
 
@@ -79,8 +78,7 @@ class AttackResult:
     backward: Int[Array, " b"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Examples:
     """The problem: images, their true classes, the targets of a targeted attack, where the images may change."""
 
@@ -90,8 +88,7 @@ class Examples:
     support: Bool[Array, "b h w c"] | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Record:
     """The best adversarial image seen so far, when the first one was seen, and what the search has cost."""
 
@@ -131,8 +128,8 @@ class Record:
             best=select(better, images, self.best),
             success=self.success | found,
             iterations=jnp.where(found & (self.iterations < 0), iteration, self.iterations),
-            forward=self.forward + forward,
-            backward=self.backward + backward,
+            forward=self.forward + forward.astype(jnp.int32),
+            backward=self.backward + backward.astype(jnp.int32),
         )
 
     def result(self, original: Float[Array, "b h w c"]) -> AttackResult:
@@ -157,7 +154,7 @@ def along(values: Array, images: Array) -> Array:
     return jnp.reshape(values, jnp.shape(values) + (1,) * (images.ndim - 1)) if jnp.ndim(values) else values
 
 
-def norm(delta: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+def norm(delta: Float[Array, b * rest]) -> Float[Array, " b"]:
     """Euclidean norm of every example."""
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim))))
 

@@ -26,6 +26,7 @@ from jaxinterp.attacks.attack import (
     select,
 )
 from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
 
 _SHRINK = 0.999999  # keeps atanh finite at pixels that are exactly 0 or 1
 _TOLERANCE = 1e-4  # relative decrease of the loss that counts as progress
@@ -33,8 +34,7 @@ _CHECKS = 10  # times that progress is checked in one search step,
 _WINDOW = 10  # but not more often than every so many iterations: Adam starts with a rising loss
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class CWState:
     """Every example's variable, optimiser, bracket of the constant, and place in the search."""
 
@@ -56,8 +56,7 @@ class CWState:
     done: Bool[Array, " b"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class CW:
     """The smallest L2 perturbation that succeeds at confidence kappa.
 
@@ -76,9 +75,9 @@ class CW:
     lr: float | Float[Array, " b"] = 0.01
     initial_const: float | Float[Array, " b"] = 1e-3
     kappa: float | Float[Array, " b"] = 0.0
-    search_steps: int = dataclasses.field(default=9, metadata={"static": True})
-    steps: int = dataclasses.field(default=1000, metadata={"static": True})
-    abort_early: bool = dataclasses.field(default=True, metadata={"static": True})
+    search_steps: int = static(default=9)
+    steps: int = static(default=1000)
+    abort_early: bool = static(default=True)
 
     @property
     def iterations(self) -> int:

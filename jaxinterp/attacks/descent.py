@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -19,10 +18,10 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Record, along, per_example, select
 from jaxinterp.attacks.constraint import Norm, project, steepest
 from jaxinterp.network import Model
+from jaxinterp.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class DescentState:
     """Iterate and settings of every example; `count` is the number of evaluations so far."""
 
@@ -100,7 +99,7 @@ def step(
         state,
         record=record,
         images=select(active & ~done, moved, state.images),
-        count=state.count + active,
+        count=state.count + active.astype(jnp.int32),
         done=done,
     )
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
-import jax
 from jaxtyping import Array, Float
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples
 from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class IFGSM:
     """x <- clip(x - a sign grad CE(x, t)) into the Linf ball and the box; untargeted: + sign grad CE(x, y).
 
@@ -33,8 +31,8 @@ class IFGSM:
     eps: float | Float[Array, " b"] = 8 / 255
     step_size: float | Float[Array, " b"] | None = None
     kappa: float | Float[Array, " b"] = 0.0
-    steps: int = dataclasses.field(default=20, metadata={"static": True})
-    stop_on_success: bool = dataclasses.field(default=False, metadata={"static": True})
+    steps: int = static(default=20)
+    stop_on_success: bool = static(default=False)
 
     @property
     def iterations(self) -> int:
@@ -56,9 +54,7 @@ class IFGSM:
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One signed step."""
-        return descent.step(
-            model, state, which="linf", steps=self.steps, stop_on_success=self.stop_on_success
-        )
+        return descent.step(model, state, which="linf", steps=self.steps, stop_on_success=self.stop_on_success)
 
     @canonical
     def result(self, state: descent.DescentState) -> AttackResult:

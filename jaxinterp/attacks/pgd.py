@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import ClassVar
 
-import jax
 from jaxtyping import Array, Float
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples, per_example
 from jaxinterp.attacks.constraint import Norm, project, random_in_ball
 from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class PGD:
     """Steepest descent of cross-entropy in an Linf or L2 ball, from a point uniform in the ball.
 
@@ -36,10 +34,10 @@ class PGD:
     eps: float | Float[Array, " b"] = 8 / 255
     step_size: float | Float[Array, " b"] | None = None
     kappa: float | Float[Array, " b"] = 0.0
-    norm: Norm = dataclasses.field(default="linf", metadata={"static": True})
-    steps: int = dataclasses.field(default=20, metadata={"static": True})
-    random_start: bool = dataclasses.field(default=True, metadata={"static": True})
-    stop_on_success: bool = dataclasses.field(default=False, metadata={"static": True})
+    norm: Norm = static(default="linf")
+    steps: int = static(default=20)
+    random_start: bool = static(default=True)
+    stop_on_success: bool = static(default=False)
 
     @property
     def iterations(self) -> int:
@@ -65,9 +63,7 @@ class PGD:
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One step of steepest descent."""
-        return descent.step(
-            model, state, which=self.norm, steps=self.steps, stop_on_success=self.stop_on_success
-        )
+        return descent.step(model, state, which=self.norm, steps=self.steps, stop_on_success=self.stop_on_success)
 
     @canonical
     def result(self, state: descent.DescentState) -> AttackResult:

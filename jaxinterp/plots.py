@@ -1,0 +1,668 @@
+"""Figures: one picture under attack, kinds of cells per attack, effects against norms.
+
+The notation is that of "Interpreting Adversarial Examples by Activation Promotion and Suppression" (arXiv
+1904.02057): x₀ is the original picture, x′ the adversarial one, δ = x′ - x₀; t₀ is the true class, t the
+target; s and p are the suppression and the promotion of a cell, PSR = log2(p / s); F(x, c) is the class
+activation map of class c, whose positions add up to the logit of c without its bias. The four maps of a
+picture share one colour scale: scaled one by one they could not be compared.
+
+Every function builds a `matplotlib.figure.Figure` by itself. pyplot is not touched, and the caller's rcParams
+are neither changed nor followed. `save` writes the same bytes for the same figure.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Patch
+from matplotlib.textpath import TextToPath
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+from PIL import Image
+from scipy import stats
+
+KINDS = ("none", "suppression", "balanced", "promotion")
+"""Names of the kinds of cells; a kind's code is its position."""
+
+# Blue, yellow and vermillion of Okabe and Ito's palette: apart in hue for the usual colour deficiencies, and
+# yellow apart from both in lightness.
+COLOURS = {"none": "#999999", "suppression": "#0072B2", "balanced": "#F0E442", "promotion": "#D55E00"}
+
+RATIO_LIMIT = 10.0
+"""Where infinite ratios (s = 0 or p = 0) are drawn."""
+
+_FONT = "DejaVu Sans"  # comes with matplotlib, so that a figure does not depend on installed fonts
+# matplotlib's defaults first, so that nothing depends on the settings of the caller or of the machine.
+_STYLE: list[Any] = [
+    "default",
+    {
+        "font.family": _FONT,
+        "text.color": "#111111",
+        "axes.labelcolor": "#111111",
+        "axes.edgecolor": "#555555",
+        "axes.titlesize": 10.0,
+        "xtick.labelsize": 9.0,
+        "ytick.labelsize": 9.0,
+        "xtick.color": "#333333",
+        "ytick.color": "#333333",
+        "legend.fontsize": 10.0,
+    },
+]
+_MAPS = "viridis"
+_DIFFERENCE = "PuOr_r"  # no blue and no red: those stand for kinds of cells
+_OPACITY = 0.7  # of a map over its picture
+_MUTED = "#555555"
+
+
+# ---- One picture -------------------------------------------------------------------------------------------
+
+
+@style.context(_STYLE)
+def explanation(
+    *,
+    original: ArrayLike,
+    adversarial: ArrayLike,
+    kind: ArrayLike,
+    suppression: ArrayLike,
+    promotion: ArrayLike,
+    maps: ArrayLike,
+    true_name: str,
+    target_name: str,
+    predicted_name: str,
+    attack: str,
+    cell: int,
+    subtitle: str = "",
+) -> Figure:
+    """What one perturbation does to one picture, as two rows of five panels.
+
+    The first row belongs to the true class, the second to the target. From left to right: the pictures; the
+    perturbation above the cells coloured by kind; F(x₀, ·); F(x′, ·); and their difference, which is the
+    suppression in the first row and the promotion in the second.
+
+    Args:
+        original: x₀, [H,W,3], [H,W,1] or [H,W], in [0, 1].
+        adversarial: x′, as `original`.
+        kind: [gh,gw] codes, the positions in `KINDS`, with gh = ceil(H / cell), gw = ceil(W / cell).
+        suppression: s, [gh,gw], in logits.
+        promotion: p, [gh,gw], in logits.
+        maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t) in that order, [4,h,w], in logits per position of the
+            map, at the resolution of the feature map.
+        true_name: name of t₀.
+        target_name: name of t.
+        predicted_name: name of the class that the network gives x′.
+        attack: name of the attack.
+        cell: side of a cell in pixels. Cells in the last row and column may be smaller.
+        subtitle: a line of facts below the title (norms, success, scores).
+
+    Returns:
+        A figure 17 inches wide; `save` makes it 1,700 pixels.
+
+    Raises:
+        ValueError: a shape, a range or a code does not fit, or a value is not finite.
+    """
+    before, after = _picture(original, "original"), _picture(adversarial, "adversarial")
+    if before.shape != after.shape:
+        raise ValueError(f"original has shape {before.shape}, adversarial {after.shape}; expected the same")
+    size = before.shape[:2]
+    codes = np.asarray(kind)
+    strength = _finite(suppression, "suppression") + _finite(promotion, "promotion")
+    if strength.shape != codes.shape:
+        raise ValueError(f"kind has shape {codes.shape}, suppression + promotion {strength.shape}; expected the same")
+    patches = cell_colours(codes, strength, cell, size)
+    values = _finite(maps, "maps")
+    if values.ndim != 3 or values.shape[0] != 4 or 0 in values.shape:
+        raise ValueError(f"maps has shape {values.shape}, expected [4,h,w]")
+
+    side, gap, margin, header, caption, footer = 3.1, 0.22, 0.31, 0.82, 0.78, 1.3
+    height = side * min(max(size[0] / size[1], 0.5), 1.6)
+    total = header + 2 * (caption + height) + footer
+    figure = Figure(figsize=(17.0, total))
+
+    def place(left: float, top: float, width: float, tall: float) -> Axes:
+        """Axes at a position in inches, counted from the upper left corner."""
+        return figure.add_axes((left / 17.0, 1 - (top + tall) / total, width / 17.0, tall / total))
+
+    def panel(row: int, column: int, heading: str, line: str) -> Axes:
+        left, top = margin + column * (side + gap), header + caption + row * (height + caption)
+        axes = place(left, top, side, height)
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
+        axes.set_aspect("equal", adjustable="box", anchor="C")
+        for spine in axes.spines.values():
+            spine.set_linewidth(0.5)
+        # Titles hang from the top of their strip: the headings of a row are level however long the names.
+        x, y = (left + side / 2) / 17.0, 1 - (top - caption + 0.2) / total
+        figure.text(x, y, heading, ha="center", va="top", weight="bold")
+        figure.text(x, y - 0.19 / total, line, ha="center", va="top", size=9, color=_MUTED)
+        return axes
+
+    def show(axes: Axes, image: np.ndarray, **options) -> None:
+        # Every layer has the picture's extent, so that a map's samples lie at half-pixel positions.
+        axes.imshow(image, extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5), aspect="equal", **options)
+
+    names = " → ".join(_wrap(name, 5.5, 14, lines=1) for name in (true_name, target_name))
+    head = f"{_wrap(attack, 4.0, 14, lines=1)}: {names}"
+    figure.text(margin / 17.0, 1 - 0.2 / total, head, size=14, weight="bold", va="top")
+    figure.text(margin / 17.0, 1 - 0.53 / total, _wrap(subtitle, 16.3, 10.5), size=10.5, va="top", color=_MUTED)
+
+    show(panel(0, 0, "original x₀", _wrap(f"true class t₀: {true_name}", side, 9)), before)
+    if predicted_name == target_name:
+        line = _wrap(f"predicted, as targeted (t): {target_name}", side, 9)
+    else:
+        parts = (f"predicted: {predicted_name}", f"target t: {target_name}")
+        line = "\n".join(_wrap(part, side, 9, lines=1) for part in parts)
+    show(panel(1, 0, "adversarial x′", line), after)
+
+    delta = after - before
+    factor = magnification(delta)
+    heading, line = f"perturbation δ × {factor:,}", "mid grey is zero"
+    if not delta.any():
+        heading, line = "perturbation δ = 0", "nothing was changed"
+    show(panel(0, 1, heading, line), np.clip(0.5 + factor * delta, 0.0, 1.0))
+
+    dimmed = 0.08 + 0.34 * _grey(after)
+    axes = panel(1, 1, "cells by kind", f"{cell} × {cell} px; opaque where s + p is large")
+    show(axes, dimmed)
+    show(axes, patches, interpolation="nearest")
+
+    low, high = float(values.min()), float(values.max())
+    if low == high:  # constant maps: any range does, as long as it is one
+        low, high = low - 0.5, high + 0.5
+    norm = Normalize(low, high)
+    smooth = {"interpolation": "bilinear", "interpolation_stage": "data"}
+    columns = (("F(x₀, {})", "{} on the original"), ("F(x′, {})", "{} on the adversarial picture"))
+    for index, value in enumerate(values):
+        row, column = divmod(index, 2)
+        symbol, who = (("t₀", "true class"), ("t", "target"))[row]
+        heading, line = columns[column]
+        axes = panel(row, 2 + column, heading.format(symbol), line.format(who))
+        show(axes, 0.2 + 0.6 * _grey((before, after)[column]))
+        show(axes, value, cmap=_MAPS, norm=norm, alpha=_OPACITY, **smooth)
+    scale = axes.images[-1]
+
+    changes = (
+        (values[0] - values[1], "suppression", "what the true class loses: F(x₀, t₀) − F(x′, t₀)"),
+        (values[3] - values[2], "promotion", "what the target gains: F(x′, t) − F(x₀, t)"),
+    )
+    limit = max(float(np.abs(change).max()) for change, _, _ in changes) or 1.0
+    balance = Normalize(-limit, limit)
+    for row, (change, heading, line) in enumerate(changes):
+        axes = panel(row, 4, heading, line)
+        show(axes, 0.2 + 0.6 * _grey(after))
+        show(axes, change, cmap=_DIFFERENCE, norm=balance, alpha=_OPACITY, **smooth)
+
+    # Below: what the colours mean, each under its own columns.
+    top = header + 2 * (caption + height) + 0.24
+    key = (
+        "x₀ original, x′ adversarial\n"
+        "t₀ true class, t target\n"
+        "F(x, c) activation map of class c:\n"
+        "its positions add up to c's logit\n"
+        "without the bias"
+    )
+    x, y = margin / 17.0, 1 - (top - 0.08) / total
+    figure.text(x, y, key, size=9, va="top", color=_MUTED, linespacing=1.25)
+    figure.legend(
+        handles=[Patch(facecolor=COLOURS[name], edgecolor="#333333", linewidth=0.5) for name in KINDS[1:]],
+        labels=[f"{name} {text}" for name, text in _shares(codes)],
+        title=_active(codes),
+        title_fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=((margin + side + gap + side / 2) / 17.0, 1 - (top - 0.2) / total),
+        frameon=False,
+        handlelength=1.4,
+        labelspacing=0.3,
+    )
+    for start, count, mappable, label in (
+        (
+            2,
+            2,
+            scale,
+            "contribution to the logit per position of the map (logits; one scale for the four maps)",
+        ),
+        (4, 1, axes.images[-1], "change of the contribution, same unit"),
+    ):
+        width = count * side + (count - 1) * gap
+        # A little shorter than its panels: the numbers at its ends must not meet the next bar's.
+        bar = place(margin + start * (side + gap) + 0.15, top, width - 0.3, 0.2)
+        # The maps are translucent; over mid grey the bar shows the colours that are met in the panels.
+        bar.set_facecolor("0.5")
+        figure.colorbar(
+            mappable,
+            cax=bar,
+            orientation="horizontal",
+            label=label,
+            ticks=MaxNLocator(5 * count, steps=[1, 2, 5, 10]),
+        )
+    return figure
+
+
+def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[int, int]) -> np.ndarray:
+    """Colours of the cells at the picture's resolution.
+
+    Opacity grows with the root of the strength, from 0.3 for a cell that barely acts to 0.95 for the 98th
+    percentile of the cells that act and all above it, so that one extreme cell does not hide the others.
+
+    Args:
+        kind: [gh,gw] codes, the positions in `KINDS`.
+        strength: s + p, [gh,gw], not negative.
+        cell: side of a cell in pixels.
+        size: height and width of the picture in pixels.
+
+    Returns:
+        [H,W,4] float64 RGBA in [0, 1]; transparent where the kind is none.
+
+    Raises:
+        ValueError: the grid does not tile the picture, or a code is unknown.
+    """
+    codes, power = np.asarray(kind), _finite(strength, "strength")
+    if cell < 1:
+        raise ValueError(f"cell is {cell}, expected at least 1 pixel")
+    grid = (math.ceil(size[0] / cell), math.ceil(size[1] / cell))
+    if codes.shape != grid or power.shape != grid:
+        raise ValueError(
+            f"kind has shape {codes.shape} and strength {power.shape}; "
+            f"expected {grid} for cells of {cell} px in a picture of {size[0]} x {size[1]}"
+        )
+    if not np.isin(codes, range(len(KINDS))).all():
+        raise ValueError(f"kind holds the codes {np.unique(codes).tolist()}, expected 0 to {len(KINDS) - 1}")
+    codes = codes.astype(int)
+    acts = codes != 0
+    full = max(float(np.percentile(power[acts], 98)), np.finfo(np.float64).tiny) if acts.any() else 1.0
+    opacity = np.where(acts, 0.3 + 0.65 * np.sqrt(np.clip(power / full, 0.0, 1.0)), 0.0)
+    palette = np.array([to_rgb(COLOURS[name]) for name in KINDS])
+    colours = np.concatenate([palette[codes], opacity[..., None]], axis=-1)
+    return colours.repeat(cell, axis=0).repeat(cell, axis=1)[: size[0], : size[1]]
+
+
+def magnification(delta: ArrayLike) -> int:
+    """The power of two by which a perturbation is multiplied to be seen around mid grey.
+
+    Args:
+        delta: a perturbation of any shape, in pixel units of [0, 1].
+
+    Returns:
+        The largest power of two, at least 1, that keeps 99.5 % of the changed values within ±0.5; 1 for a
+        zero perturbation. The few beyond are clipped: without that, one pixel of a sparse attack would turn
+        all others grey.
+    """
+    size = np.abs(np.asarray(delta, np.float64))
+    size = size[size > 0]
+    if not size.size:
+        return 1
+    return 2 ** max(math.floor(math.log2(0.5 / float(np.percentile(size, 99.5)))), 0)
+
+
+# ---- Many pictures -----------------------------------------------------------------------------------------
+
+
+@style.context(_STYLE)
+def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
+    """Shares of the kinds of cells for each attack, with confidence intervals.
+
+    Args:
+        shares: attack -> kind (a name in `KINDS`) -> (mean, low, high), fractions in [0, 1]. A kind that is
+            missing or whose mean is NaN (no cell acted) is marked as having no data.
+
+    Returns:
+        A figure with one group of bars per attack and whiskers from low to high.
+
+    Raises:
+        ValueError: no attack, an unknown kind, a mean outside [0, 1], or an interval without its mean.
+    """
+    if not shares:
+        raise ValueError("shares is empty, expected at least one attack")
+    for attack, kinds in shares.items():
+        for name, (mean, low, high) in kinds.items():
+            if name not in KINDS:
+                raise ValueError(f"shares[{attack!r}] has the kind {name!r}, expected one of {', '.join(KINDS)}")
+            # A mean of identical values may leave its interval by a rounding error.
+            if not math.isnan(mean) and not (0 <= mean <= 1 + 1e-9 and low - 1e-9 <= mean <= high + 1e-9):
+                raise ValueError(
+                    f"shares[{attack!r}][{name!r}] is {(mean, low, high)}, "
+                    "expected low <= mean <= high with the mean in [0, 1]"
+                )
+    names = [name for name in (*KINDS[1:], KINDS[0]) if any(name in kinds for kinds in shares.values())]
+    figure = Figure(figsize=(max(7.0, 2.2 + 1.9 * len(shares)), 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(names)
+    for order, name in enumerate(names):
+        rows = np.array([kinds.get(name, (np.nan,) * 3) for kinds in shares.values()], np.float64) * 100
+        spots = np.arange(len(shares)) + (order - (len(names) - 1) / 2) * width
+        whiskers = np.maximum([rows[:, 0] - rows[:, 1], rows[:, 2] - rows[:, 0]], 0.0)
+        axes.bar(
+            spots,
+            rows[:, 0],
+            width * 0.92,
+            color=COLOURS[name],
+            edgecolor="#333333",
+            linewidth=0.6,
+            label=name,
+        )
+        axes.errorbar(spots, rows[:, 0], yerr=whiskers, fmt="none", ecolor="#111111", elinewidth=1.2, capsize=4)
+        for spot, (mean, _, high) in zip(spots, rows, strict=True):
+            lost = math.isnan(mean)
+            text, level = ("no data", 0.0) if lost else (f"{mean:.0f} %", mean if math.isnan(high) else high)
+            axes.annotate(
+                text,
+                (spot, level),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                size=8.5,
+                rotation=90 if lost else 0,
+                color=_MUTED,
+            )
+    axes.set_xticks(range(len(shares)), [_wrap(attack, 1.7, 10) for attack in shares], size=10)
+    axes.set_xlim(-0.6, len(shares) - 0.4)
+    axes.set_ylim(0, 100 if axes.dataLim.y1 < 94 else 108)  # room for the number above a full bar
+    axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
+    axes.set_ylabel("share of the cells" + ("" if "none" in names else " that act"))
+    _quiet(axes)
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
+    return figure
+
+
+@style.context(_STYLE)
+def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLike]) -> Figure:
+    """Overall effect of every cell against the size of its perturbation, one panel per attack, on log axes.
+
+    A zero has no place on a log axis: it is drawn as a ring on the dotted line at the edge, and counts in
+    Spearman's correlation, which needs ranks only.
+
+    Args:
+        norms: attack -> ||δ_i||₂ of the cells, any shape, in pixel units of [0, 1].
+        effects: attack -> s_i + p_i of the same cells, in logits; the same attacks and shapes.
+
+    Returns:
+        A figure with up to four panels in a row; Spearman's rho and the number of cells in each title.
+
+    Raises:
+        ValueError: attacks or shapes differ, or a value is negative or not finite.
+    """
+    points = _pairs(norms, effects, "norms", "effects")
+    for attack, (size, effect) in points.items():
+        for name, values in (("norms", size), ("effects", effect)):
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise ValueError(f"{name}[{attack!r}] has negative or non-finite values")
+    figure, panels = _panels(len(points))
+    left, right = _log_range([size for size, _ in points.values()])
+    bottom, top = _log_range([effect for _, effect in points.values()])
+    zeros = False
+    for axes, (attack, (size, effect)) in zip(panels, points.items(), strict=True):
+        # The floors stand a little inside the limits, below every positive value.
+        floor = (left * (right / left) ** 0.03, bottom * (top / bottom) ** 0.03)
+        zero = (size == 0) | (effect == 0)
+        zeros |= bool(zero.any())
+        x, y = np.where(size > 0, size, floor[0]), np.where(effect > 0, effect, floor[1])
+        opacity = _opacity(size.size)
+        axes.plot(x[~zero], y[~zero], "o", ms=3, mew=0, color="#0072B2", alpha=opacity)
+        axes.plot(x[zero], y[zero], "o", ms=4, mew=0.8, mec="#D55E00", mfc="none", alpha=max(opacity, 0.25))
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
+        if zero.any():
+            axes.axvline(floor[0], color="#999999", lw=0.8, ls=":", zorder=0)
+            axes.axhline(floor[1], color="#999999", lw=0.8, ls=":", zorder=0)
+        if size.size > 1 and np.ptp(size) > 0 and np.ptp(effect) > 0:
+            rho = f"= {np.corrcoef(stats.rankdata(size), stats.rankdata(effect))[0, 1]:.2f}"
+        else:
+            rho = "undefined"
+        cells = f"{size.size:,} cells" + (f", {int(zero.sum()):,} with a zero" if zero.any() else "")
+        axes.set_title(f"{_wrap(attack, 3.2, 10, lines=1)}\nSpearman's ρ {rho}; {cells}", size=9.5)
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.set_axisbelow(True)
+    note = "  (rings: zero)" if zeros else ""
+    figure.supxlabel(f"size of the cell's perturbation, ‖δᵢ‖₂{note}", size=10)
+    figure.supylabel("effect of the cell, s + p (logits)", size=10)
+    return figure
+
+
+@style.context(_STYLE)
+def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLike]) -> Figure:
+    """Ratio of promotion to suppression of every cell against its overall effect, one panel per attack.
+
+    Args:
+        effects: attack -> s_i + p_i of the cells, any shape, in logits.
+        ratios: attack -> PSR_i = log2(p_i / s_i) of the same cells; may be infinite, is drawn within ±10. NaN
+            marks a cell without effect, which is left out, as is a cell whose effect is 0.
+
+    Returns:
+        A figure with up to four panels in a row, the balanced band from -1 to 1 shaded, points coloured by
+        kind and the share of each kind in the title.
+
+    Raises:
+        ValueError: attacks or shapes differ, or an effect is negative or not finite.
+    """
+    points = _pairs(effects, ratios, "effects", "ratios")
+    for attack, (effect, _) in points.items():
+        if not np.isfinite(effect).all() or (effect < 0).any():
+            raise ValueError(f"effects[{attack!r}] has negative or non-finite values")
+    figure, panels = _panels(len(points))
+    left, right = _log_range([effect for effect, _ in points.values()])
+    for axes, (attack, (effect, ratio)) in zip(panels, points.items(), strict=True):
+        acts = ~np.isnan(ratio) & (effect > 0)
+        x, exact = effect[acts], ratio[acts]
+        y = np.clip(exact, -RATIO_LIMIT, RATIO_LIMIT)
+        axes.axhspan(-1, 1, color=COLOURS["balanced"], alpha=0.22, lw=0)
+        for level in (-1, 1):
+            axes.axhline(level, color="#777777", lw=0.8, ls="--")
+        axes.axhline(0, color="#777777", lw=0.6)
+        parts = []
+        for name, chosen in (
+            ("suppression", exact < -1),
+            ("balanced", (exact >= -1) & (exact <= 1)),
+            ("promotion", exact > 1),
+        ):
+            # Yellow on white needs an edge; it is the darker gold here.
+            colour = "#B8A800" if name == "balanced" else COLOURS[name]
+            axes.plot(x[chosen], y[chosen], "o", ms=3, mew=0, color=colour, alpha=_opacity(x.size), label=name)
+            parts.append(f"{name} {chosen.mean():.0%}" if x.size else f"{name} –")
+        axes.set(xscale="log", xlim=(left, right), ylim=(-RATIO_LIMIT * 1.08, RATIO_LIMIT * 1.08))
+        axes.set_yticks([-10, -5, -1, 1, 5, 10], ["≤ −10", "−5", "−1", "1", "5", "≥ 10"])
+        axes.tick_params(labelleft=True)
+        heading = f"{_wrap(attack, 2.4, 10, lines=1)} ({x.size:,} cells)"
+        axes.set_title(heading + "\n" + ", ".join(parts).replace("%", " %"), size=9)
+        axes.grid(axis="x", color="#dddddd", lw=0.6)
+        axes.set_axisbelow(True)
+    figure.supxlabel("effect of the cell, s + p (logits)", size=10)
+    figure.supylabel("PSR = log₂(p / s)", size=10)
+    return figure
+
+
+# ---- Files -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A stream into a file that appears under its name only when it is whole.
+
+    What was at `path` stays there until the end, and stays for good if writing fails.
+
+    Args:
+        path: where to write; missing folders are made, an existing file is replaced.
+
+    Yields:
+        The stream, into a temporary file in the same folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    goal = Path(path)
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{goal.name}.", suffix=".part", dir=goal.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        os.replace(name, goal)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@style.context(_STYLE)
+def save(figure: Figure, path: str | os.PathLike, *, dpi: int = 100, bits: int = 6) -> Path:
+    """Writes a figure as PNG, whole or not at all, and frees its memory.
+
+    The file holds no date and no version: the same figure gives the same bytes.
+
+    Args:
+        figure: the figure; it is empty afterwards.
+        path: where to write; missing folders are made, an existing file is replaced.
+        dpi: pixels per inch.
+        bits: bits kept of each channel, 1 to 8. The noise of photographs does not compress: without the two
+            lowest bits, which are not seen, the file is a third smaller. Black and white stay exact.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: `bits` is not from 1 to 8.
+        OSError: the folder cannot be written.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits is {bits}, expected 1 to 8")
+    figure.set_dpi(dpi)
+    try:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        steps = 2**bits - 1
+        levels = np.rint(np.rint(np.arange(256) / 255 * steps) * (255 / steps)).astype(np.uint8)
+        picture = Image.fromarray(levels[np.asarray(canvas.buffer_rgba())[..., :3]])
+    finally:
+        figure.clear()
+    with replacing(path) as stream:
+        picture.save(stream, format="PNG", compress_level=9, dpi=(dpi, dpi))
+    return Path(path)
+
+
+# ---- Pieces ------------------------------------------------------------------------------------------------
+
+
+def _finite(values: ArrayLike, name: str) -> np.ndarray:
+    array = np.asarray(values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return array
+
+
+def _picture(values: ArrayLike, name: str) -> np.ndarray:
+    """A picture as [H,W,3] in [0, 1]."""
+    array = _finite(values, name)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3) or 0 in array.shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected [H,W,3], [H,W,1] or [H,W]")
+    if array.min() < -1e-3 or array.max() > 1 + 1e-3:
+        raise ValueError(f"{name} lies in [{array.min():.4g}, {array.max():.4g}], expected [0, 1]")
+    return np.broadcast_to(np.clip(array, 0.0, 1.0), (*array.shape[:2], 3))
+
+
+def _grey(picture: np.ndarray) -> np.ndarray:
+    """Luma of [H,W,3] (Rec. 601), as three equal channels."""
+    return np.repeat((picture @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=-1)
+
+
+def _shares(codes: np.ndarray) -> list[tuple[str, str]]:
+    """The share of each kind among the cells that act, as text."""
+    acts = int((codes != 0).sum())
+    counts = [int((codes == code).sum()) for code in range(1, len(KINDS))]
+    return [(name, f"{100 * n / acts:.0f} %" if acts else "–") for name, n in zip(KINDS[1:], counts, strict=True)]
+
+
+def _active(codes: np.ndarray) -> str:
+    acts = int((codes != 0).sum())
+    return f"{acts:,} of {codes.size:,} cells act" if acts else f"none of {codes.size:,} cells acts"
+
+
+def _wrap(text: str, width: float, size: float, lines: int = 2) -> str:
+    """Breaks a text into lines of at most `width` inches at `size` points and shortens what does not fit.
+
+    Measured, not counted: names in capitals are twice as wide as names in small letters. Dollar signs are
+    escaped, because matplotlib would read mathematics between two of them.
+    """
+    font, measure = FontProperties(family=_FONT, size=size, weight="bold"), TextToPath()
+
+    def fits(string: str) -> float:
+        return measure.get_text_width_height_descent(string, font, False)[0] / 72
+
+    rest, rows = " ".join(str(text)[:1000].split()), []
+    while rest and len(rows) < lines:
+        count = bisect.bisect_right(range(1, len(rest) + 1), width, key=lambda n: fits(rest[:n]))
+        cut = max(count, 1)
+        if cut < len(rest):
+            if len(rows) == lines - 1:
+                rows.append(rest[: max(cut - 1, 1)].rstrip() + "…")
+                break
+            space = rest.rfind(" ", 0, cut + 1)
+            cut = space if space > 0 else cut
+        rows.append(rest[:cut])
+        rest = rest[cut:].lstrip()
+    return "\n".join(rows).replace("$", r"\$")
+
+
+def _pairs(
+    first: Mapping[str, ArrayLike], second: Mapping[str, ArrayLike], one: str, two: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Flat arrays of two mappings with the same attacks and shapes."""
+    if not first or list(first) != list(second):
+        raise ValueError(
+            f"{one} has the attacks {list(first)}, {two} {list(second)}; expected the same, at least one"
+        )
+    points = {}
+    for attack in first:
+        a, b = np.asarray(first[attack], np.float64), np.asarray(second[attack], np.float64)
+        if a.shape != b.shape:
+            raise ValueError(f"{one}[{attack!r}] has shape {a.shape}, {two}[{attack!r}] {b.shape}; expected the same")
+        points[attack] = (a.ravel(), b.ravel())
+    return points
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Axes for `count` panels, at most four in a row, on shared scales."""
+    rows = math.ceil(count / 4)
+    columns = math.ceil(count / rows)
+    figure = Figure(figsize=(max(4.1 * columns, 5.0) + 0.4, 4.0 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[max(count - columns, 0) : count]:
+        axes.tick_params(labelbottom=True)
+    return figure, list(grid[:count])
+
+
+def _log_range(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Limits of a log axis around the positive values, with room for the zeros' line below them."""
+    values = np.concatenate(groups)
+    values = values[values > 0]
+    if not values.size:
+        return 1e-3, 1.0
+    low, high = float(values.min()), float(values.max())
+    room = max((high / low) ** 0.08, 1.3)
+    return low / room, high * room
+
+
+def _opacity(count: int) -> float:
+    """Opacity of a point among `count`: crowds must stay readable."""
+    return float(np.clip(30 / math.sqrt(max(count, 1)), 0.08, 0.8))
+
+
+def _quiet(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,147 @@
+"""Converted weights on disk: an Orbax checkpoint and a manifest that says what it holds and where it came from.
+
+    ckpts/NAME/params/         Orbax, a flat dict from name to float32 array
+    ckpts/NAME/manifest.json   source file and its sha256; shape and sha256 of every tensor; versions
+
+Orbax does not notice flipped bytes, so every tensor is checked against the manifest when it is loaded. A folder is
+written under a temporary name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def default_root() -> Path:
+    """Where checkpoints are kept: $JAXINTERP_CKPTS, or ckpts/ of the source tree, or ckpts/ here."""
+    if given := os.environ.get("JAXINTERP_CKPTS"):
+        return Path(given)
+    tree = Path(__file__).resolve().parents[2]
+    return (tree if (tree / "pyproject.toml").is_file() else Path.cwd()) / "ckpts"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_digest(array: np.ndarray) -> str:
+    """sha256 of an array's bytes in C order, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def known_digests(root: Path) -> dict[str, dict[str, str]]:
+    """The committed record of source files: network -> {"sha256": ..., "source": ...}; empty where there is none."""
+    path = root / "known.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save(params: Mapping[str, np.ndarray], folder: Path, *, name: str, source: Mapping[str, Any]) -> None:
+    """Writes a checkpoint and its manifest, replacing an older one only when the new one is complete.
+
+    Args:
+        params: name -> float32 array.
+        folder: where to, such as ckpts/NAME.
+        name: the network.
+        source: what the manifest says of the source (file, sha256, licence).
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        ocp.save(temporary.resolve() / "params", dict(params))
+        manifest = {
+            "format": FORMAT,
+            "network": name,
+            "source": dict(source),
+            "tensors": {
+                key: {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": tensor_digest(value)}
+                for key, value in params.items()
+            },
+            "versions": {p: importlib.metadata.version(p) for p in ("jax", "numpy", "orbax-checkpoint")},
+        }
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.rename(folder, old / "replaced")
+            os.rename(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder: Path, *, name: str) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: there is no complete checkpoint of the network `name` here; the message says what to run.
+    """
+    path = folder / _MANIFEST
+    remedy = f"run: jaxinterp convert {name}"
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint of {name} in {folder.parent}; {remedy}")
+    try:
+        manifest = json.loads(path.read_text())
+        format_, network, tensors = manifest["format"], manifest["network"], manifest["tensors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); {remedy}") from error
+    if format_ != FORMAT or network != name or not isinstance(tensors, dict):
+        raise ValueError(f"{path} is of format {format_} for {network!r}, expected {FORMAT} for {name!r}; {remedy}")
+    return manifest
+
+
+def load(folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct], *, name: str) -> dict[str, jax.Array]:
+    """The parameters of a checkpoint, verified tensor by tensor.
+
+    Args:
+        folder: such as ckpts/NAME.
+        expected: name, shape and dtype of every parameter of the network.
+        name: the network.
+
+    Raises:
+        ValueError: no checkpoint, a missing, unexpected, misshapen or damaged tensor (by name), an unreadable file.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    manifest = read_manifest(folder, name=name)
+    remedy = f"run: jaxinterp convert {name} --force"
+    tensors = manifest["tensors"]
+    wrong = sorted(set(expected) ^ set(tensors)) or [
+        key for key, spec in expected.items() if tuple(tensors[key]["shape"]) != spec.shape
+    ]
+    if wrong:
+        raise ValueError(f"checkpoint {folder} does not fit {name}: {', '.join(wrong[:8])}; {remedy}")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=device) for key, spec in expected.items()}
+    try:
+        params = ocp.load((folder / "params").resolve(), abstract)
+    except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged folder
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ValueError(f"checkpoint {folder} cannot be read ({reason}); {remedy}") from error
+    for key, value in params.items():
+        if tensor_digest(np.asarray(value)) != tensors[key]["sha256"]:
+            raise ValueError(f"checkpoint {folder} is damaged: tensor {key} does not match its sha256; {remedy}")
+    return params

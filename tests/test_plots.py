@@ -1,0 +1,405 @@
+"""Figures: what is drawn, where and in which colour; files that are whole and repeatable."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from PIL import Image
+from scipy import stats
+
+from jaxinterp import plots
+
+TITLES = {
+    "perturbation": 2,
+    "kinds": 3,
+    "maps": (4, 5, 6, 7),
+    "differences": (8, 9),
+}  # positions of the axes in the order in which the panels are made
+
+
+def case(size=(12, 10), cell=4, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    grid = (math.ceil(size[0] / cell), math.ceil(size[1] / cell))
+    original = rng.uniform(0.2, 0.8, (*size, 3))
+    values = {
+        "original": original,
+        "adversarial": np.clip(original + rng.uniform(-0.01, 0.01, original.shape), 0, 1),
+        "kind": rng.integers(0, 4, grid),
+        "suppression": rng.uniform(0, 1, grid),
+        "promotion": rng.uniform(0, 1, grid),
+        "maps": rng.normal(size=(4, 3, 2)),
+        "true_name": "tench",
+        "target_name": "goldfish",
+        "predicted_name": "goldfish",
+        "attack": "C&W",
+        "cell": cell,
+        "subtitle": "",
+    }
+    return values | changes
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def render(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def window(axes, picture):
+    """The pixels of an axes' inside, without its frame."""
+    box, tall = axes.get_window_extent(), picture.shape[0]
+    left, right = round(box.x0) + 2, round(box.x1) - 2
+    return picture[tall - round(box.y1) + 2 : tall - round(box.y0) - 2, left:right]
+
+
+# ---- Cells
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "rows", "columns"),
+    [(0, 0, slice(0, 4), slice(0, 4)), (1, 0, slice(4, 8), slice(0, 4)), (2, 1, slice(8, 10), slice(4, 7))],
+)
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_one_cell_colours_exactly_its_pixels(row, column, rows, columns, code):
+    kind = np.zeros((3, 2), int)
+    kind[row, column] = code
+    colours = plots.cell_colours(kind, np.ones((3, 2)), 4, (10, 7))
+    expected = np.zeros((10, 7), bool)
+    expected[rows, columns] = True
+    np.testing.assert_array_equal(colours[..., 3] > 0, expected)
+    np.testing.assert_allclose(colours[expected][:, :3], [to_rgb(plots.COLOURS[plots.KINDS[code]])] *
+    expected.sum()) np.testing.assert_allclose(colours[expected][:, 3], 0.95)
+
+
+def test_opacity_follows_the_root_of_the_strength_of_the_cells_that_act():
+    kind = np.array([[1, 2, 3, 3, 0]])
+    alpha = plots.cell_colours(kind, np.array([[0.0, 1.0, 4.0, 4.0, 900.0]]), 1, (1, 5))[0, :, 3]
+    np.testing.assert_allclose(alpha, [0.3, 0.3 + 0.65 / 2, 0.95, 0.95, 0.0])
+
+
+def test_cells_are_drawn_where_they_are():
+    size, cell = (12, 10), 4
+    kind = np.zeros((3, 3), int)
+    same = {"original": np.full((*size, 3), 0.5), "adversarial": np.full((*size, 3), 0.5)}
+    empty = plots.explanation(**case(size, cell, **same, kind=kind))
+    before = render(empty)
+    kind[1, 2] = 1  # rows 4 to 7, columns 8 and 9: cut off by the picture's border
+    figure = plots.explanation(**case(size, cell, **same, kind=kind))
+    axes = figure.axes[TITLES["kinds"]]
+    (ys, xs) = np.nonzero((window(axes, render(figure)) != window(axes, before)).any(-1))
+    tall, wide = window(axes, before).shape[:2]
+    assert ys.min() / tall == pytest.approx(4 / 12, abs=0.012)
+    assert (ys.max() + 1) / tall == pytest.approx(8 / 12, abs=0.012)
+    assert xs.min() / wide == pytest.approx(8 / 10, abs=0.012)
+    assert xs.max() + 1 == wide
+    assert len(ys) == (np.ptp(ys) + 1) * (np.ptp(xs) + 1)
+
+
+def test_legend_carries_the_shares_among_the_cells_that_act():
+    kind = np.array([[1, 1, 2, 2], [2, 3, 3, 3], [3, 3, 0, 0], [0, 0, 0, 0]])
+    figure = plots.explanation(**case((16, 16), 4, kind=kind))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "suppression 20 %",
+        "balanced 30 %",
+        "promotion 50 %",
+    ]
+    assert legend.get_title().get_text() == "10 of 16 cells act"
+    colours = [patch.get_facecolor()[:3] for patch in legend.get_patches()]
+    assert colours == [to_rgb(plots.COLOURS[name]) for name in plots.KINDS[1:]]
+
+
+# ---- Pictures and perturbation
+
+
+@pytest.mark.parametrize(
+    ("delta", "factor"),
+    [
+        ([0.01, -0.01], 32),
+        ([-0.0156], 32),
+        ([0.0157], 16),
+        ([0.5], 1),
+        ([0.9], 1),
+        ([0.0, 0.0], 1),
+        ([0.0] * 5000 + [0.03], 16),
+        ([0.01] * 1000 + [0.4], 32),
+    ],
+)
+def test_magnification_is_the_largest_power_of_two_that_fits(delta, factor):
+    assert plots.magnification(delta) == factor
+
+
+def test_the_perturbation_is_magnified_by_the_factor_in_its_title_around_mid_grey():
+    values = case()
+    values["adversarial"] = values["original"].copy()
+    values["adversarial"][3, 4] += [0.03, -0.03, 0.0]
+    figure = plots.explanation(**values)
+    assert "perturbation δ × 16" in texts(figure)
+    shown = figure.axes[TITLES["perturbation"]].images[0].get_array()
+    np.testing.assert_allclose(shown[3, 4], [0.5 + 0.48, 0.5 - 0.48, 0.5], atol=1e-9)
+    shown[3, 4] = 0.5
+    np.testing.assert_array_equal(shown, np.full((12, 10, 3), 0.5))
+
+
+def test_nothing_changed_and_no_cell_acts():
+    values = case(kind=np.zeros((3, 3), int), maps=np.zeros((4, 1, 1)))
+    values["adversarial"] = values["original"]
+    figure = plots.explanation(**values)
+    assert "perturbation δ = 0" in texts(figure)
+    assert figure.legends[0].get_title().get_text() == "none of 9 cells acts"
+    assert [text.get_text()[-1] for text in figure.legends[0].get_texts()] == ["–"] * 3
+    render(figure)
+
+
+@pytest.mark.parametrize("channels", [(1,), ()])
+def test_a_picture_of_one_channel_looks_like_the_same_in_three(channels):
+    grey = np.random.default_rng(1).uniform(0.1, 0.9, (12, 10))
+    one, three = grey.reshape(12, 10, *channels), np.repeat(grey[..., None], 3, -1)
+    first = render(plots.explanation(**case(original=one, adversarial=one + 0.02)))
+    second = render(plots.explanation(**case(original=three, adversarial=three + 0.02)))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_the_prediction_is_told_from_the_target():
+    assert any("as targeted (t): goldfish" in text for text in texts(plots.explanation(**case())))
+    failed = texts(plots.explanation(**case(predicted_name="tench")))
+    assert "predicted: tench\ntarget t: goldfish" in failed
+
+
+@pytest.mark.parametrize("size", [(224, 224), (28, 28), (60, 180), (180, 60)])
+@pytest.mark.parametrize("name", ["W" * 400, "a long name, with $5 and $6 in it, " * 9, "x\ny", ""])
+def test_long_names_stay_apart_and_inside(size, name):
+    figure = plots.explanation(
+        **case(size, 16, true_name=name, target_name=name + "!", predicted_name="an " + name, subtitle=name)
+    )
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    whole = figure.bbox
+    pieces = [text for text in figure.texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in pieces] + [figure.legends[0].get_window_extent()]
+    frames = [axes.get_window_extent() for axes in figure.axes]
+    for box in boxes:
+        assert box.x0 >= 0
+        assert box.x1 <= whole.width
+        assert box.y0 >= 0
+        assert box.y1 <= whole.height
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    assert not any(box.overlaps(frame) for box in boxes for frame in frames)
+
+
+# ---- Maps
+
+
+def test_four_maps_share_one_scale_and_one_colour_bar():
+    maps = np.random.default_rng(3).normal(size=(4, 3, 2)) * np.array([1, 5, 0.1, 2])[:, None, None]
+    figure = plots.explanation(**case(maps=maps))
+    layers = {}
+    for axes in figure.axes:
+        for image in axes.images:
+            if np.shape(image.get_array()) == (3, 2):
+                layers[axes] = image
+    ordered = sorted(layers, key=lambda axes: (-round(axes.get_position().y0, 3), axes.get_position().x0))
+    top, bottom = ordered[:3], ordered[3:]
+    for axes, value in zip([*top[:2], *bottom[:2]], maps, strict=True):
+        np.testing.assert_array_equal(layers[axes].get_array(), value)
+        assert layers[axes].get_clim() == (maps.min(), maps.max())
+        assert layers[axes].norm is layers[top[0]].norm
+    np.testing.assert_array_equal(layers[top[2]].get_array(), maps[0] - maps[1])
+    np.testing.assert_array_equal(layers[bottom[2]].get_array(), maps[3] - maps[2])
+    limit = max(np.abs(maps[0] - maps[1]).max(), np.abs(maps[3] - maps[2]).max())
+    assert layers[top[2]].get_clim() == layers[bottom[2]].get_clim() == (-limit, limit)
+    bars = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert [bar.get_xlim() for bar in bars] == [(maps.min(), maps.max()), (-limit, limit)]
+    assert "logit" in bars[0].get_xlabel()
+
+
+def test_maps_are_drawn_half_pixel_aligned_over_the_whole_picture():
+    grey = np.full((16, 16, 3), 0.5)  # the picture below the map is 0.5 everywhere
+    maps = np.zeros((4, 1, 2))
+    maps[0] = [[0.0, 1.0]]
+    figure = plots.explanation(**case((16, 16), original=grey, adversarial=grey, maps=maps, kind=np.zeros((4, 4), int)))
+    axes = next(a for a in figure.axes if a.images and np.array_equal(a.images[-1].get_array(), maps[0]))
+    picture = window(axes, render(figure))
+    wide = picture.shape[1]
+    place = (np.arange(wide) + 2.5) / (wide + 4)  # `window` takes two pixels off each side
+    level = np.clip((place - 0.25) / 0.5, 0, 1)  # samples at 1/4 and 3/4 of the width
+    alpha = axes.images[-1].get_alpha()
+    expected = alpha * matplotlib.colormaps["viridis"](level)[:, :3] + (1 - alpha) * 0.5
+    np.testing.assert_allclose(picture[picture.shape[0] // 2] / 255, expected, atol=0.02)
+    assert np.ptp(picture, axis=0).max() == 0
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"original": np.zeros((12, 11, 3))}, r"original has shape \(12, 11, 3\), adversarial \(12, 10, 3\)"),
+        ({"original": np.zeros((12, 10, 2))}, r"original has shape \(12, 10, 2\), expected"),
+        ({"adversarial": np.full((12, 10, 3), 1.5)}, r"adversarial lies in \[1.5, 1.5\]"),
+        ({"adversarial": np.full((12, 10, 3), np.nan)}, "adversarial has values that are not finite"),
+        ({"maps": np.full((4, 2, 2), np.inf)}, "maps has values that are not finite"),
+        ({"maps": np.zeros((3, 2, 2))}, r"maps has shape \(3, 2, 2\), expected \[4,h,w\]"),
+        ({"kind": np.full((3, 3), 4)}, r"kind holds the codes \[4\]"),
+        ({"kind": np.zeros((3, 2), int)}, r"kind has shape \(3, 2\), suppression \+ promotion \(3, 3\)"),
+        ({"cell": 5}, r"expected \(3, 2\) for cells of 5 px in a picture of 12 x 10"),
+        ({"cell": 0}, "cell is 0"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plots.explanation(**case(**changes))
+
+
+# ---- Figures over many pictures
+
+
+def test_bars_and_whiskers_stand_at_the_shares():
+    nan = float("nan")
+    shares = {
+        "I-FGSM": {"suppression": (0.2, 0.1, 0.35), "balanced": (0.3, 0.3, 0.3), "promotion": (0.5, 0.4,
+        0.6)}, "EAD": {"suppression": (nan, nan, nan), "balanced": (1.0, 0.9, 1.0)},
+    }
+    figure = plots.kinds_bar(shares)
+    (axes,) = figure.axes
+    bars = [container for container in axes.containers if hasattr(container, "patches")]
+    heights = {bar.get_label(): [patch.get_height() for patch in bar.patches] for bar in bars}
+    np.testing.assert_allclose(heights["suppression"], [20, nan])
+    np.testing.assert_allclose(heights["balanced"], [30, 100])
+    np.testing.assert_allclose(heights["promotion"], [50, nan])
+    whiskers = axes.collections[0].get_segments()
+    np.testing.assert_allclose(np.asarray(whiskers[0])[:, 1], [10, 35])
+    assert [text.get_text() for text in axes.texts] == ["20 %", "no data", "30 %", "100 %", "50 %", "no data"]
+    spots = [patch.get_x() + patch.get_width() / 2 for bar in bars for patch in bar.patches[:1]]
+    np.testing.assert_allclose(np.diff(spots), 0.8 / 3)
+    assert np.mean(spots) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({}, "empty"),
+        ({"a": {"neutral": (0.1, 0.0, 0.2)}}, "has the kind 'neutral'"),
+        ({"a": {"balanced": (0.3, 0.4, 0.5)}}, "low <= mean"),
+        ({"a": {"balanced": (30.0, 20.0, 40.0)}}, r"\[0, 1\]"),
+    ],
+)
+def test_shares_are_checked(shares, message):
+    with pytest.raises(ValueError, match=message):
+        plots.kinds_bar(shares)
+
+
+def test_effects_against_norms_with_zeros_at_the_edge():
+    size = np.array([[0.0, 0.0, 1e-3], [1e-2, 1e-1, 1.0]])
+    effect = np.array([[0.0, 2.0, 0.0], [0.4, 0.2, 5.0]])
+    figure = plots.scatter_effect({"C&W": size, "rising": [1, 2, 3], "falling": [1, 2, 3], "flat": [1, 2, 3]},
+                                  {"C&W": effect, "rising": [1, 9, 10], "falling": [3, 2, 0.1], "flat": [1, 1,
+                                  1]})  # fmt: skip
+    titles = [axes.get_title() for axes in figure.axes]
+    rho = stats.spearmanr(size.ravel(), effect.ravel())[0]
+    assert titles[0] == f"C&W\nSpearman's ρ = {rho:.2f}; 6 cells, 3 with a zero"
+    assert titles[1].endswith("ρ = 1.00; 3 cells")
+    assert titles[2].endswith("ρ = -1.00; 3 cells")
+    assert titles[3].endswith("ρ undefined; 3 cells")
+    axes = figure.axes[0]
+    points, rings = axes.lines[:2]
+    np.testing.assert_array_equal(points.get_xydata(), [[1e-2, 0.4], [1e-1, 0.2], [1.0, 5.0]])
+    (left, _), (bottom, _) = axes.get_xlim(), axes.get_ylim()
+    x, y = rings.get_xydata().T
+    assert left < x[0] == x[1] < 1e-3 == x[2]
+    assert bottom < y[0] == y[2] < 0.1 < y[1] == 2.0
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_ratios_are_clipped_and_cells_without_effect_left_out():
+    ratio = np.array([np.inf, -np.inf, np.nan, 1.0, -1.0, 1.01, 40.0, 0.0])
+    effect = np.array([1.0, 2.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0])
+    figure = plots.scatter_ratio({"EAD": effect}, {"EAD": ratio})
+    (axes,) = figure.axes
+    groups = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert groups["suppression"] == [[2.0, -10.0]]
+    assert groups["balanced"] == [[3.0, 1.0], [4.0, -1.0]]
+    assert groups["promotion"] == [[1.0, 10.0], [5.0, 1.01], [6.0, 10.0]]
+    assert axes.get_title() == "EAD (6 cells)\nsuppression 17 %, balanced 33 %, promotion 50 %"
+    levels = [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata()) == 2 and line.get_ls() == "--"]
+    assert levels == [-1, 1]
+
+
+@pytest.mark.parametrize("draw", [plots.scatter_effect, plots.scatter_ratio])
+def test_scatter_arguments_must_match(draw):
+    with pytest.raises(ValueError, match="attacks"):
+        draw({"a": [1.0]}, {"b": [1.0]})
+    with pytest.raises(ValueError, match="shape"):
+        draw({"a": [1.0]}, {"a": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="negative"):
+        draw({"a": [-1.0]}, {"a": [1.0]})
+
+
+def test_scatter_without_any_positive_value_is_drawn():
+    render(plots.scatter_effect({"a": [0.0, 0.0]}, {"a": [0.0, 0.0]}))
+    render(plots.scatter_ratio({"a": [0.0, 0.0]}, {"a": [np.nan, np.nan]}))
+
+
+# ---- Files
+
+
+def test_the_same_figure_gives_the_same_bytes_whatever_the_callers_settings(tmp_path):
+    def draw(name):
+        plots.save(plots.explanation(**case()), tmp_path / name)
+        plots.save(plots.scatter_ratio({"a": [1.0, 2.0]}, {"a": [0.5, 3.0]}), tmp_path / f"scatter-{name}")
+
+    draw("1.png")
+    settings = {"font.size": 30, "axes.facecolor": "red", "image.cmap": "hot", "lines.linewidth": 9, "figure.dpi": 50}
+    with matplotlib.rc_context(settings):
+        draw("2.png")
+        assert matplotlib.rcParams["font.size"] == 30
+    for prefix in ("", "scatter-"):
+        assert (tmp_path / f"{prefix}1.png").read_bytes() == (tmp_path / f"{prefix}2.png").read_bytes()
+    with Image.open(tmp_path / "1.png") as picture:
+        assert picture.size[0] == 1700
+        assert set(picture.info) == {"dpi"}  # no date, no version
+
+
+def test_a_saved_figure_keeps_the_bits_asked_for_and_is_emptied(tmp_path):
+    figure = plots.explanation(**case())
+    exact = render(figure)
+    plots.save(figure, tmp_path / "deep" / "6.png")
+    assert not figure.axes
+    plots.save(plots.explanation(**case()), tmp_path / "8.png", bits=8)
+    with Image.open(tmp_path / "8.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), exact)
+    with Image.open(tmp_path / "deep" / "6.png") as picture:
+        saved = np.asarray(picture).astype(int)
+    assert len(np.unique(saved)) <= 64
+    assert np.abs(saved - exact).max() <= 3
+    assert (saved[0, 0] == 255).all()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "page"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half way"), plots.replacing(path) as stream:
+        stream.write(b"new")
+        raise RuntimeError("half way")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["page"]
+    assert path.read_text() == "old"
+    with plots.replacing(path) as stream:
+        stream.write(b"new")
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["page"]
+
+
+def test_pyplot_is_not_imported():
+    code = "import sys, jaxinterp.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
