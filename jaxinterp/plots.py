@@ -13,13 +13,11 @@ are neither changed nor followed. `save` writes the same bytes for the same figu
 from __future__ import annotations
 
 import bisect
-import contextlib
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from matplotlib import style
@@ -34,6 +32,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import stats
+
+from jaxinterp.runs import replacing
 
 KINDS = ("none", "suppression", "balanced", "promotion")
 """Names of the kinds of cells; a kind's code is its position."""
@@ -153,17 +153,17 @@ def explanation(
         # Every layer has the picture's extent, so that a map's samples lie at half-pixel positions.
         axes.imshow(image, extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5), aspect="equal", **options)
 
-    names = " → ".join(_wrap(name, 5.5, 14, lines=1) for name in (true_name, target_name))
-    head = f"{_wrap(attack, 4.0, 14, lines=1)}: {names}"
+    names = " → ".join(_wrap(name, 5.5, 14.0, lines=1) for name in (true_name, target_name))
+    head = f"{_wrap(attack, 4.0, 14.0, lines=1)}: {names}"
     figure.text(margin / 17.0, 1 - 0.2 / total, head, size=14, weight="bold", va="top")
     figure.text(margin / 17.0, 1 - 0.53 / total, _wrap(subtitle, 16.3, 10.5), size=10.5, va="top", color=_MUTED)
 
-    show(panel(0, 0, "original x₀", _wrap(f"true class t₀: {true_name}", side, 9)), before)
+    show(panel(0, 0, "original x₀", _wrap(f"true class t₀: {true_name}", side, 9.0)), before)
     if predicted_name == target_name:
-        line = _wrap(f"predicted, as targeted (t): {target_name}", side, 9)
+        line = _wrap(f"predicted, as targeted (t): {target_name}", side, 9.0)
     else:
         parts = (f"predicted: {predicted_name}", f"target t: {target_name}")
-        line = "\n".join(_wrap(part, side, 9, lines=1) for part in parts)
+        line = "\n".join(_wrap(part, side, 9.0, lines=1) for part in parts)
     show(panel(1, 0, "adversarial x′", line), after)
 
     delta = after - before
@@ -367,7 +367,7 @@ def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) ->
                 rotation=90 if lost else 0,
                 color=_MUTED,
             )
-    axes.set_xticks(range(len(shares)), [_wrap(attack, 1.7, 10) for attack in shares], size=10)
+    axes.set_xticks(range(len(shares)), [_wrap(attack, 1.7, 10.0) for attack in shares], size=10)
     axes.set_xlim(-0.6, len(shares) - 0.4)
     axes.set_ylim(0, 100 if axes.dataLim.y1 < 94 else 108)  # room for the number above a full bar
     axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
@@ -421,7 +421,7 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
         else:
             rho = "undefined"
         cells = f"{size.size:,} cells" + (f", {int(zero.sum()):,} with a zero" if zero.any() else "")
-        axes.set_title(f"{_wrap(attack, 3.2, 10, lines=1)}\nSpearman's ρ {rho}; {cells}", size=9.5)
+        axes.set_title(f"{_wrap(attack, 3.2, 10.0, lines=1)}\nSpearman's ρ {rho}; {cells}", size=9.5)
         axes.grid(color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
     note = "  (rings: zero)" if zeros else ""
@@ -473,7 +473,7 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
         axes.set(xscale="log", xlim=(left, right), ylim=(-RATIO_LIMIT * 1.08, RATIO_LIMIT * 1.08))
         axes.set_yticks([-10, -5, -1, 1, 5, 10], ["≤ −10", "−5", "−1", "1", "5", "≥ 10"])
         axes.tick_params(labelleft=True)
-        heading = f"{_wrap(attack, 2.4, 10, lines=1)} ({x.size:,} cells)"
+        heading = f"{_wrap(attack, 2.4, 10.0, lines=1)} ({x.size:,} cells)"
         axes.set_title(heading + "\n" + ", ".join(parts).replace("%", " %"), size=9)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
@@ -483,36 +483,6 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A stream into a file that appears under its name only when it is whole.
-
-    What was at `path` stays there until the end, and stays for good if writing fails.
-
-    Args:
-        path: where to write; missing folders are made, an existing file is replaced.
-
-    Yields:
-        The stream, into a temporary file in the same folder.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    goal = Path(path)
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{goal.name}.", suffix=".part", dir=goal.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
-        os.replace(name, goal)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @style.context(_STYLE)

@@ -20,7 +20,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from jaxinterp.plots import replacing
+from jaxinterp.runs import replacing
 
 _KEYS = ("id", "attack", "true", "target", "success", "facts", "figure")
 

@@ -13,7 +13,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
-
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator with a fixed seed."""

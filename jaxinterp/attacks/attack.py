@@ -154,7 +154,7 @@ def along(values: Array, images: Array) -> Array:
     return jnp.reshape(values, jnp.shape(values) + (1,) * (images.ndim - 1)) if jnp.ndim(values) else values
 
 
-def norm(delta: Float[Array, b * rest]) -> Float[Array, " b"]:
+def norm(delta: Float[Array, "b ..."]) -> Float[Array, " b"]:
     """Euclidean norm of every example."""
     return jnp.sqrt(jnp.sum(jnp.square(delta), axis=tuple(range(1, delta.ndim))))
 

@@ -80,9 +80,8 @@ def step(
     def judge(x):
         return model(x), x
 
-    # All examples that are not done have taken the same number of steps.
-    last = jnp.all(state.done | (state.count >= steps))
-    logits, moved = lax.cond(last, judge, judge_and_move, state.images)
+    moves = active & (state.count < steps)
+    logits, moved = lax.cond(jnp.any(moves), judge_and_move, judge, state.images)
     found = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
     record = state.record.update(
         images=state.images,
@@ -90,9 +89,9 @@ def step(
         better=found,  # the latest success: it has had the most steps
         iteration=state.count,
         forward=active,
-        backward=active & ~last,
+        backward=moves,
     )
-    done = state.done | (state.count >= steps)
+    done = ~moves
     if stop_on_success:
         done = done | found
     return dataclasses.replace(

@@ -82,6 +82,7 @@ def start(
     """The state before the first step. Arguments and errors are those of `run`."""
     attack, model = coerce(attack), as_model(model)
     images, labels, targets, support = check(model, images, labels, targets, support)
+    attack = by_example(attack, images.shape[0])
     keys = example_keys(key, images, ids)
     return _start(mesh_of(images))(attack, model, (images, labels, targets, keys, support))
 
@@ -89,12 +90,13 @@ def start(
 def advance(attack: Attack, model: Model, state: S, steps: int | None = None) -> S:
     """The state after at most `steps` more steps (None: to the end), fewer where every example is done before."""
     steps = attack.iterations if steps is None else steps
-    return _advance(mesh_of(state))(coerce(attack), as_model(model), state, np.int32(steps))
+    attack = by_example(coerce(attack), state.done.shape[0])
+    return _advance(mesh_of(state))(attack, as_model(model), state, np.int32(steps))
 
 
 def finish(attack: Attack, state: Any) -> AttackResult:
     """The result of a state, whether or not the attack has ended."""
-    return _finish(mesh_of(state))(coerce(attack), state)
+    return _finish(mesh_of(state))(by_example(coerce(attack), state.done.shape[0]), state)
 
 
 def finished(state: Any) -> bool:
@@ -108,7 +110,7 @@ def _start(mesh: Mesh | None):
         images, labels, targets, keys, support = problem
         return attack.init(model, images, labels, targets, keys, support)
 
-    return on_mesh(mesh, one_program, (False, False, True))
+    return on_mesh(mesh, one_program, (True, False, True))
 
 
 @functools.cache
@@ -124,12 +126,12 @@ def _advance(mesh: Mesh | None):
 
         return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
-    return on_mesh(mesh, one_program, (False, False, True, False))
+    return on_mesh(mesh, one_program, (True, False, True, False))
 
 
 @functools.cache
 def _finish(mesh: Mesh | None):
-    return on_mesh(mesh, lambda attack, state: attack.result(state), (False, True))
+    return on_mesh(mesh, lambda attack, state: attack.result(state), (True, True))
 
 
 def coerce(attack: Attack) -> Attack:
@@ -154,6 +156,22 @@ def coerce(attack: Attack) -> Attack:
     if which not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {which!r}")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), attack)
+
+
+def by_example(attack: Attack, batch: int) -> Attack:
+    """The attack with leaves [B], so that one number and one an example are the same program, on any devices.
+
+    Raises:
+        ValueError: a leaf is neither one number nor one for every example.
+    """
+
+    def spread(path, leaf):
+        if leaf.shape not in ((), (batch,)):
+            name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}")
+        return jnp.broadcast_to(leaf, (batch,))
+
+    return jax.tree_util.tree_map_with_path(spread, attack)
 
 
 def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = None) -> jax.Array:

@@ -8,10 +8,9 @@ Two formats of `torch.save` are read:
   storage keys, then, for each key in that order, a little-endian int64 count of elements and the elements.
 
 A pickle is a program for a stack machine, and an unpickler lets it import and call whatever it names. Here a
-small machine knows only the opcodes that `torch.save` writes for tensors and containers, and a name that is not
-in the table `_GLOBALS` is refused. Everything the machine builds is inert: dicts, lists, tuples,
-numbers, text and descriptions of tensors. The arrays are cut from the mapped file afterwards, each checked
-against its storage.
+small machine knows only the opcodes that `torch.save` writes for tensors and containers, and refuses a name
+that is not in the table `_GLOBALS`. Everything the machine builds is inert: dicts, lists, tuples, numbers, text
+and descriptions of tensors. The arrays are cut from the mapped file afterwards, each checked against its storage.
 
 What a hostile file can cost is bounded. An opcode takes constant time apart from the bytes and stack items it
 consumes; pickles and the zip directory are read up to 16 MiB (a state dict takes 100 to 200 bytes a tensor);
@@ -76,9 +75,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 if data[:4] == b"PK\x03\x04":
                     return _read_zip(file, data)
                 if data[257:262] == b"ustar":
-                    raise TorchFileError(
-                        "a tar archive, the oldest format: load it with torch and save it again"
-                    )
+                    raise TorchFileError("a tar archive, the oldest format: load it with torch and save it again")
                 return _read_legacy(data)
         except TorchFileError as error:
             raise TorchFileError(f"{path}: {error}") from None
@@ -379,9 +376,7 @@ def _arrays(value: Any, declared: dict, data: mmap.mmap, locate: Callable[[str, 
             # An empty axis counts as 1: numpy refuses an empty array whose other axes are huge.
             budget -= math.prod(max(n, 1) for n in shape) * itemsize
             if budget < 0:
-                raise TorchFileError(
-                    f"the tensors expand far beyond the file's size, here with shape {shape}"
-                )
+                raise TorchFileError(f"the tensors expand far beyond the file's size, here with shape {shape}")
             last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
             if 0 not in shape and (last + 1) * itemsize > storage.nbytes:
                 raise TorchFileError(f"its element {last} is outside its storage {storage.key!r}")
@@ -462,7 +457,7 @@ def _entries(file: io.BufferedReader, data: mmap.mmap) -> dict[str, tuple[int, z
         raise TorchFileError("the zip archive is cut off or damaged") from None
     entries: dict[str, tuple[int, zipfile.ZipInfo]] = {}
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    ends = [*(info.header_offset for info in infos[1:]), archive.start_dir]
+    ends = [*(info.header_offset for info in infos), archive.start_dir][1:]
     for info, end in zip(infos, ends, strict=True):
         begin = info.header_offset
         if info.filename in entries:

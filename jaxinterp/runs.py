@@ -1,0 +1,148 @@
+"""A results directory: a config, one part for every finished chunk, merged tables. Nothing computed is ever lost.
+
+    DIR/config.json       what was asked; starting again with the same config continues, with another one refuses
+    DIR/parts/NAME.npz    arrays of one finished chunk
+    DIR/*.csv, *.json     tables and records made from the parts
+
+Every file is written under a temporary name and renamed, so a run that is killed at any moment leaves whole files
+only, and loses at most the chunk it was computing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class Run:
+    """A results directory that belongs to one config."""
+
+    def __init__(self, directory: str | os.PathLike, config: Mapping[str, Any]):
+        """Opens the directory, or starts it.
+
+        Args:
+            directory: made where it does not exist; it may not hold anything but a run.
+            config: what determines the results, as JSON.
+
+        Raises:
+            ValueError: the directory belongs to another config (the message lists what differs), holds other
+                things, or its config is unreadable.
+            OSError: it cannot be written.
+        """
+        self.directory = Path(directory)
+        self.config = json.loads(json.dumps(config))
+        path = self.directory / "config.json"
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"{self.directory} is not a directory")
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}); choose another directory") from error
+            differing = _differences(found, self.config)
+            if differing:
+                raise ValueError(
+                    f"{self.directory} holds results of another config; choose another directory, or remove it. "
+                    "It differs in " + "; ".join(differing)
+                )
+        elif self.directory.exists() and any(f for f in self.directory.iterdir() if not f.name.startswith(".")):
+            raise ValueError(f"{self.directory} is not empty and holds no config.json: it is not a results directory")
+        else:
+            self.write_json("config.json", self.config)
+
+    def write_part(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stores the arrays of a finished chunk. Raises OSError where that fails; an older part is kept then."""
+        with replacing(self._part(name)) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # a mapping of names to arrays
+
+    def read_part(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a chunk; None where it has not been finished, or is damaged and must be made again."""
+        try:
+            with np.load(self._part(name), allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
+            return None
+
+    def write_json(self, name: str, record: Any) -> Path:
+        """Writes a record as indented JSON and returns its path."""
+        return self._write(name, json.dumps(record, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+
+    def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Writes a CSV table. Floats are written so that reading gives the same float32; NaN and None are empty.
+
+        Returns:
+            The table's path.
+        """
+        path = self.directory / name
+        with replacing(path) as file:
+            text = io.TextIOWrapper(file, "utf-8", newline="")
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(columns)
+            for row in rows:
+                writer.writerow([_cell(row.get(column)) for column in columns])
+            text.detach()  # flushed, and the file left open to be synced
+        return path
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.directory / name
+        with replacing(path) as file:
+            file.write(text.encode())
+        return path
+
+    def _part(self, name: str) -> Path:
+        return self.directory / "parts" / f"{name}.npz"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    if isinstance(value, np.floating | float):
+        return "" if math.isnan(value) else repr(value.item() if isinstance(value, np.float64) else float(str(value)))
+    return str(value)
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """What differs between two configs, as "name: old, not new"."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted(found.keys() | wanted.keys())
+            for line in _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if found == wanted else [f"{name}: {json.dumps(found)} there, {json.dumps(wanted)} asked"]

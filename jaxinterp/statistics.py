@@ -1,0 +1,55 @@
+"""Estimates with their spread: means over pictures with bootstrap intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval, over `count` finite values; all NaN where there are none."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """(mean, low, high) for drawing; an interval that a single value cannot give has no width."""
+        return (self.mean, self.mean, self.mean) if self.count == 1 else (self.mean, self.low, self.high)
+
+    def __format__(self, spec: str) -> str:
+        if self.count == 0:
+            return "-"
+        spec = spec or ".3f"
+        if self.count == 1:
+            return f"{self.mean:{spec}} (one picture)"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int, level: float = 0.95) -> Estimate:
+    """The mean of the finite values with a bias-corrected and accelerated bootstrap interval.
+
+    Args:
+        values: one for each picture; those that are not finite are left out.
+        seed: of the resampling.
+        level: of the interval.
+    """
+    from scipy.stats import bootstrap
+
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if finite.size == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    mean = float(np.mean(finite))
+    if finite.size == 1 or np.ptp(finite) == 0:
+        spread = float("nan") if finite.size == 1 else mean
+        return Estimate(mean, spread, spread, int(finite.size))
+    interval = bootstrap(
+        (finite,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), int(finite.size))
