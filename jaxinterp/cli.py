@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import tyro
-
-if TYPE_CHECKING:
-    from jaxinterp.explain import Pictures
-    from jaxinterp.network import Network
-    from jaxinterp.runs import Run
 
 
 def explain(
@@ -47,108 +41,24 @@ def explain(
         seed: Of targets, random starts and shuffled controls.
         batch_size: Pictures that are attacked at once.
     """
-    from tqdm import tqdm
+    from jaxinterp.explain import DEFAULT_ATTACKS
+    from jaxinterp.explain import explain as job
+    from jaxinterp.explain.tables import summary_lines
 
-    import jaxinterp
-    from jaxinterp import attacks, effect
-    from jaxinterp import explain as job
-    from jaxinterp.attacks.driver import coerce
-    from jaxinterp.attacks.spec import from_spec, parameters
-    from jaxinterp.data import Crop, Folder, samples
-    from jaxinterp.runs import Run
-    from jaxinterp.weights import checkpoint
-
-    _positive("--cell", cell)
-    _positive("--batch-size", batch_size)
-    if limit is not None:
-        _positive("--limit", limit)
-    chosen: dict[str, Any] = {}
-    for spec in attack or ("ifgsm", "cw"):
-        if spec in chosen:
-            raise ValueError(f"--attack {spec} is given twice")
-        chosen[spec] = from_spec(spec, attacks.ATTACKS, job.PRESETS)
-        coerce(chosen[spec])
-    network, params = jaxinterp.load(model)
-    effect.grid(network.image_size, network.image_size, cell)
-    crop = Crop(network.image_size, network.crop_pct, network.interpolation)
-    if pictures:
-        origin = {f for f in ("auto", "names", "predicted") if f == labels}
-        source: Any = Folder(pictures, crop=crop, labels=labels if origin else Path(labels), classes=network.classes)
-    else:
-        source = samples("imagenet", crop=crop)
-    count = len(source) if limit is None else min(limit, len(source))
-    source_origin, ids = source.label_origin, source.ids[:count]
-    config = {
-        "command": "explain",
-        "model": model,
-        "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
-        "attacks": {name: {"attack": a.name, **parameters(a)} for name, a in chosen.items()},
-        "cell": cell,
-        "seed": seed,
-        "batch_size": batch_size,
-        "pictures": count,
-        "pictures_sha256": job.pictures_digest(source, ids, source.labels[:count]),
-    }
-    run = Run(out, config)
-    run.write_json("machine.json", job.machine())
-    selected = job.Selection(source, tuple(range(count)), ids)
-
-    print(f"{count} pictures; labels: {source_origin}", flush=True)
-    with tqdm(total=1.0, unit="picture", bar_format="{desc}", leave=False) as bar:
-        survey = job.survey(
-            run,
-            network,
-            params,
-            selected,
-            seed=seed,
-            batch_size=batch_size,
-            progress=lambda what, done: bar.set_description_str(what),
-        )
-    _print_left_out(network, survey)
-    if not len(survey.correct):
-        raise ValueError("no picture is classified correctly, so there is nothing to attack")
-
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(survey.correct), unit="picture", bar_format=_BAR) as bar:
-
-        def progress(what: str, done: float) -> None:
-            bar.set_description_str(what)
-            bar.update(done)
-
-        def finished() -> Iterator[tuple[str, dict[str, Any]]]:
-            return job.parts(
-                run,
-                network,
-                params,
-                selected,
-                survey,
-                chosen,
-                cell=cell,
-                seed=seed,
-                batch_size=batch_size,
-                progress=progress,
-            )
-
-        for name, arrays in finished():
-            fresh = list(job.image_rows(network, name, arrays))
-            _figures(run, network, name, arrays, fresh, cell)
-            rows += fresh
-        bar.set_description_str("done")
-
-    order = {name: i for i, name in enumerate(chosen)}
-    position = {name: i for i, name in enumerate(survey.ids)}
-    rows.sort(key=lambda row: (position[row["id"]], order[row["attack"]]))
-    run.write_table("images.csv", job.IMAGE_COLUMNS, rows)
-    stored = job.stored_parts(run, chosen, survey, batch_size)
-    run.write_table("cells.csv", job.CELL_COLUMNS, (r for n, a in stored for r in job.cell_rows(n, a, cell)))
-    summary = job.summarise(rows, list(chosen), seed=seed)
-    run.write_json("summary.json", job.as_json(summary))
-    page = _page(run, network, source_origin, survey, rows, summary, chosen, config, batch_size)
-    _print_summary(summary)
-    print(f"\n{page}: open it in a browser; tables: {run.directory}/images.csv, cells.csv")
-
-
-_BAR = "{l_bar}{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
+    found = job(
+        pictures,
+        model=model,
+        specs=attack or DEFAULT_ATTACKS,
+        cell=cell,
+        out=out,
+        labels=labels,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    for line in summary_lines(found.summary):
+        print(line)
+    print(f"\n{found.page}: open it in a browser\n{out}/images.csv, {out}/cells.csv: the tables")
 
 
 def convert(names: tyro.conf.Positional[tuple[str, ...]], /, *, from_file: Path | None = None, force: bool = False):
@@ -206,114 +116,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"
     return str(error)
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _print_left_out(network: Network, survey: Pictures) -> None:
-    for name, reason in survey.damaged:
-        print(f"  skipped {name}: {reason}")
-    wrong = [i for i in range(len(survey.ids)) if survey.labels[i] != survey.predicted[i]]
-    for i in wrong:
-        seen, true = network.class_name(survey.predicted[i]), network.class_name(survey.labels[i])
-        print(f"  not attacked {survey.ids[i]}: seen as {seen}, labelled {true}")
-    print(
-        f"{len(survey.correct)} of {len(survey.ids)} readable pictures are classified correctly and attacked"
-        + (f"; {len(survey.damaged)} could not be read" if survey.damaged else "")
-    )
-
-
-def _figures(run: Run, network: Network, name: str, arrays: dict[str, Any], rows: list[dict[str, Any]], cell: int):
-    from jaxinterp import explain as job
-    from jaxinterp import plots
-
-    for i, row in enumerate(rows):
-        path = job.figure_path(run, name, row["id"])
-        if not path.exists():
-            plots.save(job.draw(network, name, arrays, i, row, cell), path)
-
-
-def _page(run, network, origin, survey, rows, summary, chosen, config, batch_size) -> Path:
-    from jaxinterp import explain as job
-    from jaxinterp import plots, report
-
-    columns = job.overview_columns(job.stored_parts(run, chosen, survey, batch_size))
-    figures = run.directory / "figures"
-    overview = []
-    bars = {
-        row["attack"]: {
-            key.removeprefix("share_"): row[key].interval for key in job.SHARE_COLUMNS
-        }
-        for row in summary
-        if row["share_balanced"].count
-    }
-    if bars:
-        overview = [
-            ("Shares of the kinds of cells, mean over pictures with 95 % interval", figures / "kinds.png"),
-            ("Overall effect of a cell against the norm of its perturbation", figures / "effect_norm.png"),
-            ("Ratio of promotion to suppression against the overall effect", figures / "ratio_effect.png"),
-        ]
-        plots.save(plots.kinds_bar(bars), overview[0][1])
-        plots.save(plots.scatter_effect(columns.norms, columns.effects), overview[1][1])
-        plots.save(plots.scatter_ratio(columns.effects, columns.ratios), overview[2][1])
-    wrong = [i for i in range(len(survey.ids)) if survey.labels[i] != survey.predicted[i]]
-    skipped = [(name, f"not readable: {reason}") for name, reason in survey.damaged] + [
-        (
-            survey.ids[i],
-            f"not attacked: seen as {network.class_name(survey.predicted[i])}, "
-            f"labelled {network.class_name(survey.labels[i])}",
-        )
-        for i in wrong
-    ]
-    return report.write(
-        run.directory / "index.html",
-        title=f"What perturbations do to {network.name}",
-        facts={
-            "network": network.name,
-            "weights (sha256)": config["weights"],
-            "pictures": f"{config['pictures']}, of which {len(survey.correct)} attacked",
-            "labels": origin,
-            **{f"attack {name}": str(a) for name, a in chosen.items()},
-            "cell": f"{config['cell']} x {config['cell']} pixels",
-            "seed": str(config["seed"]),
-            **{k: v for k, v in job.machine().items() if k in ("jaxinterp", "jax", "devices")},
-        },
-        summary=[{k: (format(v) if hasattr(v, "count") else v) for k, v in row.items()} for row in summary],
-        summary_columns=job.SUMMARY_COLUMNS,
-        pictures=[
-            {
-                "id": row["id"],
-                "attack": row["attack"],
-                "true": row["label_name"],
-                "target": row["target_name"],
-                "success": row["success"],
-                "facts": job.picture_facts(row),
-                "figure": job.figure_path(run, row["attack"], row["id"]),
-            }
-            for row in rows
-        ],
-        notes=job.NOTES,
-        overview=overview,
-        skipped=skipped,
-    )
-
-
-def _print_summary(summary: list[dict[str, Any]]) -> None:
-    from jaxinterp import explain as job
-
-    def shown(value: Any, spec: str) -> str:
-        if isinstance(value, float) and value != value:
-            return "-"
-        return format(value, spec) if not isinstance(value, str) else value
-
-    print()
-    for row in summary:
-        print(row["attack"])
-        for key, heading, spec in job.SUMMARY_COLUMNS[1:]:
-            print(f"  {heading:<44} {shown(row[key], spec)}")
 
 
 if __name__ == "__main__":

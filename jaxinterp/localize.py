@@ -41,7 +41,7 @@ def interpretability_score(
     Returns:
         [B] in [0, 1]; NaN where the perturbation is zero.
     """
-    return _score(delta, salient(maps, delta.shape[1:3], percentile))
+    return _score(delta, salient(maps, _size(delta), percentile))
 
 
 @functools.partial(jax.jit)
@@ -52,7 +52,7 @@ def null_score(
     percentile: float | Float[Array, ""] = 70,
 ) -> Float[Array, " b"]:
     """The score of a perturbation spread evenly: the root of the salient share of the image, nominally sqrt(0.3)."""
-    mask = salient(maps, delta.shape[1:3], percentile)
+    mask = salient(maps, _size(delta), percentile)
     return jnp.sqrt(jnp.mean(mask.astype(jnp.float32), axis=(1, 2)))
 
 
@@ -77,7 +77,7 @@ def shuffled_score(
 
     @canonical
     def scores(delta, maps, keys, percentile):
-        mask = salient(maps, delta.shape[1:3], percentile)
+        mask = salient(maps, _size(delta), percentile)
         pixels = delta.reshape(delta.shape[0], -1, delta.shape[3])
 
         def shuffled(key, pixels):
@@ -96,3 +96,7 @@ def _score(delta, mask):
     energy = jnp.sum(jnp.square(delta), axis=-1)
     inside = jnp.sum(jnp.where(mask, energy, 0), axis=(1, 2))
     return jnp.sqrt(inside / jnp.sum(energy, axis=(1, 2)))
+
+
+def _size(delta):
+    return delta.shape[1], delta.shape[2]

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh over whose first axis the examples of `tree` are sharded; None on one device or under a trace."""
     leaf = jax.tree.leaves(tree)[0]
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return None
     mesh = sharding.mesh

@@ -146,7 +146,7 @@ class CW:
             state,
             record=record,
             best_l2=jnp.where(better, l2, state.best_l2),
-            w=state.w - along(state.lr, x) * direction,
+            w=state.w - along(state.lr, x) * jnp.asarray(direction),
             adam=adam,
             found=state.found | success,
             iteration=state.iteration + 1,

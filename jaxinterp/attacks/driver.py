@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxinterp.attacks.attack import Attack, AttackResult
+from jaxinterp.attacks.attack import Attack, AttackResult, State
 from jaxinterp.attacks.constraint import NORMS
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
 
-S = TypeVar("S")
+S = TypeVar("S", bound=State)
 
 
 def run(
@@ -148,7 +149,7 @@ def coerce(attack: Attack) -> Attack:
         if fields[name].metadata.get("static"):
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{type(attack).__name__}.{name} must be at least 1, got {value}")
-        elif not isinstance(value, jax.core.Tracer):
+        elif not isinstance(value, Tracer):
             array = np.asarray(value, np.float32)
             if not np.all(np.isfinite(array)) or np.any(array < 0):
                 raise ValueError(f"{type(attack).__name__}.{name} must be finite and not negative, got {value}")
@@ -168,7 +169,9 @@ def by_example(attack: Attack, batch: int) -> Attack:
     def spread(path, leaf):
         if leaf.shape not in ((), (batch,)):
             name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}")
+            raise ValueError(
+                f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}"
+            )
         return jnp.broadcast_to(leaf, (batch,))
 
     return jax.tree_util.tree_map_with_path(spread, attack)
@@ -202,7 +205,7 @@ def check(
         raise ValueError(f"images must be [B,H,W,C], got shape {images.shape}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
-    known = None if isinstance(images, jax.core.Tracer) else np.asarray(images)
+    known = None if isinstance(images, Tracer) else np.asarray(images)
     if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
         raise ValueError(f"images must be finite and in [0, 1], got values from {np.min(known)} to {np.max(known)}")
     images = images.astype(jnp.float32)
@@ -218,7 +221,7 @@ def check(
     labels = _classes(labels, "labels", batch, classes)
     if targets is not None:
         targets = _classes(targets, "targets", batch, classes)
-        if not any(isinstance(x, jax.core.Tracer) for x in (labels, targets)):
+        if not any(isinstance(x, Tracer) for x in (labels, targets)):
             same = np.flatnonzero(np.asarray(labels) == np.asarray(targets))
             if same.size:
                 raise ValueError(
@@ -227,7 +230,7 @@ def check(
     if support is not None:
         support = _array(support, "support")
         if not jnp.issubdtype(support.dtype, jnp.bool_):
-            if not isinstance(support, jax.core.Tracer) and not np.all(np.isin(np.asarray(support), (0, 1))):
+            if not isinstance(support, Tracer) and not np.all(np.isin(np.asarray(support), (0, 1))):
                 raise ValueError("support must be boolean, or 0 and 1")
             support = support != 0
         try:
@@ -252,7 +255,7 @@ def _classes(values: Any, name: str, batch: int, classes: int) -> Array:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     if values.shape != (batch,):
         raise ValueError(f"{name} must have shape [{batch}], one for every image, got {values.shape}")
-    if not isinstance(values, jax.core.Tracer):
+    if not isinstance(values, Tracer):
         known = np.asarray(values)
         outside = np.flatnonzero((known < 0) | (known >= classes))
         if outside.size:

@@ -57,3 +57,12 @@ def _value(text: str, field: dataclasses.Field, name: str) -> Any:
         kind = "true or false" if isinstance(default, bool) else type(default).__name__
         kind = {"float": "a number", "int": "a whole number", "NoneType": "a number or none"}.get(kind, kind)
         raise ValueError(f"{name} must be {kind}, got {text!r}") from None
+
+
+def describe(attack: Attack) -> str:
+    """All hyper-parameters in a line, such as `eps=0.0314, steps=20`; those that are None are chosen by others."""
+
+    def shown(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name}={shown(v)}" for name, v in parameters(attack).items() if v is not None)

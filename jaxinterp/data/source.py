@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable, runtime_checkable
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class DamagedImage(ValueError):
         return f"{self.id}: {self.reason}"
 
 
+@runtime_checkable
 class Source(Protocol):
     """A finite, indexable collection of examples. Threads may read several items at once."""
 

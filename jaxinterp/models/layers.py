@@ -47,13 +47,12 @@ def _shifted(x, kernel, stride, padding):
     (sh, sw), (kh, kw) = stride, kernel.shape[:2]
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*padding[0], 0), (*padding[1], 0), (0, 0, 0)))
     oh, ow = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
-    total = None
-    for i in range(kh):
-        for j in range(kw):
-            window = x[:, i : i + (oh - 1) * sh + 1 : sh, j : j + (ow - 1) * sw + 1 : sw, :]
-            product = window * kernel[i, j, 0]
-            total = product if total is None else total + product
-    return total
+    products = [
+        x[:, i : i + (oh - 1) * sh + 1 : sh, j : j + (ow - 1) * sw + 1 : sw, :] * kernel[i, j, 0]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return functools.reduce(jnp.add, products)
 
 
 def _shifted_input_gradient(g, kernel, size, stride, padding):
@@ -130,7 +129,7 @@ class Conv(nnx.Module):
         if self.padding is None:
             pads = same_padding((x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), self.stride)
         else:
-            pads = ((self.padding, self.padding),) * 2
+            pads = ((self.padding, self.padding), (self.padding, self.padding))
         x = (depthwise_conv if self.depthwise else conv)(x, kernel, self.stride, pads)
         return x if self.bias is None else x + self.bias[...]
 

@@ -68,7 +68,7 @@ def save(params: Mapping[str, np.ndarray], folder: Path, *, name: str, source: M
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        ocp.save(temporary.resolve() / "params", dict(params))
+        ocp.save(str(temporary.resolve() / "params"), dict(params))
         manifest = {
             "format": FORMAT,
             "network": name,
@@ -137,7 +137,7 @@ def load(folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct], *, name: st
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=device) for key, spec in expected.items()}
     try:
-        params = ocp.load((folder / "params").resolve(), abstract)
+        params = ocp.load(str((folder / "params").resolve()), abstract)
     except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged folder
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(f"checkpoint {folder} cannot be read ({reason}); {remedy}") from error

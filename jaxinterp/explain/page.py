@@ -1,0 +1,187 @@
+"""Figures and the page of a run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxinterp import plots, report
+from jaxinterp.attacks.attack import Attack
+from jaxinterp.attacks.spec import describe
+from jaxinterp.explain.compute import safe_name
+from jaxinterp.explain.pictures import Pictures
+from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
+from jaxinterp.network import Network
+from jaxinterp.runs import Run, machine
+from jaxinterp.statistics import Estimate
+
+NOTES = (
+    "Norms and passes are medians over the pictures for which the attack succeeded. Shares of kinds, rho and IS are "
+    "means over them with 95 % bootstrap intervals over pictures. Shares leave out cells that have no effect.",
+    "rho(s+p, norm): Spearman's correlation, within a picture, of the overall effect of a cell with the norm of its "
+    "perturbation. IS: interpretability score at the 70th percentile, on the map of the true class on the original "
+    "picture and on the map of the target on the adversarial one; its null is the score of an even perturbation, and "
+    "the shuffled control that of the same perturbation with its pixels in random order.",
+)
+
+
+def figure_path(run: Run, attack: str, picture: str) -> Path:
+    """Where the figure of a picture and attack is stored."""
+    stem = safe_name(picture)
+    if stem != picture:  # two ids may become one name
+        stem = f"{stem}-{zlib.crc32(picture.encode()):08x}"
+    return run.directory / "figures" / safe_name(attack) / f"{stem}.png"
+
+
+def draw(
+    network: Network, attack: str, arrays: Mapping[str, np.ndarray], i: int, row: Mapping[str, Any], cell: int
+) -> Any:
+    """The figure of picture `i` of a chunk."""
+    from jaxinterp import plots
+
+    return plots.explanation(
+        original=arrays["clean"][i],
+        adversarial=arrays["adversarial"][i],
+        kind=arrays["kind"][i],
+        suppression=arrays["suppression"][i],
+        promotion=arrays["promotion"][i],
+        maps=arrays["maps"][i],
+        true_name=row["label_name"],
+        target_name=row["target_name"],
+        predicted_name=network.class_name(row["adversarial_class"]),
+        attack=attack,
+        cell=cell,
+        subtitle=_subtitle(row),
+    )
+
+
+def _subtitle(row: Mapping[str, Any]) -> str:
+    if not row["success"]:
+        return f"{row['id']}: the attack failed; the picture is unchanged"
+    return (
+        f"{row['id']}   L2 {row['l2']:.2f}   Linf {row['linf'] * 255:.1f}/255   "
+        f"interpretability score {row['is_label']:.3f} (null {row['is_null']:.3f})"
+    )
+
+
+def picture_facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says beside a picture."""
+    if not row["success"]:
+        return {"result": "the attack failed"}
+    return {
+        "L2": f"{row['l2']:.3f}",
+        "Linf": f"{row['linf']:.4f}",
+        "L0": f"{row['l0']:.0f}",
+        "passes": f"{row['forward']} forward, {row['backward']} backward",
+        "kinds": ", ".join(f"{label} {row[key]:.0%}" for label, key in zip(KIND_LABELS, SHARE_COLUMNS, strict=True)),
+        "interpretability score": f"{row['is_label']:.3f} on the true class's map, {row['is_target']:.3f} on the "
+        f"target's (null {row['is_null']:.3f}, shuffled {row['is_shuffled']:.3f} ± {row['is_shuffled_sd']:.3f})",
+    }
+
+
+def draw_missing(
+    run: Run,
+    network: Network,
+    attack: str,
+    arrays: Mapping[str, np.ndarray],
+    rows: Sequence[Mapping[str, Any]],
+    cell: int,
+) -> None:
+    """Draws the figures of a chunk that are not there yet."""
+    for i, row in enumerate(rows):
+        path = figure_path(run, attack, row["id"])
+        if not path.exists():
+            plots.save(draw(network, attack, arrays, i, row, cell), path)
+
+
+def write_page(
+    run: Run,
+    network: Network,
+    pictures: Pictures,
+    label_origin: str,
+    chosen: Mapping[str, Attack],
+    rows: Sequence[Mapping[str, Any]],
+    summary: Sequence[Mapping[str, Any]],
+    chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
+) -> Path:
+    """Writes index.html, with the figures over all pictures, and returns its path."""
+    config = run.config
+    return report.write(
+        run.directory / "index.html",
+        title=f"What perturbations do to {network.name}",
+        facts={
+            "network": network.name,
+            "pictures": f"{config['pictures']}, of which {len(pictures.correct)} attacked",
+            "labels": label_origin,
+            **{f"attack {name}": describe(attack) for name, attack in chosen.items()},
+            "cell": f"{config['cell']} x {config['cell']} pixels",
+            "seed": str(config["seed"]),
+            "weights (sha256)": config["weights"],
+            **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "devices")},
+        },
+        summary=[{k: format(v) if isinstance(v, Estimate) else v for k, v in row.items()} for row in summary],
+        summary_columns=SUMMARY_COLUMNS,
+        pictures=[
+            {
+                "id": row["id"],
+                "attack": row["attack"],
+                "true": row["label_name"],
+                "target": row["target_name"],
+                "success": row["success"],
+                "facts": picture_facts(row),
+                "figure": figure_path(run, row["attack"], row["id"]),
+            }
+            for row in rows
+        ],
+        notes=NOTES,
+        overview=_overview(run, summary, chunks),
+        skipped=left_out(network, pictures),
+    )
+
+
+def left_out(network: Network, pictures: Pictures) -> list[tuple[str, str]]:
+    """(picture, reason) of every picture that was not attacked."""
+    damaged = [(name, f"could not be read: {reason}") for name, reason in pictures.damaged]
+    wrong = np.flatnonzero(pictures.labels != pictures.predicted)
+    return damaged + [
+        (
+            pictures.ids[i],
+            f"not attacked: seen as {network.class_name(pictures.predicted[i])}, "
+            f"labelled {network.class_name(pictures.labels[i])}",
+        )
+        for i in wrong
+    ]
+
+
+def _overview(
+    run: Run, summary: Sequence[Mapping[str, Any]], chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]]
+) -> list[tuple[str, Path]]:
+    """The figures over all pictures, (caption, path); none where every attack failed."""
+    bars = {
+        row["attack"]: {key.removeprefix("share_"): row[key].interval for key in SHARE_COLUMNS}
+        for row in summary
+        if row["share_balanced"].count
+    }
+    if not bars:
+        return []
+    columns, folder = overview_columns(chunks), run.directory / "figures"
+    drawn = (
+        ("kinds.png", "Shares of the kinds of cells: mean over pictures, 95 % interval", plots.kinds_bar(bars)),
+        (
+            "effect_norm.png",
+            "Overall effect of a cell against the norm of its perturbation",
+            plots.scatter_effect(columns.norms, columns.effects),
+        ),
+        (
+            "ratio_effect.png",
+            "Ratio of promotion to suppression against the overall effect",
+            plots.scatter_ratio(columns.effects, columns.ratios),
+        ),
+    )
+    for name, _, figure in drawn:
+        plots.save(figure, folder / name)
+    return [(caption, folder / name) for name, caption, _ in drawn]

@@ -1,0 +1,108 @@
+"""Bad input to `run` is refused by name, with what was given, before the model runs or anything is compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinterp.attacks import CW, IFGSM, PGD, driver, run
+
+BATCH, CLASSES = 3, 4
+IMAGES = np.random.default_rng(0).uniform(size=(BATCH, 5, 6, 2)).astype(np.float32)
+LABELS = np.array([0, 3, 1])
+TARGETS = np.array([1, 2, 0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch):
+    """Shapes may be traced; asking for a program fails the test."""
+
+    def refuse(*args):
+        raise AssertionError("compiled before the input was checked")
+
+    for name in ("_start", "_advance", "_finish", "_example_keys"):
+        monkeypatch.setattr(driver, name, refuse)
+
+
+def model(images):
+    assert isinstance(images, jax.core.Tracer), "the model ran on values"
+    return images.reshape(images.shape[0], -1)[:, :CLASSES]
+
+
+def attempt(attack=None, model=model, images=IMAGES, labels=LABELS, targets=TARGETS, **kwargs):
+    attack = IFGSM() if attack is None else attack
+    return run(attack, model, images, labels, targets, key=jax.random.key(0), **kwargs)
+
+
+def changed(value):
+    images = IMAGES.copy()
+    images[1, 2, 3, 1] = value
+    return images
+
+
+def with_field(attack, name, value):
+    """An attack built past the types that the tests check in constructors."""
+    attack = dataclasses.replace(attack)
+    object.__setattr__(attack, name, value)
+    return attack
+
+
+BAD = {
+    "images of rank 3": ({"images": IMAGES[0]}, ValueError, r"images must be \[B,H,W,C\], got shape \(5, 6, 2\)"),
+    "8-bit images": ({"images": np.zeros((BATCH, 5, 6, 2), np.uint8)}, TypeError, "images must be floats.*uint8.*255"),
+    "images with NaN": ({"images": changed(np.nan)}, ValueError, r"images must be finite and in \[0, 1\]"),
+    "images with inf": ({"images": changed(np.inf)}, ValueError, r"images must be finite and in \[0, 1\].*inf"),
+    "images above 1": ({"images": changed(1.01)}, ValueError, r"images must be .*in \[0, 1\].*1\.01"),
+    "images below 0": ({"images": changed(-0.01)}, ValueError, r"images must be .*in \[0, 1\].*-0\.01"),
+    "images of text": ({"images": np.array("cat")}, TypeError, "images must be an array"),
+    "labels as floats": ({"labels": LABELS.astype(np.float32)}, TypeError, "labels must be integers, got float32"),
+    "labels too large": ({"labels": np.array([0, 4, 1])}, ValueError, "labels must be classes from 0 to 3.* 1 has 4"),
+    "labels negative": ({"labels": np.array([-1, 3, 1])}, ValueError, "labels must be classes from 0 to 3.* 0 has -1"),
+    "too few labels": ({"labels": LABELS[:2]}, ValueError, r"labels must have shape \[3\].*\(2,\)"),
+    "one-hot labels": ({"labels": np.eye(3, 4, dtype=int)}, ValueError, r"labels must have shape \[3\].*\(3, 4\)"),
+    "targets as floats": ({"targets": TARGETS / 1.0}, TypeError, "targets must be integers, got float"),
+    "targets too large": ({"targets": np.array([1, 2, 9])}, ValueError, "targets must be classes.* 2 has 9"),
+    "one target for all": ({"targets": np.array(1)}, ValueError, r"targets must have shape \[3\]"),
+    "target is label": ({"targets": np.array([1, 3, 0])}, ValueError, "targets must differ from labels.* 1 .* 3"),
+    "support of another size": (
+        {"support": np.ones((BATCH, 5, 5, 1), bool)},
+        ValueError,
+        r"support must broadcast to the images' shape \(3, 5, 6, 2\), got \(3, 5, 5, 1\)",
+    ),
+    "support in between": ({"support": np.full(IMAGES.shape, 0.5)}, ValueError, "support must be boolean, or 0 and 1"),
+    "support with NaN": ({"support": np.full(IMAGES.shape, np.nan)}, ValueError, "support must be boolean"),
+    "eps negative": ({"attack": IFGSM(eps=-0.1)}, ValueError, r"IFGSM.eps must be finite and not negative, got -0\.1"),
+    "eps NaN": ({"attack": PGD(eps=float("nan"))}, ValueError, "PGD.eps must be finite.* nan"),
+    "one eps infinite": ({"attack": PGD(eps=jnp.array([0, np.inf, 1]))}, ValueError, "PGD.eps must be finite.*inf"),
+    "too few eps": (
+        {"attack": PGD(eps=jnp.full(2, 0.1))},
+        ValueError,
+        r"PGD.eps must be one number, or one for each of 3 examples, got shape \(2,\)",
+    ),
+    "step size negative": ({"attack": IFGSM(step_size=-1.0)}, ValueError, "IFGSM.step_size must be"),
+    "kappa negative": ({"attack": CW(kappa=-1.0)}, ValueError, "CW.kappa must be"),
+    "const NaN": ({"attack": CW(initial_const=float("nan"))}, ValueError, "CW.initial_const must be"),
+    "no steps": ({"attack": IFGSM(steps=0)}, ValueError, "IFGSM.steps must be at least 1, got 0"),
+    "no search steps": ({"attack": CW(search_steps=0)}, ValueError, "CW.search_steps must be at least 1, got 0"),
+    "unknown norm": ({"attack": with_field(PGD(), "norm", "l7")}, ValueError, "norm must be one of linf, l2, got 'l7'"),
+    "one logit": ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, r"model must map .* to logits \[3,K\], got \(3,\)"),
+    "one class": ({"model": lambda x: x[:, 0, 0, :1]}, ValueError, r"model must have at least two classes.*\(3, 1\)"),
+    "one row of logits": ({"model": lambda x: x[:1, 0, 0]}, ValueError, r"model must map .*\[3,K\], got \(1, 2\)"),
+    "logits in a tuple": ({"model": lambda x: (model(x), x)}, ValueError, r"model must map .* to logits \[3,K\], got tuple"),
+    "no model": ({"model": "resnet"}, TypeError, "model"),
+    "no attack": ({"attack": "cw"}, TypeError, "attack"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    arguments, error, message = BAD[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        attempt(**arguments)
+
+
+def test_the_guard_sees_a_compilation():
+    with pytest.raises(AssertionError, match="compiled before"):
+        attempt()

@@ -1,0 +1,553 @@
+"""The rules that no attack may break, each a test on every attack of the registry.
+
+An example's result depends on nothing but the example; failure returns the original; images stay in box, ball and
+support; constants added to the logits, zero gradients and NaN do no harm; and a run can be cut into pieces. On CPU
+"the same" means to the last bit. To put another attack under these rules, add instances to `CASES`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+
+from jaxinterp import Network
+from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD, Attack, AttackResult, advance, finish, finished, run, start
+
+CASES: dict[str, Any] = {
+    "ifgsm": IFGSM(eps=0.03, steps=5),
+    "pgd-linf": PGD(eps=0.03, steps=5),
+    "pgd-l2": PGD(eps=0.5, norm="l2", steps=5),
+    "cw": CW(lr=0.05, initial_const=0.3, search_steps=3, steps=15),
+}
+# A leaf that makes the attack stronger or weaker, with values for a sweep.
+SWEEPS = {"ifgsm": "eps", "pgd-linf": "eps", "pgd-l2": "eps", "cw": "initial_const"}
+BATCH, SIDE, CLASSES = 8, 16, 5
+KEY = jax.random.key(3)
+
+
+# Models: a linear one, a stock Flax NNX module, a bound Network of lax operations
+
+
+def some_images() -> jax.Array:
+    """Images with interior and saturated pixels."""
+    pixels = np.random.default_rng(1).uniform(-0.2, 1.2, (BATCH, SIDE, SIDE, 3))
+    return jnp.asarray(np.clip(pixels, 0, 1), jnp.float32)
+
+
+def linear_model():
+    weights = jax.random.normal(jax.random.key(0), (SIDE * SIDE * 3, CLASSES)) * 0.05
+    return Partial(lambda w, x: (x.reshape(x.shape[0], -1) - 0.5) @ w, weights)
+
+
+class Stock(nnx.Module):
+    """Stride, batch norm, depthwise convolution, max-pool, dense."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.second = nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+        self.dense = nnx.Linear(8 * 16, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x - 0.5)))
+        x = nnx.max_pool(nnx.relu(self.second(x)), (2, 2), (2, 2))
+        return 10 * self.dense(x.reshape(x.shape[0], -1))
+
+
+def bound_network():
+    def apply(params, x, tap):
+        conv = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = tap("one", jax.nn.gelu(conv((x - 0.5) / 0.25, params["one"], (2, 2), "SAME")))
+        x = tap("two", jax.nn.gelu(conv(x, params["two"], (1, 1), ((1, 1), (1, 1)))))
+        return jnp.mean(x, axis=(1, 2)) @ params["fc"] + params["bias"]
+
+    shapes = {"one": (5, 5, 3, 6), "two": (3, 3, 6, 7), "fc": (7, CLASSES)}
+    params = {
+        name: jax.random.normal(jax.random.key(i), shape) * (3 if name == "fc" else 0.15)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    network = Network(name="small", apply=apply, nodes=("one", "two"), image_size=SIDE, classes=CLASSES)
+    # Centred, so that several classes are within reach of a small perturbation.
+    logits = network.bind({**params, "bias": jnp.zeros(CLASSES)})(some_images())
+    return network.bind({**params, "bias": -jnp.mean(logits, axis=0)})
+
+
+class Problem(NamedTuple):
+    model: Any
+    images: jax.Array
+    labels: jax.Array
+    targets: jax.Array | None
+
+    def take(self, rows) -> "Problem":
+        rows = np.asarray(rows)
+        targets = None if self.targets is None else self.targets[rows]
+        return self._replace(images=self.images[rows], labels=self.labels[rows], targets=targets)
+
+
+PROBLEMS = ("linear", "linear-targeted", "stock", "network-targeted")
+SMALL = ("linear", "network-targeted")  # where another program must be compiled
+
+
+@functools.cache
+def problem(name: str) -> Problem:
+    """Images labelled with what the model says; targets of all other classes."""
+    kind, _, targeted = name.partition("-")
+    model = {"linear": linear_model, "stock": lambda: Stock(nnx.Rngs(0)), "network": bound_network}[kind]()
+    images = some_images()
+    labels = jnp.argmax(model(images), axis=-1)
+    targets = (labels + 1 + jnp.arange(BATCH) % (CLASSES - 1)) % CLASSES
+    return Problem(model, images, labels, targets if targeted else None)
+
+
+def attack_on(case: str | Attack, p: Problem, **kwargs) -> AttackResult:
+    attack = CASES[case] if isinstance(case, str) else case
+    return run(attack, p.model, p.images, p.labels, p.targets, **{"key": KEY, **kwargs})
+
+
+@functools.cache
+def solved(case: str, name: str) -> AttackResult:
+    return attack_on(case, problem(name))
+
+
+def assert_same(actual, expected):
+    """Pytrees of equal structure, equal to the last bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(actual):
+        other = dict((str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(expected))[str(path)]
+        a, b = np.asarray(leaf), np.asarray(other)
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+        assert a.tobytes() == b.tobytes(), path
+
+
+def assert_obeys(case: str | Attack, p: Problem, result: AttackResult, support=None, kappa: float = 0.0):
+    """Rules 2 and 3 on the returned images, judged by NumPy and a forward pass of their own."""
+    attack = CASES[case] if isinstance(case, str) else case
+    images, original = np.asarray(result.images), np.asarray(p.images)
+    success = np.asarray(result.success)
+    assert np.isfinite(images).all()
+    assert images.min() >= 0
+    assert images.max() <= 1
+    delta = images.astype(np.float64) - original
+    flat = delta.reshape(len(delta), -1)
+    np.testing.assert_array_equal(result.l0, (flat != 0).sum(1))
+    np.testing.assert_allclose(result.l1, np.abs(flat).sum(1), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(result.l2, np.sqrt((flat**2).sum(1)), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(result.linf, np.abs(flat).max(1), rtol=1e-5, atol=1e-7)
+    if hasattr(attack, "eps"):
+        size = np.sqrt((flat**2).sum(1)) if getattr(attack, "norm", "linf") == "l2" else np.abs(flat).max(1)
+        assert (size <= 1.0001 * np.asarray(attack.eps)).all()
+    if support is not None:
+        assert not delta[~np.broadcast_to(support, delta.shape)].any()
+    assert not delta[~success].any()
+    assert ((np.asarray(result.iterations) >= 0) == success).all()
+
+    logits = np.array(p.model(jnp.asarray(images)), np.float64)
+    rows = np.arange(len(logits))
+    chosen = np.asarray(p.labels if p.targets is None else p.targets)
+    own = logits[rows, chosen].copy()
+    predicted = logits.argmax(1)
+    logits[rows, chosen] = -np.inf
+    margin = logits.max(1) - own if p.targets is None else own - logits.max(1)
+    assert ((predicted != chosen) if p.targets is None else (predicted == chosen))[success].all()
+    assert (margin >= kappa)[success].all()
+
+
+over = functools.partial(pytest.mark.parametrize, "name")
+
+
+def each_attack(test):
+    return pytest.mark.parametrize("case", CASES)(test)
+
+
+def test_every_attack_of_the_registry_is_tested():
+    assert {type(attack) for attack in CASES.values()} == set(ATTACKS.values())
+    assert CASES.keys() == SWEEPS.keys()
+
+
+# Rule 1: an example's result is its own
+
+
+@each_attack
+@over(PROBLEMS)
+def test_a_batch_is_runs_of_one(case, name):
+    p, whole = problem(name), solved(case, name)
+    for i in range(BATCH):
+        assert_same(attack_on(case, p.take([i])), jax.tree.map(lambda x, i=i: x[i : i + 1], whole))
+
+
+@each_attack
+@over(PROBLEMS)
+def test_neither_order_nor_neighbours_matter(case, name):
+    p, whole = problem(name), solved(case, name)
+    for rows in ([5, 2, 7, 0, 4, 1, 3, 6], [3, 3, 3, 6, 3, 3, 3, 3]):
+        assert_same(attack_on(case, p.take(rows)), jax.tree.map(lambda x, rows=rows: x[np.array(rows)], whole))
+
+
+@each_attack
+def test_an_odd_batch_is_part_of_a_larger_one(case):
+    rows = np.array([6, 1, 4])
+    part = attack_on(case, problem("network-targeted").take(rows))
+    assert_same(part, jax.tree.map(lambda x: x[rows], solved(case, "network-targeted")))
+
+
+@each_attack
+@over(SMALL)
+def test_eight_devices_give_what_one_gives(case, name):
+    p = problem(name)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(p.images, NamedSharding(mesh, PartitionSpec("data")))
+    result = attack_on(case, p._replace(images=spread))
+    assert len(result.images.sharding.device_set) == 8
+    assert_same(result, solved(case, name))
+
+
+@each_attack
+def test_a_hyper_parameter_for_every_example_is_separate_runs_on_any_devices(case):
+    p, field = problem("linear"), SWEEPS[case]
+    values = np.linspace(0.2, 2, BATCH, dtype=np.float32) * getattr(CASES[case], field)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = p._replace(images=jax.device_put(p.images, NamedSharding(mesh, PartitionSpec("data"))))
+    together = attack_on(dataclasses.replace(CASES[case], **{field: jnp.asarray(values)}), p)
+    assert_same(attack_on(dataclasses.replace(CASES[case], **{field: jnp.asarray(values)}), spread), together)
+    for i, value in enumerate(values):
+        alone = attack_on(dataclasses.replace(CASES[case], **{field: float(value)}), p.take([i]))
+        assert_same(alone, jax.tree.map(lambda x, i=i: x[i : i + 1], together))
+
+
+# Rules 2 and 3: what is returned
+
+
+@each_attack
+@over(PROBLEMS)
+def test_results_lie_in_box_and_ball_and_succeed_as_they_say(case, name):
+    result = solved(case, name)
+    assert np.asarray(result.success).any()
+    assert_obeys(case, problem(name), result)
+
+
+@each_attack
+@over(PROBLEMS)
+def test_confidence_is_honoured(case, name):
+    p = problem(name)
+    result = attack_on(dataclasses.replace(CASES[case], kappa=0.2), p)
+    assert np.asarray(result.success).any()
+    assert_obeys(case, p, result, kappa=0.2)
+
+
+@each_attack
+@over(PROBLEMS)
+def test_failure_returns_the_original(case, name):
+    result = attack_on(dataclasses.replace(CASES[case], kappa=1e6), problem(name))
+    assert not np.asarray(result.success).any()
+    np.testing.assert_array_equal(result.images, problem(name).images)
+    np.testing.assert_array_equal(result.iterations, -1)
+
+
+@each_attack
+@over(SMALL)
+def test_nothing_changes_off_the_support(case, name):
+    p = problem(name)
+    support = np.zeros((BATCH, SIDE, SIDE, 1), bool)
+    support[:, :, 3:] = True
+    stronger = dataclasses.replace(CASES[case], **{SWEEPS[case]: 2 * getattr(CASES[case], SWEEPS[case])})
+    result = attack_on(stronger, p, support=support)
+    assert np.asarray(result.success).any()
+    assert_obeys(stronger, p, result, support=support)
+    # 0 and 1 in any shape that broadcasts mean the same.
+    assert_same(attack_on(stronger, p, support=support[:1].astype(np.float32)), result)
+
+
+@each_attack
+def test_no_support_at_all_returns_the_original(case):
+    p = problem("linear")
+    result = attack_on(case, p, support=np.zeros((BATCH, SIDE, SIDE, 1), bool))
+    assert not np.asarray(result.success).any()
+    np.testing.assert_array_equal(result.images, p.images)
+
+
+@pytest.mark.parametrize("case", [case for case, attack in CASES.items() if hasattr(attack, "eps")])
+@over(PROBLEMS)
+def test_radius_zero_returns_the_input(case, name):
+    p = problem(name)
+    result = attack_on(dataclasses.replace(CASES[case], eps=0.0), p)
+    np.testing.assert_array_equal(result.images, p.images)
+    assert not np.asarray(result.success).any()
+
+
+@each_attack
+@over(["linear", "linear-targeted"])
+def test_pixels_at_zero_and_one_can_move(case, name):
+    p = problem(name)
+    images = jnp.round(p.images)
+    labels = jnp.argmax(p.model(images), axis=-1)
+    p = p._replace(images=images, labels=labels, targets=None if p.targets is None else (labels + 1) % CLASSES)
+    size = 40 if case == "cw" else 8
+    strong = dataclasses.replace(CASES[case], **{SWEEPS[case]: size * getattr(CASES[case], SWEEPS[case])})
+    result = attack_on(strong, p)
+    assert np.asarray(result.success).all()
+    assert_obeys(strong, p, result)
+    moved = np.abs(np.asarray(result.images) - images) > 1e-3
+    for value in (0, 1):
+        assert (moved & (np.asarray(images) == value)).any(axis=(1, 2, 3)).all()
+
+
+@each_attack
+@over(PROBLEMS)
+def test_an_adversarial_input_is_a_success(case, name):
+    p = problem(name)
+    predicted = p.labels
+    p = p._replace(labels=(predicted + 1) % CLASSES, targets=None if p.targets is None else predicted)
+    result = attack_on(case, p)
+    assert np.asarray(result.success).all()
+    assert_obeys(case, p, result)
+    if case == "cw":  # the nearest adversarial image is the input
+        np.testing.assert_array_equal(result.images, p.images)
+        np.testing.assert_array_equal(result.forward, 1)
+        np.testing.assert_array_equal(result.backward, 0)
+    if case == "ifgsm":
+        np.testing.assert_array_equal(result.iterations, 0)
+
+
+# Rule 4: logits that are shifted, constant, or not numbers
+
+
+@each_attack
+@over(SMALL)
+def test_a_constant_added_to_all_logits_changes_nothing(case, name):
+    p, expected = problem(name), solved(case, name)
+    for shift in (64.0, -200.0):  # with -200, all logits are negative
+        shifted = Partial(lambda model, c, x: model(x) + c, p.model, jnp.float32(shift))
+        result = attack_on(case, p._replace(model=shifted))
+        assert (np.asarray(shifted(result.images)) * np.sign(shift) > 0).all()
+        np.testing.assert_array_equal(result.success, expected.success)
+        for distance in ("l2", "linf"):
+            np.testing.assert_allclose(getattr(result, distance), getattr(expected, distance), atol=1e-3)
+
+
+@each_attack
+def test_zero_gradients_leave_a_finite_result(case):
+    p = problem("linear")
+    constant = Partial(lambda c, x: jnp.tile(c, (x.shape[0], 1)), jax.nn.one_hot(0, CLASSES))
+    result = attack_on(case, p._replace(model=constant, labels=jnp.zeros(BATCH, jnp.int32)))
+    assert not np.asarray(result.success).any()
+    np.testing.assert_array_equal(result.images, p.images)
+
+
+@each_attack
+def test_logits_that_are_not_numbers_leave_a_finite_result(case):
+    p, expected = problem("linear"), solved(case, "linear")
+    sick = np.array([0, 1, 0, 1, 0, 0, 0, 1], bool)
+    # The network fails on images that are dark on average in their first row.
+    images = jnp.where(sick[:, None, None, None] & (np.arange(SIDE) == 0)[:, None, None], 0, p.images)
+    kept = p.images.at[:, 0].set(jnp.where(sick[:, None, None], 0, p.images[:, 0]))
+    np.testing.assert_array_equal(images, kept)
+
+    def fails(model, x):
+        dark = jnp.mean(x[:, 0], axis=(1, 2)) < 0.2
+        return jnp.where(dark[:, None], jnp.nan, model(x))
+
+    result = attack_on(case, p._replace(model=Partial(fails, p.model), images=images))
+    assert not np.asarray(result.success)[sick].any()
+    np.testing.assert_array_equal(np.asarray(result.images)[sick], np.asarray(images)[sick])
+    # Its neighbours are attacked as if it were not there.
+    np.testing.assert_array_equal(np.asarray(result.success)[~sick], np.asarray(expected.success)[~sick])
+    np.testing.assert_allclose(np.asarray(result.l2)[~sick], np.asarray(expected.l2)[~sick], rtol=1e-5)
+
+
+# Rule 5: a run can be cut into pieces
+
+
+@each_attack
+@over(SMALL)
+def test_run_is_jit_is_steps_is_chunks_is_resume(case, name, tmp_path):
+    attack, p, expected = CASES[case], problem(name), solved(case, name)
+    arguments = (p.model, p.images, p.labels, p.targets)
+    first = start(attack, *arguments, key=KEY)
+    assert not finished(first)
+
+    # One jit around it all.
+    assert_same(jax.jit(functools.partial(run, key=KEY))(attack, *arguments), expected)
+
+    # A Python loop of steps.
+    step, state = jax.jit(type(attack).step), first
+    for _ in range(attack.iterations):
+        state = step(attack, p.model, state)
+    assert finished(state)
+    assert_same(finish(attack, state), expected)
+
+    # Chunks, with the state stored and restored in the middle.
+    state = advance(attack, p.model, first, 4)
+    leaves, structure = jax.tree.flatten(state)
+    assert not finished(state)
+    np.savez(tmp_path / "state.npz", *map(np.asarray, leaves))
+    with np.load(tmp_path / "state.npz") as stored:
+        restored = jax.tree.unflatten(structure, [jnp.asarray(stored[f"arr_{i}"]) for i in range(len(leaves))])
+    while not finished(restored):
+        restored = advance(attack, p.model, restored, 4)
+    assert_same(finish(attack, restored), expected)
+    np.testing.assert_array_equal(restored.examples.labels, p.labels)
+    if p.targets is not None:
+        np.testing.assert_array_equal(restored.examples.targets, p.targets)
+
+    # Nothing that is finished changes.
+    assert_same(finish(attack, advance(attack, p.model, restored, 2)), expected)
+
+
+@each_attack
+def test_a_finished_example_stays_as_it_is_beside_one_that_goes_on(case):
+    """States of different progress can be put into one batch, as an example's place in its search is its own."""
+    attack, p, expected = CASES[case], problem("linear"), solved(case, "linear")
+    first = start(attack, p.model, p.images, p.labels, key=KEY)
+    ahead = advance(attack, p.model, first, attack.iterations - 1)
+    order = np.arange(BATCH) % 2 == 0
+    mixed = jax.tree.map(lambda a, b: jnp.where(order.reshape(-1, *[1] * (a.ndim - 1)), a, b), first, ahead)
+    assert_same(finish(attack, advance(attack, p.model, mixed)), expected)
+
+
+def test_arguments_are_left_alone():
+    p = problem("linear-targeted")
+    images, labels, targets = (np.array(x) for x in p[1:])
+    given = images.copy(), labels.copy(), targets.copy()
+    for attack in CASES.values():
+        run(attack, p.model, images, labels, targets, key=KEY)
+    for before, after in zip(given, (images, labels, targets), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+# What it costs, and what is compiled
+
+
+@each_attack
+def test_passes_are_counted_as_they_run(case):
+    counts = {"forward": 0, "backward": 0}
+
+    def counted(name):
+        counts[name] += 1
+
+    @jax.custom_vjp
+    def probe(x):
+        jax.debug.callback(functools.partial(counted, "forward"))
+        return x
+
+    def forward(x):
+        return probe(x), None
+
+    def backward(_, g):
+        jax.debug.callback(functools.partial(counted, "backward"))
+        return (g,)
+
+    probe.defvjp(forward, backward)
+    p = problem("linear-targeted").take([2])
+    result = attack_on(case, p._replace(model=Partial(lambda model, x: model(probe(x)), p.model)))
+    jax.block_until_ready(result)
+    jax.effects_barrier()
+    assert counts == {"forward": int(result.forward[0]), "backward": int(result.backward[0])}
+    assert counts["backward"] > 0
+
+
+@pytest.mark.parametrize("case", [case for case, attack in CASES.items() if hasattr(attack, "stop_on_success")])
+def test_stopping_at_success_saves_passes(case):
+    p = problem("linear")
+    attack = dataclasses.replace(CASES[case], stop_on_success=True)
+    result, whole = attack_on(attack, p), solved(case, "linear")
+    success = np.asarray(whole.success)
+    np.testing.assert_array_equal(result.success, success)
+    np.testing.assert_array_equal(result.iterations, whole.iterations)
+    np.testing.assert_array_equal(
+        np.asarray(result.forward), np.where(success, np.asarray(whole.iterations) + 1, attack.steps + 1)
+    )
+    assert (np.asarray(result.forward) < attack.steps + 1).any()
+    assert_obeys(attack, p, result)
+
+
+class Traces:
+    """A model that counts how often it is traced."""
+
+    def __init__(self, model):
+        self.model, self.count = model, 0
+
+    def __call__(self, x):
+        self.count += 1
+        return self.model(x)
+
+    def during(self, function, *args):
+        before = self.count
+        jax.block_until_ready(function(*args))
+        return self.count - before
+
+
+@each_attack
+def test_two_values_share_one_program(case):
+    p, field = problem("linear"), SWEEPS[case]
+    model = Traces(p.model)
+
+    def with_value(value):
+        attack_on(dataclasses.replace(CASES[case], **{field: value}), p._replace(model=model))
+
+    value = getattr(CASES[case], field)
+    first = model.during(with_value, value)
+    again = model.during(with_value, value)
+    assert first > again
+    for other in (2 * value, jnp.float32(3 * value), jnp.full(BATCH, value), np.float64(value)):
+        assert model.during(with_value, other) <= again
+
+
+@each_attack
+@over(["linear", "network-targeted"])
+def test_a_sweep_is_one_program_and_separate_runs(case, name):
+    p, field = problem(name), SWEEPS[case]
+    model = Traces(p.model)
+
+    def one(value):
+        return attack_on(dataclasses.replace(CASES[case], **{field: value}), p._replace(model=model))
+
+    sweep = jax.jit(jax.vmap(one))
+    values = jnp.asarray([0.5, 1.0, 2.0]) * getattr(CASES[case], field)
+    together = sweep(values)
+    for i in range(3):
+        alone = attack_on(dataclasses.replace(CASES[case], **{field: values[i]}), p)
+        assert_same(jax.tree.map(lambda x, i=i: x[i], together), alone)
+    assert model.during(sweep, 1.5 * values) == 0
+
+
+# Randomness
+
+
+@each_attack
+def test_keys_decide_random_starts_and_nothing_else(case):
+    p = problem("linear")
+
+    def state(key, **kwargs):
+        return start(CASES[case], p.model, p.images, p.labels, key=jax.random.key(key), **kwargs)
+
+    assert_same(state(0), state(0))
+    random = getattr(CASES[case], "random_start", False)
+    if not random:
+        assert_same(state(0), state(1))
+        return
+    base, other = np.asarray(state(0).images), np.asarray(state(1).images)
+    assert (base != other).mean() > 0.5
+    offsets = base - np.asarray(p.images)
+    assert (offsets[0] != offsets[1]).mean() > 0.5  # examples draw their own
+
+    # Ids in place of pixels: the same id draws the same numbers, whatever the pixels.
+    ids = np.array([7, 7, 1, 2, 3, 4, 5, 2**31 - 1])
+    interior = p._replace(images=0.25 + 0.5 * p.images)
+    drawn = np.asarray(
+        start(CASES[case], p.model, interior.images, p.labels, key=KEY, ids=ids).images - interior.images
+    )
+    np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-6)
+    assert len({round(float(d.ravel()[0]), 7) for d in drawn}) == BATCH - 1
+    rows = np.array([3, 0, 7])
+    some = interior.take(rows)
+    part = start(CASES[case], p.model, some.images, some.labels, key=KEY, ids=ids[rows])
+    np.testing.assert_array_equal(np.asarray(part.images - some.images), drawn[rows])
