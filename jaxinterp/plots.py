@@ -482,6 +482,43 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
     return figure
 
 
+@style.context(_STYLE)
+def scores(values: Mapping[str, ArrayLike], *, null: float) -> Figure:
+    """Interpretability scores of the pictures for each attack, with their mean and the null.
+
+    Args:
+        values: attack -> one score for each picture; those that are not finite are left out.
+        null: the score of an even perturbation.
+
+    Returns:
+        A figure with one column of points per attack.
+
+    Raises:
+        ValueError: no attack.
+    """
+    if not values:
+        raise ValueError("values is empty, expected at least one attack")
+    figure = Figure(figsize=(max(6.0, 2.0 + 1.7 * len(values)), 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for place, column in enumerate(values.values()):
+        points = np.asarray(column, np.float64)
+        points = np.sort(points[np.isfinite(points)])
+        # Spread sideways in a fixed zigzag, so that equal scores do not hide each other.
+        sideways = place + 0.22 * ((np.arange(len(points)) % 5) / 2 - 1)
+        axes.scatter(sideways, points, s=26, color="#0072b2", alpha=0.75, linewidths=0)
+        if len(points):
+            mean = float(np.mean(points))
+            axes.plot([place - 0.32, place + 0.32], [mean, mean], color="#111111", linewidth=2)
+            axes.annotate(f"{mean:.3f}", (place + 0.34, mean), va="center", size=8.5, color=_MUTED)
+    axes.axhline(null, color="#d55e00", linestyle="--", linewidth=1.2)
+    axes.annotate(f"null {null:.3f}", (-0.55, null), xytext=(0, 3), textcoords="offset points", size=8.5)
+    axes.set_xticks(range(len(values)), [_wrap(attack, 1.7, 10.0) for attack in values], size=10)
+    axes.set_xlim(-0.6, len(values) - 0.3)
+    axes.set_ylabel("interpretability score, true class's map")
+    _quiet(axes)
+    return figure
+
+
 # ---- Files -------------------------------------------------------------------------------------------------
 
 

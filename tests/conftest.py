@@ -9,8 +9,25 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jaxinterp", "beartype.beartype")
 
+from pathlib import Path  # noqa: E402
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--run-parity."""
+    parser.addoption("--run-parity", action="store_true", help="also compare with PyTorch, which must be installed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests/parity unless it is asked for."""
+    if config.getoption("--run-parity"):
+        return
+    skip = pytest.mark.skip(reason="comparisons with PyTorch run with --run-parity (make parity)")
+    for item in items:
+        if Path(__file__).parent / "parity" in item.path.parents:
+            item.add_marker(skip)
 
 
 @pytest.fixture

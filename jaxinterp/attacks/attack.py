@@ -17,6 +17,10 @@ from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
 
+# A hyper-parameter: one number, or one for every example.
+Real = float | Float[Array, ""] | Float[Array, " b"]
+
+
 @runtime_checkable
 class State(Protocol):
     """What the driver needs to see of an attack's state."""

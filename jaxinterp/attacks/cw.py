@@ -19,6 +19,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import (
     AttackResult,
     Examples,
+    Real,
     Record,
     along,
     norm,
@@ -72,9 +73,9 @@ class CW:
 
     name: ClassVar[str] = "cw"
 
-    lr: float | Float[Array, " b"] = 0.01
-    initial_const: float | Float[Array, " b"] = 1e-3
-    kappa: float | Float[Array, " b"] = 0.0
+    lr: Real = 0.01
+    initial_const: Real = 1e-3
+    kappa: Real = 0.0
     search_steps: int = static(default=9)
     steps: int = static(default=1000)
     abort_early: bool = static(default=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from jaxtyping import Array, Float
-
 from jaxinterp.attacks import descent
-from jaxinterp.attacks.attack import AttackResult, Examples
+from jaxinterp.attacks.attack import AttackResult, Examples, Real
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -28,9 +26,9 @@ class IFGSM:
 
     name: ClassVar[str] = "ifgsm"
 
-    eps: float | Float[Array, " b"] = 8 / 255
-    step_size: float | Float[Array, " b"] | None = None
-    kappa: float | Float[Array, " b"] = 0.0
+    eps: Real = 8 / 255
+    step_size: Real | None = None
+    kappa: Real = 0.0
     steps: int = static(default=20)
     stop_on_success: bool = static(default=False)
 

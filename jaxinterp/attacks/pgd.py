@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from jaxtyping import Array, Float
-
 from jaxinterp.attacks import descent
-from jaxinterp.attacks.attack import AttackResult, Examples, per_example
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, per_example
 from jaxinterp.attacks.constraint import Norm, project, random_in_ball
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
@@ -31,9 +29,9 @@ class PGD:
 
     name: ClassVar[str] = "pgd"
 
-    eps: float | Float[Array, " b"] = 8 / 255
-    step_size: float | Float[Array, " b"] | None = None
-    kappa: float | Float[Array, " b"] = 0.0
+    eps: Real = 8 / 255
+    step_size: Real | None = None
+    kappa: Real = 0.0
     norm: Norm = static(default="linf")
     steps: int = static(default=20)
     random_start: bool = static(default=True)

@@ -83,7 +83,7 @@ def batches(
 
 
 def _warn(error: DamagedImage) -> None:
-    warnings.warn(f"skipped {error}", stacklevel=4)  # _warn, _examples, _batches, then the consumer's loop
+    warnings.warn(f"skipped {error}", stacklevel=4)  # the consumer's loop
 
 
 def _batches(

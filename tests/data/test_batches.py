@@ -79,10 +79,9 @@ def test_number_of_threads_changes_nothing():
 
 
 def test_damaged_items_warn_by_default():
-    with pytest.warns(UserWarning, match="skipped n1: made so") as caught:
+    with pytest.warns(UserWarning, match="skipped n1: made so"):
         (batch,) = batches(Numbers(3, {1}), 2)
     assert batch.ids == ("n0", "n2")
-    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])

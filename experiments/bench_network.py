@@ -1,0 +1,172 @@
+"""Forward pass and input gradient of EfficientNet-Lite: JAX against PyTorch on the same CPU cores.
+
+    python experiments/bench_network.py --model efficientnet_lite0 --batch 8 --out results/bench.jsonl
+
+All programs run in one process, in turn, so that they share whatever else the machine does; a ratio is the median of
+the ratios of the rounds. PyTorch is in eval mode with frozen weights, under inference_mode for the forward pass. Both
+gradients are those of one class logit with respect to the images. Needs torch (pip install "jaxinterp[torch]");
+without it only JAX is timed.
+
+Expected time: 1 minute on two cores. Expected result: forward at most 1.1 times PyTorch's in channels_last, input
+gradient at most 1.5 times.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+TARGETS = {"forward": 1.1, "input gradient": 1.5}
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every function in every round; each round runs all of them, each one first in its turn."""
+    names = list(functions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            functions[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times: Sequence[float], references: Sequence[float]) -> list[float]:
+    """Round by round, so that what slows a whole round cancels."""
+    return [a / b for a, b in zip(times, references, strict=True)]
+
+
+def middle(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def shown(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Median and quartiles as text."""
+    m = {name: f"{value * scale:.{digits}f}" for name, value in middle(values).items()}
+    return f"{m['median']} ({m['low']} to {m['high']})"
+
+
+def verdict(value: float, target: float) -> str:
+    """Whether `value` is at most `target`, as text."""
+    return f"target <= {target:g}: {'met' if value <= target else 'NOT met'}"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, operating system, and the versions that timings depend on."""
+    versions = {"python": platform.python_version()}
+    for package in ("jaxinterp", "jax", "jaxlib", "flax", "torch"):
+        if importlib.util.find_spec(package):
+            versions[package] = importlib.metadata.version(package)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = models[0] if models else platform.processor()
+    return {"cpu": cpu, "cores": cores(), "system": platform.platform(), "versions": versions}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def append(out: Path | None, benchmark: str, figures: Mapping[str, Any]) -> None:
+    """Appends one JSON line: what was measured, when, where, with which versions."""
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    line = {"benchmark": benchmark, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **machine(), **figures}
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"appended to {out}")
+
+
+def main(model: str = "efficientnet_lite0", batch: int = 8, rounds: int = 15, out: Path | None = None) -> None:
+    """Times forward pass and input gradient.
+
+    Args:
+        model: Network; its weights must have been converted with `jaxinterp convert`.
+        batch: Images in a batch.
+        rounds: How often everything is timed.
+        out: File to which one JSON line is appended.
+    """
+    import jax
+    import numpy as np
+
+    import jaxinterp
+
+    network, params = jaxinterp.load(model)
+    size = network.image_size
+    images = np.random.default_rng(0).random((batch, size, size, 3), dtype=np.float32)
+    bound, on_device = network.bind(params), jax.numpy.asarray(images)
+    forward = jax.jit(lambda model, x: model(x))
+    gradient = jax.jit(jax.grad(lambda x, model: model(x)[:, 0].sum()))
+    programs: dict[str, dict[str, Callable[[], Any]]] = {
+        "forward": {"jax": lambda: jax.block_until_ready(forward(bound, on_device))},
+        "input gradient": {"jax": lambda: jax.block_until_ready(gradient(on_device, bound))},
+    }
+    if importlib.util.find_spec("torch"):
+        for what, those in _torch_programs(model, images).items():
+            programs[what].update(those)
+    else:
+        print("torch is not installed: JAX only, no ratios")
+
+    figures: dict[str, Any] = {"model": model, "batch": batch, "size": size, "rounds": rounds, "results": {}}
+    print(f"{model}, batch {batch} at {size} px, {cores()} cores, {rounds} rounds; median (quartiles)")
+    for what, those in programs.items():
+        results = {name: np.asarray(run()) for name, run in those.items()}  # compiles, too
+        times = interleaved(those, rounds)
+        row: dict[str, Any] = {"seconds": {name: middle(values) for name, values in times.items()}}
+        for name, values in times.items():
+            print(f"  {what:15}{name:21}{shown(values, 1e3):>28} ms")
+        if "torch" in times:
+            nhwc = results["torch"].transpose(0, 2, 3, 1) if results["torch"].ndim == 4 else results["torch"]
+            error = float(np.abs(results["jax"] - nhwc).max() / np.abs(nhwc).max())
+            print(f"  {what:15}largest difference of JAX and PyTorch, relative to the largest value: {error:.1e}")
+            row["difference"] = error
+            for name in ("torch", "torch channels_last"):
+                ratio = ratios(times["jax"], times[name])
+                target = verdict(middle(ratio)["median"], TARGETS[what]) if name != "torch" else ""
+                print(f"  {what:15}{'jax / ' + name:27}{shown(ratio, digits=2):>22}    {target}")
+                row[f"jax / {name}"] = middle(ratio)
+        figures["results"][what] = row
+    append(out, "network", figures)
+
+
+def _torch_programs(model: str, images: Any) -> dict[str, dict[str, Callable[[], Any]]]:
+    import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
+    import torch_reference
+
+    torch.set_num_threads(cores())
+    print(f"torch {torch.__version__} on {torch.get_num_threads()} threads")
+    programs: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "input gradient": {}}
+    for name, layout in (("torch", torch.contiguous_format), ("torch channels_last", torch.channels_last)):
+        network = torch_reference.load(model).to(memory_format=layout)
+        x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).contiguous(memory_format=layout)
+
+        def forward(network=network, x=x):
+            with torch.inference_mode():
+                return network(x)
+
+        def gradient(network=network, x=x):
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(network(leaf)[:, 0].sum(), leaf)[0]
+
+        programs["forward"][name] = forward
+        programs["input gradient"][name] = gradient
+    return programs
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,96 @@
+"""Results directories: whole files only, resume with the same config, refusal of another, tables that read back."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+
+from jaxinterp.runs import Run, replacing
+
+CONFIG = {"model": "m", "attacks": {"cw": {"steps": 3, "lr": 0.01}}, "cell": 14}
+
+
+def test_the_same_config_continues_and_parts_read_back(tmp_path):
+    run = Run(tmp_path / "r", CONFIG)
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "names": np.array(["x", "yy"])}
+    run.write_part("one", arrays)
+    again = Run(tmp_path / "r", CONFIG)
+    back = again.read_part("one")
+    assert back is not None
+    assert back.keys() == arrays.keys()
+    for key, value in arrays.items():
+        assert back[key].dtype == value.dtype
+        np.testing.assert_array_equal(back[key], value)
+    assert again.read_part("two") is None
+
+
+def test_another_config_is_refused_and_the_difference_named(tmp_path):
+    Run(tmp_path / "r", CONFIG)
+    other = {**CONFIG, "attacks": {"cw": {"steps": 4, "lr": 0.01}}}
+    with pytest.raises(ValueError, match=r"attacks\.cw\.steps: 3 there, 4 asked") as caught:
+        Run(tmp_path / "r", other)
+    assert "lr" not in str(caught.value)
+    assert "cell" not in str(caught.value)
+
+
+def test_a_directory_of_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not a results directory"):
+        Run(tmp_path, CONFIG)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="not a directory"):
+        Run(file, CONFIG)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        Run(damaged, CONFIG)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 truncated", b"not a zip"])
+def test_a_damaged_part_counts_as_unfinished(tmp_path, damage):
+    run = Run(tmp_path / "r", CONFIG)
+    run.write_part("one", {"a": np.ones(4)})
+    path = tmp_path / "r" / "parts" / "one.npz"
+    path.write_bytes(damage)
+    assert run.read_part("one") is None
+
+
+def test_a_part_with_a_pickle_is_not_unpickled(tmp_path):
+    run = Run(tmp_path / "r", CONFIG)
+    run.write_part("one", {"a": np.ones(1)})
+    np.savez(tmp_path / "r" / "parts" / "one.npz", a=np.array([{"an": "object"}], dtype=object))
+    assert run.read_part("one") is None
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as file:
+            file.write(b"half of the ")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_a_table_reads_back_to_the_same_float32(tmp_path, rng):
+    run = Run(tmp_path / "r", CONFIG)
+    values = rng.standard_normal(50).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, 50).astype(np.float32)
+    rows = [{"x": v, "n": np.int32(i), "name": 'a "quoted", name', "ok": np.bool_(i % 2)} for i, v in enumerate(values)]
+    path = run.write_table("t.csv", ["name", "x", "n", "ok", "absent"], [*rows, {"x": np.float32("nan"), "n": None}])
+    with open(path, newline="") as file:
+        back = list(csv.DictReader(file))
+    np.testing.assert_array_equal(np.array([row["x"] for row in back[:-1]], np.float32), values)
+    assert back[3]["name"] == 'a "quoted", name'
+    assert back[3]["ok"] == "true"
+    assert back[4]["n"] == "4"
+    assert back[-1]["x"] == back[-1]["n"] == back[0]["absent"] == ""
+    infinite = run.write_table("i.csv", ["x"], [{"x": np.float32("inf")}, {"x": -np.inf}])
+    assert infinite.read_text() == "x\ninf\n-inf\n"

@@ -1,0 +1,48 @@
+"""Bootstrap intervals: known coverage, degenerate samples, reproducibility."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxinterp.statistics import bootstrap_mean
+
+
+def test_the_interval_has_the_width_that_theory_gives(rng):
+    values = rng.standard_normal(400)
+    estimate = bootstrap_mean(values, seed=0)
+    half = 1.96 * np.std(values, ddof=1) / 20
+    assert estimate.mean == pytest.approx(np.mean(values))
+    assert estimate.low == pytest.approx(estimate.mean - half, abs=0.15 * half)
+    assert estimate.high == pytest.approx(estimate.mean + half, abs=0.15 * half)
+
+
+def test_about_one_interval_in_twenty_misses(rng):
+    hits = 0
+    for seed in range(120):
+        estimate = bootstrap_mean(rng.normal(3.0, 2.0, 30), seed=seed)
+        hits += estimate.low <= 3.0 <= estimate.high
+    assert 0.87 * 120 <= hits <= 120
+
+
+def test_values_that_are_not_finite_are_left_out_and_counted():
+    estimate = bootstrap_mean([1.0, math.nan, 3.0, math.inf], seed=0)
+    assert (estimate.mean, estimate.count) == (2.0, 2)
+    assert bootstrap_mean([math.nan], seed=0).count == 0
+    assert format(bootstrap_mean([], seed=0)) == "-"
+
+
+def test_degenerate_samples():
+    one = bootstrap_mean([0.25], seed=0)
+    assert (one.mean, one.count) == (0.25, 1)
+    assert math.isnan(one.low)
+    assert one.interval == (0.25, 0.25, 0.25)
+    assert format(one, ".2f") == "0.25 (one picture)"
+    same = bootstrap_mean([0.5, 0.5, 0.5], seed=0)
+    assert (same.low, same.high) == (0.5, 0.5)
+
+
+def test_the_same_seed_gives_the_same_interval(rng):
+    values = rng.random(20)
+    assert bootstrap_mean(values, seed=3) == bootstrap_mean(values, seed=3)
+    assert bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
