@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import platform
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +95,7 @@ def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
     commands = {"explain": explain, "convert": convert}
     try:
+        _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="jaxinterp", description=_DESCRIPTION, args=args, sort_subcommands=False
         )
@@ -107,6 +112,24 @@ _DESCRIPTION = (
     "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
 which promote the target, and where they lie on the class activation maps."
 )
+
+
+def _keep_compiled_programs() -> None:
+    """Compiled programs are kept between processes, in the user's cache, for this kind of processor only.
+
+    JAX's own settings, where they are given, come first.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    processor = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        processor += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(home / "jaxinterp" / f"xla-{kind}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _reason(error: BaseException) -> str:

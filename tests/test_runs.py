@@ -82,8 +82,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_table_reads_back_to_the_same_float32(tmp_path, rng):
     run = Run(tmp_path / "r", CONFIG)
-    values = rng.standard_normal(50).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, 50).astype(np.float32)
-    rows = [{"x": v, "n": np.int32(i), "name": 'a "quoted", name', "ok": np.bool_(i % 2)} for i, v in enumerate(values)]
+    values = rng.standard_normal(50).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, 50).astype(
+        np.float32
+    )
+    rows = [
+        {"x": v, "n": np.int32(i), "name": 'a "quoted", name', "ok": np.bool_(i % 2)} for i, v in enumerate(values)
+    ]
     path = run.write_table("t.csv", ["name", "x", "n", "ok", "absent"], [*rows, {"x": np.float32("nan"), "n": None}])
     with open(path, newline="") as file:
         back = list(csv.DictReader(file))

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
-
 # A hyper-parameter: one number, or one for every example.
 Real = float | Float[Array, ""] | Float[Array, " b"]
 

@@ -207,7 +207,9 @@ def check(
         raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
     known = None if isinstance(images, Tracer) else np.asarray(images)
     if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
-        raise ValueError(f"images must be finite and in [0, 1], got values from {np.min(known):g} to {np.max(known):g}")
+        raise ValueError(
+            f"images must be finite and in [0, 1], got values from {np.min(known):g} to {np.max(known):g}"
+        )
     images = images.astype(jnp.float32)
     logits = jax.eval_shape(model, images)
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != images.shape[0]:
