@@ -122,12 +122,12 @@ def pse(
 
     Raises:
         ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label, a
-            cell larger than the image.
+            cell larger than the image, a chunk below 1.
         TypeError: as `jaxinterp.attacks.run`.
     """
     model = as_model(model)
-    clean, labels, targets, _ = check(model, clean, labels, targets)
-    adversarial = check(model, adversarial, labels)[0]
+    clean, labels, targets, _ = check(model, clean, labels, targets, name="clean")
+    adversarial = check(model, adversarial, labels, name="adversarial")[0]
     if adversarial.shape != clean.shape:
         raise ValueError(f"adversarial images {adversarial.shape} and clean images {clean.shape} must match")
     if targets is None:
@@ -136,6 +136,8 @@ def pse(
     rows, columns = grid(clean.shape[1], clean.shape[2], cell)
     if chunk is None:
         chunk = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     chunk = min(chunk, clean.shape[0] * (rows * columns + 1))
     program = _leave_one_out(mesh_of(clean), cell, chunk)
     return program(model, clean, adversarial, labels, targets, jnp.float32(tolerance))

@@ -194,17 +194,18 @@ def _example_keys(key, images, ids):
 
 
 def check(
-    model: Model, images: Any, labels: Any, targets: Any = None, support: Any = None
+    model: Model, images: Any, labels: Any, targets: Any = None, support: Any = None, *, name: str = "images"
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The problem as arrays: float32 images, int32 labels and targets, boolean support of the images' shape.
 
-    Values are checked where they are known; under a trace only shapes and types are. Errors are those of `run`.
+    Values are checked where they are known; under a trace only shapes and types are. Errors are those of `run`, with
+    the images called `name`.
     """
-    images = _array(images, "images")
+    images = _array(images, name)
     if images.ndim != 4:
-        raise ValueError(f"images must be [B,H,W,C], got shape {images.shape}")
+        raise ValueError(f"{name} must be [B,H,W,C], got shape {images.shape}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
+        raise TypeError(f"{name} must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
     known = None if isinstance(images, Tracer) else np.asarray(images)
     if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
         raise ValueError(

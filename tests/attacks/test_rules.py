@@ -291,7 +291,7 @@ def test_pixels_at_zero_and_one_can_move(case, name):
     labels = jnp.argmax(p.model(images), axis=-1)
     p = p._replace(images=images, labels=labels, targets=None if p.targets is None else (labels + 1) % CLASSES)
     # In the variable of C&W, 0 and 1 are some seven units away from the interior.
-    stronger = {"lr": 0.5, "initial_const": 10.0} if case == "cw" else {"eps": 8 * CASES[case].eps}
+    stronger = {"lr": 1.0, "initial_const": 10.0} if case == "cw" else {"eps": 8 * CASES[case].eps}
     strong = dataclasses.replace(CASES[case], **stronger)
     result = attack_on(strong, p)
     assert np.asarray(result.success).all()
@@ -503,7 +503,7 @@ def test_two_values_share_one_program(case):
 
 
 @each_attack
-@over(["linear", "network-targeted"])
+@over(SMALL)
 def test_a_sweep_is_one_program_and_separate_runs(case, name):
     p, field = problem(name), SWEEPS[case]
     model = Traces(p.model)
@@ -516,7 +516,13 @@ def test_a_sweep_is_one_program_and_separate_runs(case, name):
     together = sweep(values)
     for i in range(3):
         alone = attack_on(dataclasses.replace(CASES[case], **{field: values[i]}), p)
-        assert_same(jax.tree.map(lambda x, i=i: x[i], together), alone)
+        one_of = jax.tree.map(lambda x, i=i: np.asarray(x[i]), together)
+        for exact in ("success", "iterations", "forward", "backward"):
+            np.testing.assert_array_equal(getattr(one_of, exact), getattr(alone, exact))
+        # Another shape is other machine code, which may round a product and a sum once or twice.
+        for distance in ("l1", "l2", "linf"):
+            np.testing.assert_allclose(getattr(one_of, distance), getattr(alone, distance), rtol=1e-3)
+        assert (np.abs(one_of.images - np.asarray(alone.images)) < 1e-4).mean() > 0.999
     assert model.during(sweep, 1.5 * values) == 0
 
 
@@ -547,7 +553,8 @@ def test_keys_decide_random_starts_and_nothing_else(case):
         start(CASES[case], p.model, interior.images, p.labels, key=KEY, ids=ids).images - interior.images
     )
     np.testing.assert_allclose(drawn[0], drawn[1], atol=1e-6)
-    assert len({round(float(d.ravel()[0]), 7) for d in drawn}) == BATCH - 1
+    far = np.abs(drawn[:, None] - drawn[None]).max(axis=(2, 3, 4)) > 1e-3
+    np.testing.assert_array_equal(far, ids[:, None] != ids[None])
     rows = np.array([3, 0, 7])
     some = interior.take(rows)
     part = start(CASES[case], p.model, some.images, some.labels, key=KEY, ids=ids[rows])
