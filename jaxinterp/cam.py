@@ -60,12 +60,12 @@ def maps(
     if node != network.cam_node:
         raise ValueError(f'method "cam" is defined for node {network.cam_node!r} of {network.name}, not {node!r}')
     classes = jnp.asarray(classes)
-    if classes.ndim not in (1, 2) or not jnp.issubdtype(classes.dtype, jnp.integer):
+    if classes.ndim not in (1, 2) or 0 in classes.shape[1:] or not jnp.issubdtype(classes.dtype, jnp.integer):
         raise ValueError(f"classes must be integers [B] or [B,n], got {classes.dtype} of shape {classes.shape}")
     model = network.bind(params)
     several = classes if classes.ndim == 2 else classes[:, None]
     for column in range(several.shape[1]):
-        images, _, _, _ = check(model, images, several[:, column])
+        images, _, _, _ = check(model, images, several[:, column], names=("images", "classes"))
     result = _cam(network, node)(params, images, several)
     return result if classes.ndim == 2 else result[:, 0]
 

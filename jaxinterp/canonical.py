@@ -6,10 +6,10 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
 * Speed. Inside scan, while and cond a convolution takes the fast path only in the exact layout NHWC,HWIO->NHWC
   (jax-ml/jax#12868). The gradient with respect to the input, and every network in NCHW, comes in another one and
   runs many times slower. Explicit transposes around the convolution restore the fast path.
-* Reproducibility. A matrix product or a sum with few rows is computed in another order than one with many, so an
-  example's result would depend on the size of the batch it came in. Rows of products are padded to a multiple of
-  eight, from which on the order is fixed, and reductions become trees of elementwise operations. These operations
-  are small beside the convolutions.
+* Reproducibility. A product or a sum with few rows is computed in another order than one with many, so an example's
+  result would depend on the size of the batch it came in. Rows and columns of matrix products are padded to multiples
+  of 64 and convolutions that have few output pixels get more examples, from which on the order is fixed; reductions
+  become trees of elementwise operations. All of this is small beside the convolutions.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
 batch size, so results there agree to rounding only.
@@ -28,7 +28,11 @@ import jax.numpy as jnp
 from jax import lax
 
 F = TypeVar("F", bound=Callable[..., Any])
-_ROWS = 8
+
+# The libraries behind the backend choose their kernels by the size of the output: by the number of columns modulo 64,
+# and by whether it has more than ten tiles of (on most processors) five or six neighbouring rows.
+_SIDE = 64
+_ROWS, _TILES, _TILE = 48, 12, 6
 
 
 def canonical(function: F) -> F:
@@ -105,7 +109,12 @@ def _convolution(eqn, lhs, rhs):
     to_rhs = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
     to_out = (out_spec[0], *out_spec[2:], out_spec[1])
     p["dimension_numbers"] = lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
-    out = eqn.primitive.bind(_transpose(lhs, to_lhs), _transpose(rhs, to_rhs), **p)
+    lhs, rhs = _transpose(lhs, to_lhs), _transpose(rhs, to_rhs)
+    batch, (*others, last_size) = lhs.shape[0], [eqn.outvars[0].aval.shape[axis] for axis in to_out[1:-1]] or [1]
+    rows, tiles = math.prod(others) * last_size, math.prod(others) * -(-last_size // _TILE)
+    if batch and rows:
+        lhs = _pad(lhs, 0, max(batch, -(-_ROWS // rows), -(-_TILES // tiles)))
+    out = lax.slice_in_dim(eqn.primitive.bind(lhs, rhs, **p), 0, batch)
     return _transpose(out, tuple(sorted(range(rank), key=to_out.__getitem__)))
 
 
@@ -114,11 +123,21 @@ def _transpose(x, permutation):
 
 
 def _dot(eqn, lhs, rhs):
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    p = dict(eqn.params)
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = p["dimension_numbers"]
     lhs_free = [axis for axis in range(lhs.ndim) if axis not in (*lhs_contract, *lhs_batch)]
     rhs_free = [axis for axis in range(rhs.ndim) if axis not in (*rhs_contract, *rhs_batch)]
     out_shape = eqn.outvars[0].aval.shape
-    out = eqn.primitive.bind(_pad_rows(lhs, lhs_free), _pad_rows(rhs, rhs_free), **eqn.params)
+    lhs, rhs = _pad_side(lhs, lhs_free), _pad_side(rhs, rhs_free)
+    if lhs_free and rhs_free and lhs_contract and lhs_contract[-1] < lhs_free[-1] and rhs_contract[-1] > rhs_free[-1]:
+        # A left side whose rows are not contiguous goes to another library: exchange the sides.
+        p["dimension_numbers"] = ((rhs_contract, lhs_contract), (rhs_batch, lhs_batch))
+        out = eqn.primitive.bind(rhs, lhs, **p)
+        first = len(lhs_batch)
+        middle = first + len(rhs_free)
+        out = lax.transpose(out, (*range(first), *range(middle, out.ndim), *range(first, middle)))
+    else:
+        out = eqn.primitive.bind(lhs, rhs, **p)
     return out if out.shape == out_shape else lax.slice(out, [0] * out.ndim, out_shape)
 
 
@@ -145,17 +164,20 @@ def _tree(combine):
     return rule
 
 
-def _pad_rows(x, axes):
-    """Pads the first of `axes` with zeros until the product of their sizes is a multiple of eight."""
+def _pad_side(x, axes):
+    """Pads the first of `axes` with zeros until the product of their sizes is a multiple of 64."""
     if not axes or math.prod(x.shape) == 0:
         return x
     first, *others = axes
-    step = _ROWS // math.gcd(_ROWS, math.prod(x.shape[axis] for axis in others))
-    missing = -x.shape[first] % step
-    if missing == 0:
+    step = _SIDE // math.gcd(_SIDE, math.prod(x.shape[axis] for axis in others))
+    return _pad(x, first, -(-x.shape[first] // step) * step)
+
+
+def _pad(x, axis, size):
+    """Pads one axis with zeros at its end."""
+    if x.shape[axis] == size:
         return x
-    widths = [(0, missing if axis == first else 0, 0) for axis in range(x.ndim)]
-    return lax.pad(x, jnp.zeros((), x.dtype), widths)
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, (size - x.shape[axis]) * (i == axis), 0) for i in range(x.ndim)])
 
 
 _RULES = {

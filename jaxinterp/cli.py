@@ -91,9 +91,27 @@ def convert(names: tyro.conf.Positional[tuple[str, ...]], /, *, from_file: Path 
         print(f"{name}: {len(manifest['tensors'])} tensors from {source['file']} ({recognised}) -> {folder}")
 
 
+def models(name: tyro.conf.Positional[str | None] = None, /) -> None:
+    """List the networks, or the nodes of one.
+
+    Args:
+        name: A network whose nodes are listed.
+    """
+    from jaxinterp import models as zoo
+    from jaxinterp.weights import catalogue
+
+    if name is not None:
+        network = zoo.network(name)
+        for node in network.nodes:
+            print(node + ("   (class activation maps)" if node == network.cam_node else ""))
+        return
+    for line in catalogue.table():
+        print(line)
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
-    commands = {"explain": explain, "convert": convert}
+    commands = {"explain": explain, "convert": convert, "models": models}
     try:
         _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(

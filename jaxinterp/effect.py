@@ -126,8 +126,8 @@ def pse(
         TypeError: as `jaxinterp.attacks.run`.
     """
     model = as_model(model)
-    clean, labels, targets, _ = check(model, clean, labels, targets, name="clean")
-    adversarial = check(model, adversarial, labels, name="adversarial")[0]
+    clean, labels, targets, _ = check(model, clean, labels, targets, names=("clean", "labels"))
+    adversarial = check(model, adversarial, labels, names=("adversarial", "labels"))[0]
     if adversarial.shape != clean.shape:
         raise ValueError(f"adversarial images {adversarial.shape} and clean images {clean.shape} must match")
     if targets is None:

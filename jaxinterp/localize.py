@@ -10,14 +10,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from jaxinterp.cam import resize
 from jaxinterp.canonical import canonical
 
 
 def salient(
-    maps: Float[Array, "b h w"], size: tuple[int, int], percentile: float | Float[Array, ""] = 70
+    maps: Float[Array, "b h w"], size: tuple[int, int], percentile: float | Real[Array, ""] = 70.0
 ) -> Bool[Array, "b H W"]:
     """Where each map, resized to `size`, reaches its own percentile (0 to 100)."""
     large = resize(maps, size)
@@ -29,7 +29,7 @@ def salient(
 def interpretability_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
-    percentile: float | Float[Array, ""] = 70,
+    percentile: float | Real[Array, ""] = 70.0,
 ) -> Float[Array, " b"]:
     """The share of a perturbation's norm that lies on the salient part of a map.
 
@@ -49,7 +49,7 @@ def interpretability_score(
 def null_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
-    percentile: float | Float[Array, ""] = 70,
+    percentile: float | Real[Array, ""] = 70.0,
 ) -> Float[Array, " b"]:
     """The score of a perturbation spread evenly: the root of the salient share of the image, nominally sqrt(0.3)."""
     mask = salient(maps, _size(delta), percentile)
@@ -61,7 +61,7 @@ def shuffled_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
     keys: Array,
-    percentile: float | Float[Array, ""] = 70,
+    percentile: float | Real[Array, ""] = 70.0,
     *,
     repeats: int = 8,
 ) -> Float[Array, "b repeats"]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
@@ -346,8 +347,8 @@ def test_eight_devices_give_what_one_gives():
 
 def test_under_jit():
     clean, adversarial = pairs()
-    run = jax.jit(lambda m, *arguments: effect.pse(m, *arguments, 4))
-    assert_same(run(small_net(), clean, adversarial, jnp.asarray(LABELS), jnp.asarray(TARGETS)), solved())
+    run = jax.jit(effect.pse, static_argnames="cells")
+    assert_same(run(small_net(), clean, adversarial, jnp.asarray(LABELS), jnp.asarray(TARGETS), cells=4), solved())
 
 
 # Errors
@@ -372,7 +373,7 @@ def test_under_jit():
 )
 def test_bad_input_is_refused_by_name(change, error, message):
     def model(x):
-        assert isinstance(x, jax.core.Tracer), "the model ran on values"
+        assert isinstance(x, Tracer), "the model ran on values"
         return x[:, 0, 0:4, 0]
 
     clean, adversarial = pairs()

@@ -62,9 +62,7 @@ def start(
     )
 
 
-def step(
-    model: Model, state: DescentState, *, which: Norm, steps: int, stop_on_success: bool = False
-) -> DescentState:
+def step(model: Model, state: DescentState, *, which: Norm, steps: int, stop_on_success: bool = False) -> DescentState:
     """Judges the iterate and moves on; the call number `steps` (from 0) only judges."""
     examples, active = state.examples, ~state.done
 

@@ -169,9 +169,7 @@ def by_example(attack: Attack, batch: int) -> Attack:
     def spread(path, leaf):
         if leaf.shape not in ((), (batch,)):
             name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}"
-            )
+            raise ValueError(f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}")
         return jnp.broadcast_to(leaf, (batch,))
 
     return jax.tree_util.tree_map_with_path(spread, attack)
@@ -194,13 +192,20 @@ def _example_keys(key, images, ids):
 
 
 def check(
-    model: Model, images: Any, labels: Any, targets: Any = None, support: Any = None, *, name: str = "images"
+    model: Model,
+    images: Any,
+    labels: Any,
+    targets: Any = None,
+    support: Any = None,
+    *,
+    names: tuple[str, str] = ("images", "labels"),
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """The problem as arrays: float32 images, int32 labels and targets, boolean support of the images' shape.
 
     Values are checked where they are known; under a trace only shapes and types are. Errors are those of `run`, with
-    the images called `name`.
+    `names` for the images and the labels.
     """
+    name = names[0]
     images = _array(images, name)
     if images.ndim != 4:
         raise ValueError(f"{name} must be [B,H,W,C], got shape {images.shape}")
@@ -208,9 +213,7 @@ def check(
         raise TypeError(f"{name} must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
     known = None if isinstance(images, Tracer) else np.asarray(images)
     if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
-        raise ValueError(
-            f"images must be finite and in [0, 1], got values from {np.min(known):g} to {np.max(known):g}"
-        )
+        raise ValueError(f"{name} must be finite and in [0, 1], got values from {np.min(known):g} to {np.max(known):g}")
     images = images.astype(jnp.float32)
     logits = jax.eval_shape(model, images)
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != images.shape[0]:
@@ -221,7 +224,7 @@ def check(
     batch, classes = logits.shape
     if classes < 2:
         raise ValueError(f"model must have at least two classes, got logits of shape {logits.shape}")
-    labels = _classes(labels, "labels", batch, classes)
+    labels = _classes(labels, names[1], batch, classes)
     if targets is not None:
         targets = _classes(targets, "targets", batch, classes)
         if not any(isinstance(x, Tracer) for x in (labels, targets)):
@@ -263,7 +266,6 @@ def _classes(values: Any, name: str, batch: int, classes: int) -> Array:
         outside = np.flatnonzero((known < 0) | (known >= classes))
         if outside.size:
             raise ValueError(
-                f"{name} must be classes from 0 to {classes - 1}, but example {outside[0]} has "
-                f"{int(known[outside[0]])}"
+                f"{name} must be classes from 0 to {classes - 1}, but example {outside[0]} has {int(known[outside[0]])}"
             )
     return values.astype(jnp.int32)

@@ -5,17 +5,26 @@ layers [in, out]. Batch norm is frozen: it uses its running statistics.
 
 XLA's CPU backend lowers a grouped convolution to a scalar loop, several times slower than the arithmetic needs. A
 depthwise convolution is therefore written there as a sum of shifted products, and so is its gradient with respect
-to the input; other backends keep the grouped convolution.
+to the input; other backends keep the grouped convolution. Pools are written the same way, on every backend: their
+windows are small, and a maximum or sum of shifted slices beats the reduction over windows.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+
+from jaxinterp.network import Tap, identity
+
+# Mean and standard deviation of ImageNet's channels, as torchvision has them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -104,34 +113,136 @@ def _depthwise_backward(stride, padding, residuals, g):
 depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
+def _pool_padding(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> tuple[int, int]:
+    """Windows along one axis, as PyTorch counts them, and the padding that the last of them needs behind the input.
+
+    With `ceil_mode` a last window may hang over, unless it would begin in the padding. The second number is negative
+    where no window reaches the end of the input.
+    """
+    beyond = size + 2 * padding - kernel
+    windows = (-(-beyond // stride) if ceil_mode else beyond // stride) + 1
+    if ceil_mode and (windows - 1) * stride >= size + padding:
+        windows -= 1
+    return windows, (windows - 1) * stride + kernel - size - padding
+
+
+def _window_slices(
+    x: jax.Array, fill: float, kernel: int, stride: int, padding: int, ceil_mode: bool
+) -> list[jax.Array]:
+    """For every place in the window, in row-major order, what stands there in each of the windows."""
+    (rows, bottom), (columns, right) = (_pool_padding(n, kernel, stride, padding, ceil_mode) for n in x.shape[1:3])
+    x = lax.pad(x, jnp.asarray(fill, x.dtype), ((0, 0, 0), (padding, bottom, 0), (padding, right, 0), (0, 0, 0)))
+    return [
+        x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride, :]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
+
+
+def max_pool(
+    x: jax.Array, kernel: int, *, stride: int | None = None, padding: int = 0, ceil_mode: bool = False
+) -> jax.Array:
+    """The maximum of each window of x [B,H,W,C], as PyTorch's: padded with -inf, NaN wins.
+
+    The gradient goes to the first maximum of a window in row-major order. That is PyTorch's choice, too; it shows
+    where a picture is flat.
+    """
+    slices = _window_slices(x, -jnp.inf, kernel, kernel if stride is None else stride, padding, ceil_mode)
+    return functools.reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), slices)
+
+
+def avg_pool(
+    x: jax.Array,
+    kernel: int,
+    *,
+    stride: int | None = None,
+    padding: int = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> jax.Array:
+    """The mean of each window of x [B,H,W,C], as PyTorch's.
+
+    The padding counts as zeros where `count_include_pad`, else not at all; what hangs over beyond the padding
+    (`ceil_mode`) never counts.
+    """
+    stride = kernel if stride is None else stride
+
+    def counts(size):
+        windows, _ = _pool_padding(size, kernel, stride, padding, ceil_mode)
+        start = np.arange(windows) * stride - padding
+        low, high = (start, size + padding) if count_include_pad else (np.maximum(start, 0), size)
+        return np.minimum(start + kernel, high) - low
+
+    total = functools.reduce(jnp.add, _window_slices(x, 0.0, kernel, stride, padding, ceil_mode))
+    return total / jnp.asarray(np.multiply.outer(*map(counts, x.shape[1:3]))[..., None], x.dtype)
+
+
+def adaptive_avg_pool(x: jax.Array, size: int) -> jax.Array:
+    """Means of x [B,H,W,C] over size x size windows that cover it: window i of n pixels is [in/size, (i+1)n/size).
+
+    The bounds are rounded outwards, so windows may overlap, and repeat where the input is smaller than `size`.
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        if n != size:
+            bounds = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+            windows = [lax.slice_in_dim(x, low, high, axis=axis) for low, high in bounds]
+            x = jnp.concatenate([jnp.mean(window, axis=axis, keepdims=True) for window in windows], axis=axis)
+    return x
+
+
+def flatten(x: jax.Array) -> jax.Array:
+    """[B,H,W,C] -> [B,CHW]: channels first, the order in which PyTorch's linear layers expect them."""
+    return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+
+
+def dropout(x: jax.Array) -> jax.Array:
+    """Dropout outside training: the identity. It keeps its place in a `Sequential`."""
+    return x
+
+
+def standardize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(images - mean) / std for each channel."""
+    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
 class Conv(nnx.Module):
-    """Convolution; `padding=None` means TensorFlow's SAME, `depthwise` one filter for each channel."""
+    """Convolution; `padding=None` means TensorFlow's SAME, `depthwise` one filter for each channel.
+
+    Kernel and padding are one number, or two: rows, columns.
+    """
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        kernel: int,
+        kernel: int | tuple[int, int],
         *,
         stride: int = 1,
-        padding: int | None = None,
+        padding: int | tuple[int, int] | None = None,
         depthwise: bool = False,
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        shape = (kernel, kernel, 1 if depthwise else inputs, outputs)
+        shape = (*_pair(kernel), 1 if depthwise else inputs, outputs)
         self.weight = nnx.Param(jax.nn.initializers.he_normal()(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-        self.stride, self.padding, self.depthwise = (stride, stride), padding, depthwise
+        self.stride, self.depthwise = (stride, stride), depthwise
+        self.padding = None if padding is None else _pair(padding)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.weight[...]
         if self.padding is None:
             pads = same_padding((x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), self.stride)
         else:
-            pads = ((self.padding, self.padding), (self.padding, self.padding))
+            rows, columns = self.padding
+            pads = ((rows, rows), (columns, columns))
         x = (depthwise_conv if self.depthwise else conv)(x, kernel, self.stride, pads)
         return x if self.bias is None else x + self.bias[...]
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
 
 
 class BatchNorm(nnx.Module):
@@ -158,3 +269,45 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.weight[...] + self.bias[...]
+
+
+class ConvNormRelu(nnx.Module):
+    """Convolution, batch norm with eps 1e-3, ReLU: what Inception networks are made of."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | tuple[int, int],
+        *,
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = Conv(inputs, outputs, kernel, stride=stride, padding=padding, rngs=rngs)
+        self.bn = BatchNorm(outputs, eps=1e-3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.bn(self.conv(x)))
+
+
+class MaxPool(nnx.Module):
+    """`max_pool` as a layer."""
+
+    def __init__(self, kernel: int, *, stride: int | None = None, padding: int = 0, ceil_mode: bool = False):
+        self.kernel, self.stride, self.padding, self.ceil_mode = kernel, stride, padding, ceil_mode
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return max_pool(x, self.kernel, stride=self.stride, padding=self.padding, ceil_mode=self.ceil_mode)
+
+
+class Sequential(nnx.List[Callable[[jax.Array], jax.Array]]):
+    """Layers and functions, one after the other; their names are their places, "0", "1", ..., as in PyTorch."""
+
+    def __call__(self, x: jax.Array, tap: Tap = identity, prefix: str = "", nodes: Collection[str] = ()) -> jax.Array:
+        """Applies the layers; the output of the one in place i goes through the tap if `prefix`i is in `nodes`."""
+        for index, layer in enumerate(self):
+            x = layer(x)
+            if (name := f"{prefix}{index}") in nodes:
+                x = tap(name, x)
+        return x

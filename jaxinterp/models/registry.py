@@ -13,8 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxinterp.models.alexnet import AlexNet
+from jaxinterp.models.carlini import Carlini
+from jaxinterp.models.cifar_resnet import CifarResNet, CifarResNet18
+from jaxinterp.models.densenet import DenseNet
 from jaxinterp.models.efficientnet_lite import SCALES, EfficientNetLite
+from jaxinterp.models.googlenet import GoogLeNet
+from jaxinterp.models.inception import InceptionV3
+from jaxinterp.models.mobilenet import MobileNetV2
+from jaxinterp.models.resnet import DEPTHS as RESNETS
+from jaxinterp.models.resnet import ResNet
+from jaxinterp.models.small import SmallCNN
+from jaxinterp.models.squeezenet import SqueezeNet
+from jaxinterp.models.vgg import DEPTHS as VGGS
+from jaxinterp.models.vgg import VGG
 from jaxinterp.network import Network, suggest
+
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_DIGITS = tuple("0123456789")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +39,75 @@ class Architecture:
 
     Attributes:
         build: `build(classes, rngs=rngs)` makes the NNX module: `module(images, tap)`, `module.nodes()`.
+        reference: the paper.
         image_size: side of the input, in pixels.
         cam_node: see `Network`.
+        channels: of the input.
+        crop_pct: see `Network`.
+        interpolation: see `Network`.
+        classes: the number of classes unless another is asked for.
+        class_names: their names, where there are as many as classes; empty where they have none. Those of ImageNet
+            are not listed here: see `imagenet_classes`.
     """
 
     build: Callable[..., Any]
-    image_size: int
-    cam_node: str | None
+    reference: str
+    image_size: int = 224
+    cam_node: str | None = None
+    channels: int = 3
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
+    classes: int = 1000
+    class_names: tuple[str, ...] = ()
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    f"efficientnet_lite{variant}": Architecture(
-        functools.partial(EfficientNetLite, variant), SCALES[variant][2], "_conv_head"
+def _tiny(build: Callable[..., Any], reference: str, image_size: int = 32, **more: Any) -> Architecture:
+    """A network for ten classes and small images, which are neither resized nor cropped."""
+    return Architecture(build, reference, image_size, crop_pct=1.0, classes=10, **more)
+
+
+def _architectures() -> dict[str, Architecture]:
+    table: dict[str, Architecture] = {}
+    for depth, (_, repeats) in RESNETS.items():
+        build = functools.partial(ResNet, depth)
+        table[f"resnet{depth}"] = Architecture(build, "He et al. 2016", cam_node=f"layer4.{repeats[-1] - 1}")
+    for depth in VGGS:
+        for suffix, norm in (("", False), ("_bn", True)):
+            build = functools.partial(VGG, depth, norm)
+            table[f"vgg{depth}{suffix}"] = Architecture(build, "Simonyan and Zisserman 2015")
+    table["inception_v3"] = Architecture(
+        InceptionV3, "Szegedy et al. 2016", image_size=299, crop_pct=0.8742, cam_node="Mixed_7c"
     )
-    for variant in (0, 1, 2)
-}
+    table["googlenet"] = Architecture(GoogLeNet, "Szegedy et al. 2015", cam_node="inception5b")
+    table["alexnet"] = Architecture(AlexNet, "Krizhevsky 2014")
+    for version in ("1.0", "1.1"):
+        build = functools.partial(SqueezeNet, version)
+        name = "squeezenet" + version.replace(".", "_")
+        table[name] = Architecture(build, "Iandola et al. 2016", cam_node="classifier.2")
+    table["densenet121"] = Architecture(
+        functools.partial(DenseNet, 121), "Huang et al. 2017", cam_node="features.norm5"
+    )
+    table["mobilenet_v2"] = Architecture(MobileNetV2, "Sandler et al. 2018", cam_node="features.18")
+    for variant, (_, _, size) in SCALES.items():
+        table[f"efficientnet_lite{variant}"] = Architecture(
+            functools.partial(EfficientNetLite, variant),
+            "Tan and Le 2019",
+            image_size=size,
+            cam_node="_conv_head",
+            interpolation="bicubic",
+        )
+    for depth in (20, 56):
+        build, last = functools.partial(CifarResNet, depth), f"layer3.{(depth - 2) // 6 - 1}"
+        table[f"cifar_resnet{depth}"] = _tiny(build, "He et al. 2016", cam_node=last, class_names=_CIFAR10)
+    table["cifar_resnet18"] = _tiny(CifarResNet18, "He et al. 2016", cam_node="layer4.1", class_names=_CIFAR10)
+    mnist, cifar = (functools.partial(Carlini, dataset) for dataset in ("mnist", "cifar"))
+    table["carlini_mnist"] = _tiny(mnist, "Carlini and Wagner 2017", 28, channels=1, class_names=_DIGITS)
+    table["carlini_cifar"] = _tiny(cifar, "Carlini and Wagner 2017", class_names=_CIFAR10)
+    table["small_cnn"] = _tiny(SmallCNN, "Zhou et al. 2016", cam_node="conv3")
+    return table
+
+
+ARCHITECTURES: dict[str, Architecture] = _architectures()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,40 +128,67 @@ def architecture(name: str) -> Architecture:
 
 
 @functools.cache
-def network(name: str, classes: int = 1000) -> Network:
-    """The network called `name`, without parameters; one of 1,000 classes bears ImageNet's class names.
+def network(name: str, classes: int | None = None) -> Network:
+    """The network called `name`, without parameters.
+
+    Args:
+        name: the architecture.
+        classes: number of classes; None means the architecture's own. Classes bear the names of ImageNet, CIFAR-10
+            or digits where the architecture is for these and the number is theirs.
 
     Raises:
         ValueError: unknown name.
     """
     entry = architecture(name)
-    module = nnx.eval_shape(lambda: entry.build(classes, rngs=nnx.Rngs(0)))
+    classes = entry.classes if classes is None else classes
+    module = _abstract(name, classes)
+    names = imagenet_classes() if entry.classes == 1000 else entry.class_names
     return Network(
         name=name,
         apply=Module(nnx.graphdef(module)),
         nodes=module.nodes(),
         image_size=entry.image_size,
-        classes=imagenet_classes() if classes == 1000 else classes,
+        classes=names if classes == len(names) else classes,
         cam_node=entry.cam_node,
+        crop_pct=entry.crop_pct,
+        interpolation=entry.interpolation,
     )
 
 
 @functools.cache
-def shapes(name: str, classes: int = 1000) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter and running statistic. Raises ValueError for an unknown name."""
+def shapes(name: str, classes: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of every parameter and running statistic, as `network` has them.
+
+    Raises:
+        ValueError: unknown name.
+    """
     entry = architecture(name)
-    state = nnx.state(nnx.eval_shape(lambda: entry.build(classes, rngs=nnx.Rngs(0))))
+    state = nnx.state(_abstract(name, entry.classes if classes is None else classes))
     return {
         ".".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
         for path, leaf in nnx.to_flat_state(state)
     }
 
 
-def init(name: str, key: jax.Array, classes: int = 1000) -> dict[str, jax.Array]:
+def init(name: str, key: jax.Array, classes: int | None = None) -> dict[str, jax.Array]:
     """Random parameters, for tests and training. Raises ValueError for an unknown name."""
+    entry = architecture(name)
     seed = jax.random.key_data(key).astype(np.uint32)
-    module = architecture(name).build(classes, rngs=nnx.Rngs(int(seed.ravel()[-1])))
+    module = entry.build(entry.classes if classes is None else classes, rngs=nnx.Rngs(int(seed.ravel()[-1])))
     return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module))}
+
+
+class _OneKey(nnx.Rngs):
+    """Gives the same key every time, which does for shapes; to count keys under a trace takes quadratic time."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+@functools.cache
+def _abstract(name: str, classes: int) -> Any:
+    """The module with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: architecture(name).build(classes, rngs=_OneKey(0)))
 
 
 @functools.cache

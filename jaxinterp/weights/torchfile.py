@@ -7,14 +7,12 @@ Two formats of `torch.save` are read:
 - legacy: pickles of a magic number, the protocol 1001, facts about the writer, the object and the list of its
   storage keys, then, for each key in that order, a little-endian int64 count of elements and the elements.
 
-A pickle is a program for a stack machine, and an unpickler lets it import and call whatever it names. Here a
-small machine knows only the opcodes that `torch.save` writes for tensors and containers, and refuses a name
-that is not in the table `_GLOBALS`. Everything the machine builds is inert: dicts, lists, tuples, numbers, text
-and descriptions of tensors. The arrays are cut from the mapped file afterwards, each checked against its storage.
+The pickles are run by the machine of `pickles`, which knows the opcodes that `torch.save` writes for tensors and
+containers, and refuses a name that is not in the table `_GLOBALS`. It builds descriptions of tensors; the arrays are
+cut from the mapped file afterwards, each checked against its storage.
 
-What a hostile file can cost is bounded. An opcode takes constant time apart from the bytes and stack items it
-consumes; pickles and the zip directory are read up to 16 MiB (a state dict takes 100 to 200 bytes a tensor);
-the arrays together may take at most four times the file's size plus 64 MiB, because tied weights and expanded
+What a hostile file can cost is bounded: pickles and the zip directory are read up to 16 MiB (a state dict takes 100
+to 200 bytes a tensor), in time proportional to their length; the arrays together may take at most four times the file's size plus 64 MiB, because tied weights and expanded
 views are copied for each of their names: a legitimate file can exceed its own size, but not by much.
 """
 
@@ -24,7 +22,6 @@ import io
 import math
 import mmap
 import os
-import pickletools
 import struct
 import zipfile
 import zlib
@@ -36,15 +33,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxinterp.weights.pickles import Machine, PickleError, dict_key, function
+
 _PICKLE_LIMIT = 16 << 20
 _SLACK = 64 << 20
-_KEY_LIMIT = 4096  # comparing two long equal keys costs their length, for an opcode of two bytes
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
-class TorchFileError(ValueError):
+class TorchFileError(PickleError):
     """A file that is no readable PyTorch checkpoint; the message names the file and what is wrong in it."""
 
 
@@ -77,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 if data[257:262] == b"ustar":
                     raise TorchFileError("a tar archive, the oldest format: load it with torch and save it again")
                 return _read_legacy(data)
-        except TorchFileError as error:
+        except PickleError as error:
             raise TorchFileError(f"{path}: {error}") from None
 
 
@@ -92,12 +90,6 @@ class _StorageType:
 @dataclass(frozen=True, eq=False)
 class _ElementType:
     dtype: np.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class _Function:
-    call: Callable[..., Any]
-    arguments: range  # how many it may take
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +134,7 @@ def _ordered_dict(items=None):
         if not isinstance(items, list) or not all(isinstance(i, list | tuple) and len(i) == 2 for i in items):
             raise TorchFileError("an OrderedDict is built from something that is not a list of pairs")
         for key, value in items:
-            result[_key(key)] = value
+            result[dict_key(key)] = value
         items.clear()  # one list serves one dict, else a short pickle could copy a long list again and again
     return result
 
@@ -166,159 +158,36 @@ _STORAGES = {
     "Half": "float16", "BFloat16": "bfloat16", "Float": "float32", "Double": "float64",
     "ComplexFloat": "complex64", "ComplexDouble": "complex128",
 }  # fmt: skip
-_GLOBALS: dict[tuple[str, str], _StorageType | _ElementType | _Function] = {
-    ("collections", "OrderedDict"): _Function(_ordered_dict, range(0, 2)),
-    ("torch", "Size"): _Function(_size, range(1, 2)),
-    ("torch", "device"): _Function(lambda *_: None, range(1, 3)),
-    ("torch._utils", "_rebuild_tensor"): _Function(_tensor, range(4, 5)),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor, range(6, 8)),
-    ("torch._utils", "_rebuild_tensor_v3"): _Function(_tensor_v3, range(7, 9)),
-    ("torch._utils", "_rebuild_parameter"): _Function(_parameter, range(3, 4)),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_parameter, range(4, 5)),
-    ("torch.nn.parameter", "Parameter"): _Function(_parameter, range(1, 3)),  # before torch 0.4
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): function(_ordered_dict, 0, 1),
+    ("torch", "Size"): function(_size, 1),
+    ("torch", "device"): function(lambda *_: None, 1, 2),
+    ("torch._utils", "_rebuild_tensor"): function(_tensor, 4),
+    ("torch._utils", "_rebuild_tensor_v2"): function(_tensor, 6, 7),
+    ("torch._utils", "_rebuild_tensor_v3"): function(_tensor_v3, 7, 8),
+    ("torch._utils", "_rebuild_parameter"): function(_parameter, 3),
+    ("torch._utils", "_rebuild_parameter_with_state"): function(_parameter, 4),
+    ("torch.nn.parameter", "Parameter"): function(_parameter, 1, 2),  # before torch 0.4
     ("torch.storage", "UntypedStorage"): _StorageType(_DTYPES["uint8"]),
     **{("torch", f"{name}Storage"): _StorageType(_DTYPES[dtype]) for name, dtype in _STORAGES.items()},
     **{("torch", name): _ElementType(dtype) for name, dtype in _DTYPES.items()},
 }
 
 
-def _global(module: object, name: object):
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise TorchFileError("a global is named by something that is not text")
-    if (module, name) not in _GLOBALS:
-        shown = f"{module[:200]}.{name[:200]}"
-        raise TorchFileError(f"the global {shown!r} is not part of a state dict and is refused")
-    return _GLOBALS[module, name]
+def _build(target: object, state: object) -> bool:
+    """The _metadata of a state dict, or the flags of a Parameter before torch 0.4: neither is kept."""
+    flags = isinstance(target, _Tensor) and isinstance(state, tuple) and len(state) == 3
+    return flags or isinstance(target, OrderedDict)
 
 
-def _key(key: object):
-    """Returns a dict key, if hashing and comparing it is cheap: nested tuples and huge integers are not."""
-    if isinstance(key, str) and len(key) <= _KEY_LIMIT:
-        return key
-    if isinstance(key, float) or (isinstance(key, int) and abs(key) < 1 << 63):
-        return key
-    raise TorchFileError(f"a dict key that is too long or too large, or of type {type(key).__name__}")
+class _Machine(Machine):
+    """Runs one pickle. `declared` maps the storages that were named to their types and counts of elements."""
 
-
-# The stack machine. An opcode that is in none of these tables is refused.
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-_VALUES |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_ADD = {"SETITEM": dict, "SETITEMS": dict, "APPEND": list, "APPENDS": list, "ADDITEMS": list}
-_OTHER = {"PROTO", "FRAME", "MARK", "TUPLE", "FROZENSET", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET"}
-_OTHER |= {"LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID", "STOP"}
-_KNOWN = {*_VALUES, *_CONSTANTS, *_EMPTY, *_TUPLES, *_ADD, *_OTHER}
-_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
-
-
-class _Machine:
-    """Runs one pickle. `declared` maps the storages that were named to their types and counts of elements.
-
-    Sets become lists: nothing needs them, and a list asks no hash of its items.
-    """
-
-    def __init__(self, file: io.BytesIO):
-        self.file = file
-        self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []  # the stacks below each MARK
-        self.memo: dict[int, Any] = {}
+    def __init__(self, file: io.BytesIO, at_end: str = "is cut off before its end"):
+        super().__init__(
+            file, names=_GLOBALS, build=_build, persistent=self._storage, what="a state dict", at_end=at_end
+        )
         self.declared: dict[str, tuple[np.dtype, int]] = {}
-
-    def run(self) -> Any:
-        while True:
-            position = self.file.tell()
-            code = self.file.read(1)
-            if not code:
-                why = "is longer than 16 MiB" if position >= _PICKLE_LIMIT else "is cut off before its end"
-                raise TorchFileError(f"the pickle {why}")
-            opcode = _OPCODES.get(code)
-            name = repr(code) if opcode is None else opcode.name
-            try:
-                if opcode is None or name not in _KNOWN:
-                    raise TorchFileError("refused, no part of a state dict")
-                if name == "GLOBAL":  # pickletools would interpret escapes and join the two names
-                    argument = [self.file.readline().rstrip(b"\n").decode() for _ in range(2)]
-                else:
-                    argument = None if opcode.arg is None else opcode.arg.reader(self.file)
-                if name == "STOP":
-                    return self.stack.pop()
-                self._step(name, argument)
-            except TorchFileError as error:
-                raise TorchFileError(f"opcode {name} at byte {position} of the pickle: {error}") from None
-            except IndexError:
-                raise TorchFileError(f"opcode {name} at byte {position} finds its stack empty") from None
-            except ValueError:
-                raise TorchFileError(f"opcode {name} at byte {position} is cut off or malformed") from None
-
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            if argument not in self.memo:
-                raise TorchFileError(f"nothing is remembered under {argument}")
-            stack.append(self.memo[argument])
-        elif name == "MARK":
-            self.outer.append(stack)
-            self.stack = []
-        elif name in ("TUPLE", "FROZENSET"):
-            items = self._items()
-            self.stack.append(tuple(items))
-        elif name in _TUPLES:
-            stack[-_TUPLES[name] :] = [tuple(stack[i] for i in range(-_TUPLES[name], 0))]
-        elif name in _ADD:
-            self._add(name)
-        elif name == "GLOBAL":
-            stack.append(_global(*argument))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_global(module, attribute))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            if not isinstance(function, _Function) or not isinstance(arguments, tuple):
-                raise TorchFileError("a call of something that is not one of the known functions")
-            if len(arguments) not in function.arguments:
-                raise TorchFileError(f"a known function is called with {len(arguments)} arguments")
-            stack.append(function.call(*arguments))
-        elif name == "BUILD":  # the _metadata of a state dict; the flags of a Parameter before torch 0.4
-            state, target = stack.pop(), stack[-1]
-            flags = isinstance(target, _Tensor) and isinstance(state, tuple) and len(state) == 3
-            if not flags and not isinstance(target, OrderedDict):
-                raise TorchFileError(f"state is given to an object of type {type(target).__name__}")
-        elif name == "BINPERSID":
-            stack.append(self._storage(stack.pop()))
-        elif name == "PROTO" and argument > 5:
-            raise TorchFileError(f"pickle protocol {argument}")
-
-    def _items(self) -> list[Any]:
-        """The items above the last MARK, which is taken away."""
-        items, self.stack = self.stack, self.outer.pop()
-        return items
-
-    def _add(self, name: str) -> None:
-        if name in ("SETITEM", "APPEND"):
-            count = 2 if name == "SETITEM" else 1
-            items = [self.stack.pop() for _ in range(count)][::-1]
-        else:
-            items = self._items()
-        target = self.stack[-1]
-        if not isinstance(target, _ADD[name]):
-            raise TorchFileError(f"items are added to an object of type {type(target).__name__}")
-        if isinstance(target, list):
-            target.extend(items)
-        elif len(items) % 2:
-            raise TorchFileError("a dict is given a key without a value")
-        else:
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                target[_key(key)] = value
 
     def _storage(self, identity: Any) -> _Storage:
         if isinstance(identity, tuple) and identity[:1] == ("module",):
@@ -326,7 +195,7 @@ class _Machine:
         if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
             raise TorchFileError("a persistent id that is not a storage's")
         _, kind, key, _, count, *view = identity
-        if not isinstance(kind, _StorageType) or not isinstance(_key(key), str):
+        if not isinstance(kind, _StorageType) or not isinstance(dict_key(key), str):
             raise TorchFileError("a storage whose type or key is malformed")
         if type(count) is not int or count < 0:
             raise TorchFileError(f"storage {key!r} has a malformed number of elements")
@@ -385,7 +254,7 @@ def _arrays(value: Any, declared: dict, data: mmap.mmap, locate: Callable[[str, 
                 starts[storage.key] = locate(storage.key, count * dtype.itemsize)
             start = starts[storage.key] + storage.start + offset * itemsize
             arrays[name] = _copy(data, tensor.dtype, start, tuple(shape), strides)
-        except TorchFileError as error:
+        except PickleError as error:
             raise TorchFileError(f"tensor {name!r}: {error}") from None
     return arrays
 
@@ -402,24 +271,25 @@ def _copy(data: mmap.mmap, dtype: np.dtype, start: int, shape: tuple[int, ...], 
 
 def _read_legacy(data: mmap.mmap) -> dict[str, np.ndarray]:
     file = io.BytesIO(data[:_PICKLE_LIMIT])
+    at_end = "is longer than 16 MiB" if len(data) > _PICKLE_LIMIT else "is cut off before its end"
     try:
         magic = _Machine(file).run()
-    except TorchFileError:
+    except PickleError:
         magic = None
     if type(magic) is not int or magic != _MAGIC:
         raise TorchFileError("neither a zip archive nor a file that begins with PyTorch's magic number")
-    protocol = _Machine(file).run()
+    protocol = _Machine(file, at_end).run()
     if type(protocol) is not int or protocol != _PROTOCOL:
         raise TorchFileError(f"a version of the legacy format other than {_PROTOCOL}")
-    _Machine(file).run()  # facts about the writer: storages are little-endian whatever it was
-    machine = _Machine(file)
+    _Machine(file, at_end).run()  # facts about the writer: storages are little-endian whatever it was
+    machine = _Machine(file, at_end)
     value = machine.run()
-    keys = _Machine(file).run()
+    keys = _Machine(file, at_end).run()
     if not isinstance(keys, list):
         raise TorchFileError("the list of storage keys is missing")
     position, places = file.tell(), {}
     for key in keys:
-        if not isinstance(key, str) or _key(key) not in machine.declared or key in places:
+        if not isinstance(key, str) or dict_key(key) not in machine.declared or key in places:
             raise TorchFileError("the list of storage keys has one that is repeated or that no tensor names")
         dtype, count = machine.declared[key]
         if position + 8 + count * dtype.itemsize > len(data):

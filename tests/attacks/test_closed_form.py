@@ -4,6 +4,8 @@ For logits Z = x W + b, the nearest point where Z_j reaches Z_y lies at distance
 and, with the dual norm, (Z_y - Z_j) / ||w_y - w_j||_1 in Linf, as long as the box is not in the way.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +40,7 @@ def optimum(model, images, labels, weights, targets=None):
     for z, y, t in zip(logits, labels, labels if targets is None else targets, strict=True):
         others = [j for j in range(len(z)) if j != y] if targets is None else [t]
         gaps = [(z[y] - z[j], weights[:, y].astype(np.float64) - weights[:, j]) for j in others]
-        result.append(
-            (min(g / np.linalg.norm(d) for g, d in gaps), min(g / np.abs(d).sum() for g, d in gaps))
-        )
+        result.append((min(g / np.linalg.norm(d) for g, d in gaps), min(g / np.abs(d).sum() for g, d in gaps)))
     return np.array(result).T
 
 
@@ -72,7 +72,12 @@ def test_cw_comes_near_the_nearest_point_of_a_target_with_confidence():
     kappa = 2.0
     slope = np.linalg.norm(weights[:, 0] - weights[:, 1])
     result = run(
-        CW(lr=0.01, initial_const=0.01, kappa=kappa, search_steps=9, steps=300), model, images, labels, 1 - labels, key=KEY
+        CW(lr=0.01, initial_const=0.01, kappa=kappa, search_steps=9, steps=300),
+        model,
+        images,
+        labels,
+        1 - labels,
+        key=KEY,
     )
     ratio = np.asarray(result.l2) / (best + kappa / slope)
     assert np.asarray(result.success).all()
@@ -309,8 +314,8 @@ def slow_cw(x0, y, weights, bias, *, lr, const, kappa, search_steps, steps):
 
 def test_cw_searches_as_a_slow_program_does():
     model, images, labels, weights = linear(3, seed=2)
-    settings = dict(lr=0.02, kappa=0.5, search_steps=7, steps=60)
-    attack = CW(initial_const=1e-3, **settings)
+    chosen: dict[str, Any] = {"lr": 0.02, "kappa": 0.5, "search_steps": 7, "steps": 60}
+    attack = CW(initial_const=1e-3, **chosen)
     state = start(attack, model, images, labels, key=KEY)
     consts = [[] for _ in images]
     previous = np.full(len(images), -1)
@@ -323,7 +328,7 @@ def test_cw_searches_as_a_slow_program_does():
     result = finish(attack, state)
     lengths = set()
     for i, image in enumerate(images):
-        tried, spent, best = slow_cw(image, labels[i], weights, model.args[0][1], const=1e-3, **settings)
+        tried, spent, best = slow_cw(image, labels[i], weights, model.args[0][1], const=1e-3, **chosen)
         np.testing.assert_allclose(consts[i], tried, rtol=1e-5)
         np.testing.assert_allclose(result.l2[i], best, rtol=1e-3)
         assert int(result.backward[i]) == sum(spent)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 from jaxinterp.attacks import CW, IFGSM, PGD, driver, run
 
@@ -27,7 +28,7 @@ def nothing_is_compiled(monkeypatch):
 
 
 def model(images):
-    assert isinstance(images, jax.core.Tracer), "the model ran on values"
+    assert isinstance(images, Tracer), "the model ran on values"
     return images.reshape(images.shape[0], -1)[:, :CLASSES]
 
 
@@ -90,7 +91,11 @@ BAD = {
     "one logit": ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, r"model must map .* to logits \[3,K\], got \(3,\)"),
     "one class": ({"model": lambda x: x[:, 0, 0, :1]}, ValueError, r"model must have at least two classes.*\(3, 1\)"),
     "one row of logits": ({"model": lambda x: x[:1, 0, 0]}, ValueError, r"model must map .*\[3,K\], got \(1, 2\)"),
-    "logits in a tuple": ({"model": lambda x: (model(x), x)}, ValueError, r"model must map .* to logits \[3,K\], got tuple"),
+    "logits in a tuple": (
+        {"model": lambda x: (model(x), x)},
+        ValueError,
+        r"model must map .* to logits \[3,K\], got tuple",
+    ),
     "no model": ({"model": "resnet"}, TypeError, "model"),
     "no attack": ({"attack": "cw"}, TypeError, "attack"),
 }

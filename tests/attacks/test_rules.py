@@ -120,15 +120,15 @@ def solved(case: str, name: str) -> AttackResult:
 def assert_same(actual, expected):
     """Pytrees of equal structure, equal to the last bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(actual):
-        other = dict((str(p), x) for p, x in jax.tree_util.tree_leaves_with_path(expected))[str(path)]
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), other in pairs:
         a, b = np.asarray(leaf), np.asarray(other)
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(a, b, err_msg=str(path))
         assert a.tobytes() == b.tobytes(), path
 
 
-def assert_obeys(case: str | Attack, p: Problem, result: AttackResult, support=None, kappa: float = 0.0):
+def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kappa: float = 0.0):
     """Rules 2 and 3 on the returned images, judged by NumPy and a forward pass of their own."""
     attack = CASES[case] if isinstance(case, str) else case
     images, original = np.asarray(result.images), np.asarray(p.images)

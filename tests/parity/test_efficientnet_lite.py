@@ -1,8 +1,12 @@
 """EfficientNet-Lite agrees with PyTorch on real pictures: logits, every node, input gradients, an attack, the crop.
 
-The tolerances are what two frameworks reach in float32 (see also experiments/torch_reference.py).
+The tolerances are what two frameworks reach in float32. Gradients have jumps where the input of a ReLU6 passes 0 or 6:
+of some six million inputs a picture, a few round to the other side, and the gradient then differs by up to some percent
+of its largest component. It does so between PyTorch's own two layouts as well. Gradients are therefore compared in float32
+with the jumps where PyTorch has them, after counting how many were elsewhere, and in float64 as they are.
 """
 
+import copy
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -58,7 +62,7 @@ def test_logits_and_nodes(pair: Pair):
         expected = pair.reference(pair.to_torch(pair.images), seen).numpy()
     assert _error(logits, expected) <= 1e-5
     assert np.array_equal(np.argmax(logits, -1), np.argmax(expected, -1))
-    assert list(maps) == list(seen) == list(network.nodes)
+    assert list(seen) == list(network.nodes)
     for node in network.nodes:
         theirs, ours = seen[node].numpy().transpose(0, 2, 3, 1), np.asarray(maps[node])
         assert ours.shape == theirs.shape, node
@@ -66,15 +70,59 @@ def test_logits_and_nodes(pair: Pair):
         assert _cosine(ours, theirs) >= 1 - 1e-9, node
 
 
-def test_input_gradients(pair: Pair):
-    """Gradients of the label's logit within 1e-4 of the largest component."""
-    model = pair.network.bind(pair.params)
-    logit = lambda x: jnp.take_along_axis(model(x), pair.labels[:, None], 1).sum()  # noqa: E731
-    ours = np.asarray(jax.jit(jax.grad(logit))(pair.images))
-    x = pair.to_torch(pair.images).requires_grad_()
-    index = pair.torch.from_numpy(pair.labels[:, None].astype(np.int64))
-    theirs = pair.torch.autograd.grad(pair.reference(x).gather(1, index).sum(), x)[0]
-    assert _error(ours, theirs.numpy().transpose(0, 2, 3, 1)) <= 1e-4
+def test_input_gradients(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """Gradients of the label's logit within 1e-4 of an image's largest component, with PyTorch's choices of ReLU6."""
+    theirs, gates = _torch_gradients(pair, pair.torch.float32)
+
+    def logit(x, params, gates):
+        remaining, differing = iter(gates), []
+
+        def relu6(x):
+            gate = next(remaining)
+            differing.append(jnp.sum(((x > 0) & (x < 6)) != gate))
+            return jnp.where(gate, x, jax.lax.stop_gradient(jnp.clip(x, 0, 6)))
+
+        monkeypatch.setattr(jax.nn, "relu6", relu6)
+        value = jnp.take_along_axis(pair.network.bind(params)(x), pair.labels[:, None], 1).sum()
+        assert next(remaining, None) is None
+        return value, sum(differing)
+
+    ours, differing = jax.jit(jax.grad(logit, has_aux=True))(pair.images, pair.params, gates)
+    assert int(differing) <= 1e-6 * sum(gate.size for gate in gates)
+    for index in range(len(theirs)):
+        assert _error(ours[index], theirs[index]) <= 1e-4, index
+
+
+def test_input_gradients_in_float64(pair: Pair):
+    """Every picture's gradient within 1e-10 of its largest component."""
+    theirs, _ = _torch_gradients(pair, pair.torch.float64)
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(np.asarray(value), jnp.float64) for name, value in pair.params.items()}
+
+        def logit(x, params):
+            return jnp.take_along_axis(pair.network.bind(params)(x), jnp.asarray(pair.labels)[:, None], 1).sum()
+
+        ours = np.asarray(jax.jit(jax.grad(logit))(jnp.asarray(pair.images, jnp.float64), params))
+    assert ours.dtype == np.float64
+    for index in range(len(theirs)):
+        assert _error(ours[index], theirs[index]) <= 1e-10, index
+
+
+def _torch_gradients(pair: Pair, dtype: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Gradients of the labels' logits [B,H,W,C], and where each ReLU6 passes them on, in order [B,h,w,c]."""
+    torch, gates = pair.torch, []
+
+    def record(module, inputs, output):
+        gates.append(((output > 0) & (output < 6)).numpy().transpose(0, 2, 3, 1))
+
+    reference = copy.deepcopy(pair.reference).to(dtype)
+    for name, module in reference.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d) and not name.endswith("._bn2"):  # no ReLU6 follows those
+            module.register_forward_hook(record)
+    x = pair.to_torch(pair.images).to(dtype).requires_grad_()
+    index = torch.from_numpy(pair.labels[:, None].astype(np.int64))
+    gradients = torch.autograd.grad(reference(x).gather(1, index).sum(), x)[0]
+    return gradients.numpy().transpose(0, 2, 3, 1), gates
 
 
 def test_ifgsm_success(pair: Pair):

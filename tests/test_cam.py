@@ -1,0 +1,236 @@
+"""Class activation maps against arrays of another program, the identity of the logits, and the half-pixel rule.
+
+The reference arrays (`shared/oracle` beside the project) come from a small CNN in PyTorch: three convolutions with
+ReLU, the mean over u positions, one linear layer with weights w.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxinterp import Network, cam
+from jaxinterp.network import features, head
+
+ORACLE = Path(__file__).parents[2] / "shared" / "oracle"
+PADDING = {"conv1": 2, "conv2": 1, "conv3": 1}
+
+
+def apply(params, images, tap):
+    """The reference network as a user would bring it: parameters with PyTorch's names and layouts."""
+    x = jnp.transpose(images, (0, 3, 1, 2))
+    for layer, p in PADDING.items():
+        x = lax.conv_general_dilated(x, params[f"{layer}.0.weight"], (2, 2), ((p, p), (p, p)))
+        x = jax.nn.relu(x + params[f"{layer}.0.bias"][:, None, None])
+        x = jnp.transpose(tap(layer, jnp.transpose(x, (0, 2, 3, 1))), (0, 3, 1, 2))
+    return jnp.mean(x, axis=(2, 3)) @ params["fc.weight"].T + params["fc.bias"]
+
+
+NETWORK = Network(name="tinynet", apply=apply, nodes=tuple(PADDING), image_size=112, classes=6, cam_node="conv3")
+
+
+def random_params():
+    shapes = {
+        "conv1.0.weight": (8, 3, 5, 5),
+        "conv1.0.bias": (8,),
+        "conv2.0.weight": (16, 8, 3, 3),
+        "conv2.0.bias": (16,),
+        "conv3.0.weight": (24, 16, 3, 3),
+        "conv3.0.bias": (24,),
+        "fc.weight": (6, 24),
+        "fc.bias": (6,),
+    }
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape) * 0.2, jnp.float32) for name, shape in shapes.items()}
+
+
+IMAGES = np.random.default_rng(1).uniform(size=(4, 40, 32, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    if not (ORACLE / "cam.npz").exists():
+        pytest.skip(f"the reference arrays are not at {ORACLE}")
+    with np.load(ORACLE / "cam.npz") as arrays, np.load(ORACLE / "tinynet.npz") as weights:
+        return dict(arrays), {name: jnp.asarray(weights[name]) for name in weights.files}
+
+
+@pytest.fixture(scope="module")
+def reference_maps(reference):
+    """Maps of the reference network, whose images lie between -3 and 3: a network for [0, 1] that scales them."""
+    arrays, params = reference
+    network = Network(
+        name="scaled",
+        apply=lambda params, images, tap: apply(params, 6 * images - 3, tap),
+        nodes=tuple(PADDING),
+        classes=6,
+        cam_node="conv3",
+    )
+    images = (arrays["x"].transpose(0, 2, 3, 1) + 3) / 6
+    return np.asarray(cam.maps(network, params, images, arrays["cls"].astype(np.int32)))
+
+
+# Against the reference arrays
+
+
+def test_features_logits_and_gradients_equal_the_reference(reference):
+    arrays, params = reference
+    images = jnp.asarray(arrays["x"].transpose(0, 2, 3, 1))
+    activation = features(NETWORK, params, images, "conv3")
+    np.testing.assert_allclose(NETWORK.bind(params)(images), arrays["logits"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.transpose(activation, (0, 3, 1, 2)), arrays["act"], rtol=1e-4, atol=1e-5 * arrays["act"].max()
+    )
+
+    def of_class(maps):
+        return jnp.sum(head(NETWORK, params, "conv3", maps, images)[jnp.arange(4), arrays["cls"]])
+
+    gradient = jax.grad(of_class)(activation)
+    np.testing.assert_allclose(
+        np.transpose(gradient, (0, 3, 1, 2)), arrays["grad"], rtol=1e-5, atol=1e-6 * np.abs(arrays["grad"]).max()
+    )
+
+
+def test_maps_equal_weights_times_the_reference_activations(reference, reference_maps):
+    arrays, params = reference
+    weights = np.asarray(params["fc.weight"])[arrays["cls"]]
+    expected = np.einsum("bk,bkhw->bhw", weights, arrays["act"]) / (14 * 14)
+    np.testing.assert_allclose(reference_maps, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", ["GradCAM", "HiResCAM"])
+def test_maps_equal_the_reference_relatives(reference, reference_maps, method):
+    """Grad-CAM is relu(sum_k a_k f_k) with a_k the mean gradient, w_k / u: relu of the map. HiResCAM's too here."""
+    raw = reference[0][f"{method}/raw"]
+    np.testing.assert_allclose(np.maximum(reference_maps, 0), np.maximum(raw, 0), atol=1e-5 * np.abs(raw).max())
+    assert np.abs(raw).max() > 0
+
+
+def test_scaled_and_resized_maps_equal_the_final_reference_maps(reference, reference_maps):
+    def unit(maps):
+        maps = maps - maps.min(axis=(1, 2), keepdims=True)
+        return maps / maps.max(axis=(1, 2), keepdims=True)
+
+    large = unit(np.asarray(cam.resize(jnp.asarray(unit(np.maximum(reference_maps, 0))), 112)))
+    np.testing.assert_allclose(large, reference[0]["GradCAM/final"], atol=1e-5)
+
+
+# Identities
+
+
+def test_maps_sum_to_logits_without_bias_for_every_class():
+    params = random_params()
+    logits = np.asarray(NETWORK.bind(params)(jnp.asarray(IMAGES)))
+    every = cam.maps(NETWORK, params, IMAGES, np.tile(np.arange(6), (4, 1)))
+    assert every.shape == (4, 6, 5, 4)
+    np.testing.assert_allclose(every.sum(axis=(2, 3)), logits - np.asarray(params["fc.bias"]), atol=1e-4)
+    assert np.abs(logits - logits.mean(0)).max() > 1e-2
+    # Raw: the maps of a class with mixed weights have both signs.
+    assert (np.asarray(every).min(axis=(2, 3)) < 0).any()
+
+
+def test_maps_are_weighted_features():
+    params = random_params()
+    activation = np.asarray(features(NETWORK, params, jnp.asarray(IMAGES), "conv3"), np.float64)
+    classes = np.array([5, 0, 3, 3])
+    expected = np.einsum("bhwk,bk->bhw", activation, np.asarray(params["fc.weight"], np.float64)[classes]) / 20
+    np.testing.assert_allclose(cam.maps(NETWORK, params, IMAGES, classes), expected, atol=1e-5)
+
+
+def test_several_classes_are_one_class_at_a_time():
+    params = random_params()
+    classes = np.array([[0, 5], [1, 1], [4, 2], [3, 0]])
+    both = np.asarray(cam.maps(NETWORK, params, IMAGES, classes))
+    for column in range(2):
+        one = np.asarray(cam.maps(NETWORK, params, IMAGES, classes[:, column]))
+        np.testing.assert_allclose(both[:, column], one, atol=1e-6)
+    np.testing.assert_array_equal(both[1, 0], both[1, 1])
+
+
+def test_the_named_node_is_the_default_one():
+    params = random_params()
+    classes = np.zeros(4, np.int32)
+    np.testing.assert_array_equal(
+        cam.maps(NETWORK, params, IMAGES, classes, node="conv3"), cam.maps(NETWORK, params, IMAGES, classes)
+    )
+
+
+def test_a_batch_is_maps_of_one():
+    params = random_params()
+    classes = np.array([5, 0, 3, 3])
+    whole = np.asarray(cam.maps(NETWORK, params, IMAGES, classes))
+    for i in range(4):
+        alone = cam.maps(NETWORK, params, IMAGES[i : i + 1], classes[i : i + 1])
+        np.testing.assert_allclose(alone[0], whole[i], atol=1e-6)
+
+
+# Resizing
+
+
+def half_pixel(values, size):
+    """Bilinear interpolation of [h,w] at pixel centres: output i reads (i + 1/2) h / H - 1/2, edges repeated."""
+    for axis, new in enumerate(size):
+        old = values.shape[axis]
+        at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, old - 1)
+        part = (at - low).reshape(-1, *[1] * (values.ndim - 1 - axis))
+        values = np.take(values, low, axis) * (1 - part) + np.take(values, high, axis) * part
+    return values
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.tuples(st.integers(1, 20), st.integers(1, 20)))
+def test_resize_is_half_pixel_bilinear(old, new):
+    maps = np.random.default_rng(0).normal(size=(2, *old)).astype(np.float32)
+    large = np.asarray(cam.resize(jnp.asarray(maps), new))
+    assert large.shape == (2, *new)
+    for one, expected in zip(large, maps, strict=True):
+        np.testing.assert_allclose(one, half_pixel(expected.astype(np.float64), new), atol=1e-5)
+
+
+def test_resize_by_hand_and_with_leading_axes():
+    np.testing.assert_allclose(cam.resize(jnp.array([[0.0, 1.0]]), (1, 4)), [[0, 0.25, 0.75, 1]], atol=1e-6)
+    maps = jnp.arange(24.0).reshape(2, 3, 2, 2)
+    np.testing.assert_array_equal(cam.resize(maps, 5)[1, 2], cam.resize(maps[1, 2], 5))
+    np.testing.assert_array_equal(cam.resize(maps, 2), maps)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"method": "gradcam2"}, ValueError, "unknown method 'gradcam2'.*cam"),
+        ({"node": "conv2"}, ValueError, "defined for node 'conv3' of tinynet, not 'conv2'"),
+        ({"node": "conv4"}, ValueError, "no node 'conv4'; did you mean 'conv"),
+        ({"classes": np.array([0, 6, 1, 2])}, ValueError, "classes must be classes from 0 to 5, but example 1 has 6"),
+        (
+            {"classes": np.array([[0, 1], [2, 3], [0, -1], [0, 0]])},
+            ValueError,
+            "classes must be classes from 0 to 5, but example 2 has -1",
+        ),
+        ({"classes": np.zeros(4)}, ValueError, r"classes must be integers \[B\] or \[B,n\], got float"),
+        ({"classes": np.array(1)}, ValueError, r"classes must be integers \[B\] or \[B,n\], got .* shape \(\)"),
+        ({"classes": np.zeros(3, int)}, ValueError, r"classes must have shape \[4\].*\(3,\)"),
+        ({"classes": np.zeros((4, 0), int)}, ValueError, r"classes must be .*\(4, 0\)"),
+        ({"images": IMAGES + 1}, ValueError, r"images must be finite and in \[0, 1\]"),
+        ({"images": IMAGES[0]}, ValueError, r"images must be \[B,H,W,C\]"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, error, message):
+    arguments = {"network": NETWORK, "params": random_params(), "images": IMAGES, "classes": np.zeros(4, int)}
+    with pytest.raises(error, match=f"(?s){message}"):
+        cam.maps(**{**arguments, **change})
+
+
+def test_a_network_without_pooling_and_linear_layer_is_refused():
+    network = Network(name="plain", apply=apply, nodes=tuple(PADDING), classes=6)
+    with pytest.raises(ValueError, match=r"plain has no cam_node.*global average pooling and one linear"):
+        cam.maps(network, random_params(), IMAGES, np.zeros(4, int))
