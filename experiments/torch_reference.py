@@ -1,4 +1,4 @@
-"""EfficientNet-Lite 0-2 in PyTorch, against which speed and numbers are compared. Needs torch.
+"""EfficientNet-Lite 0-4 in PyTorch, against which speed and numbers are compared. Needs torch.
 
 A plain torch.nn.Module with the names of the published state dicts, written from TensorFlow's tpu/efficientnet/lite:
 padding SAME as TensorFlow has it (the odd pixel goes to the right and the bottom), batch norm with eps 1e-3, ReLU6, no
@@ -15,11 +15,19 @@ from jaxinterp.weights.recipes import recipe
 # Kernel, stride of the first block and expansion of each stage; then, for each variant, repeats and output channels.
 # These are compound scaling's results spelled out, so that a slip in the library's scaling shows here.
 _STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
-_REPEATS = ((1, 2, 2, 3, 3, 4, 1), (1, 3, 3, 4, 4, 5, 1), (1, 3, 3, 4, 4, 5, 1))
+_REPEATS = (
+    (1, 2, 2, 3, 3, 4, 1),
+    (1, 3, 3, 4, 4, 5, 1),
+    (1, 3, 3, 4, 4, 5, 1),
+    (1, 3, 3, 5, 5, 6, 1),
+    (1, 4, 4, 6, 6, 8, 1),
+)
 _CHANNELS = (
     (16, 24, 40, 80, 112, 192, 320),
     (16, 24, 40, 80, 112, 192, 320),
     (16, 24, 48, 88, 120, 208, 352),
+    (24, 32, 48, 96, 136, 232, 384),
+    (24, 32, 56, 112, 160, 272, 448),
 )
 _EPS = 1e-3
 
@@ -70,7 +78,7 @@ class Block(torch.nn.Module):
 
 
 class EfficientNetLite(torch.nn.Module):
-    """EfficientNet-Lite `variant` 0..2; `forward` takes a dict in which it leaves every named feature map."""
+    """EfficientNet-Lite `variant` 0..4; `forward` takes a dict in which it leaves every named feature map."""
 
     def __init__(self, variant: int, classes: int = 1000):
         super().__init__()

@@ -74,7 +74,7 @@ def _evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in _needed(jaxpr):
         inputs = [read(atom) for atom in eqn.invars]
         rule = _RULES.get(eqn.primitive.name)
         if rule is not None:
@@ -86,6 +86,17 @@ def _evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             outputs = [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
+    """The equations on which the results depend. The compiler would drop the others too, but later, at a price."""
+    wanted = {atom for atom in jaxpr.outvars if isinstance(atom, jex.Var)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not wanted.isdisjoint(eqn.outvars):
+            needed.append(eqn)
+            wanted.update(atom for atom in eqn.invars if isinstance(atom, jex.Var))
+    return needed[::-1]
 
 
 def _rewrite(param: Any) -> Any:
@@ -141,6 +152,12 @@ def _dot(eqn, lhs, rhs):
     return out if out.shape == out_shape else lax.slice(out, [0] * out.ndim, out_shape)
 
 
+def _checkpoint(eqn, *args):
+    p = eqn.params
+    body = functools.partial(_evaluate, jex.ClosedJaxpr(p["jaxpr"], ()))
+    return jax.checkpoint(lambda *args: body(args), prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+
+
 def _tree(combine):
     """The rule for a reduction: a tree of elementwise operations, whose order the compiler cannot choose.
 
@@ -183,6 +200,7 @@ def _pad(x, axis, size):
 _RULES = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
+    "remat2": _checkpoint,  # the name of jax.checkpoint in a trace
     "reduce_sum": _tree(lax.add),
     "reduce_max": _tree(lax.max),
     "reduce_min": _tree(lax.min),

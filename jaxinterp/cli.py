@@ -109,9 +109,46 @@ def models(name: tyro.conf.Positional[str | None] = None, /) -> None:
         print(line)
 
 
+def validate(
+    names: tyro.conf.Positional[tuple[str, ...]], /, *, against: str | None = None, out: Path | None = None
+) -> None:
+    """Compare networks with their PyTorch originals: feature maps, logits and input gradients.
+
+    Without --against the network runs with seeded weights and is compared with stored outputs of the original, which
+    needs no torch. Differences are relative to the largest value.
+
+    Args:
+        names: Networks, such as resnet50.
+        against: torchvision, or FILE.py:factory, a function that returns the PyTorch module; needs torch.
+        out: Record the comparison, with versions and machine, in this JSON file.
+    """
+    import dataclasses
+    import json
+
+    from jaxinterp.runs import machine, replacing
+    from jaxinterp.weights import validation
+
+    if not names:
+        raise ValueError("name at least one network, such as resnet50")
+    record, failed = [], []
+    for name in names:
+        found = validation.against_torch(name, against) if against else validation.against_references(name)
+        print(f"{name}, against {against or 'stored reference outputs'}")
+        for line in validation.lines(found):
+            print(f"  {line}")
+        failed += [name for each in found if not each.passed][:1]
+        record.append({"network": name, "comparisons": [{**dataclasses.asdict(c), "passed": c.passed} for c in found]})
+    if out is not None:
+        with replacing(out) as file:
+            whole = {"against": against or "references", "machine": machine(), "networks": record}
+            file.write((json.dumps(whole, indent=1) + "\n").encode())
+    if failed:
+        raise ValueError(f"differs from its original: {', '.join(failed)}")
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
-    commands = {"explain": explain, "convert": convert, "models": models}
+    commands = {"explain": explain, "convert": convert, "models": models, "validate": validate}
     try:
         _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(
@@ -126,10 +163,8 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-_DESCRIPTION = (
-    "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
+_DESCRIPTION = "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
 which promote the target, and where they lie on the class activation maps."
-)
 
 
 def _keep_compiled_programs() -> None:

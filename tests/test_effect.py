@@ -34,11 +34,13 @@ def pairs():
     return clean, np.clip(clean + delta, 0, 1).astype(np.float32)
 
 
+@functools.cache
 def linear():
     weights = np.random.default_rng(1).normal(size=(HEIGHT * WIDTH * 3, CLASSES)).astype(np.float32)
     return Partial(lambda w, x: x.reshape(x.shape[0], -1) @ w + 1.0, jnp.asarray(weights)), weights
 
 
+@functools.cache
 def small_net():
     keys = jax.random.split(jax.random.key(0), 3)
     params = [

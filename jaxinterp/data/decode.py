@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -24,12 +25,8 @@ from .source import DamagedImage, to_unit
 
 # Told apart by content, whatever the file is called. The list leaves out formats that start programs (EPS).
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
-Image.init()  # loads the formats once, before threads would race to do it
-
-# PIL warns about odd metadata, which no pixel depends on, and about sizes, which are checked below. Decoding
-# runs in threads, where warnings.catch_warnings is not safe: the filters are set once, behind a user's own.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.", append=True)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+_prepared = threading.Event()
+_preparing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,48 @@ def decode(file: str | os.PathLike[str] | bytes, crop: Crop | None) -> np.ndarra
         DamagedImage: the file cannot be read, is not a picture, is cut short, has pixels without a defined
             range (32-bit), or is larger than `PIL.Image.MAX_IMAGE_PIXELS`. Its id is the path.
     """
+    if not _prepared.is_set():
+        _prepare()
     name = "picture" if isinstance(file, bytes) else os.fspath(file)
     try:
         image = _rgb(_load(file))
         return to_unit(np.asarray(image if crop is None else _resize_and_crop(image, crop)))
     except _Unreadable as error:
         raise DamagedImage(name, str(error)) from error.__cause__
+
+
+def crop_pixels(pixels: np.ndarray, crop: Crop) -> np.ndarray:
+    """Resizes and crops pixels in memory as `decode` does those of a file.
+
+    Args:
+        pixels: uint8 [H,W,1] or [H,W,3].
+        crop: how to resize and crop.
+
+    Returns:
+        float32 in [0, 1], of crop.size x crop.size and as many channels.
+
+    Raises:
+        ValueError: the picture is so narrow that it would become larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    try:
+        result = to_unit(np.asarray(_resize_and_crop(image, crop)))
+    except _Unreadable as error:
+        raise ValueError(str(error)) from None
+    return result[..., None] if result.ndim == 2 else result
+
+
+def _prepare() -> None:
+    """What the process needs once before its first picture is decoded."""
+    with _preparing:
+        if _prepared.is_set():
+            return
+        Image.init()  # loads the formats, before threads would race to do it
+        # PIL warns about odd metadata, which no pixel depends on, and about sizes, which are checked below. Decoding
+        # runs in threads, where warnings.catch_warnings is not safe: the filters are set once, behind a user's own.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.", append=True)
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+        _prepared.set()
 
 
 class _Unreadable(Exception):

@@ -11,7 +11,8 @@ import os
 from .decode import Crop
 from .folder import Folder
 
-_CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100, "mnist": 10, "fashionMNIST": 10}
+CLASSES = {"imagenet": 1000, "cifar10": 10, "cifar100": 100, "mnist": 10, "fashionMNIST": 10}
+"""The data sets, and how many classes each has."""
 
 
 def samples(dataset: str = "imagenet", *, crop: Crop | None) -> Folder:
@@ -28,8 +29,8 @@ def samples(dataset: str = "imagenet", *, crop: Crop | None) -> Folder:
     Raises:
         ValueError: an unknown data set, or foolbox is not installed.
     """
-    if dataset not in _CLASSES:
-        raise ValueError(f"dataset: expected one of {', '.join(_CLASSES)}, got {dataset!r}")
+    if dataset not in CLASSES:
+        raise ValueError(f"dataset: expected one of {', '.join(CLASSES)}, got {dataset!r}")
     # find_spec only locates a top-level package. Importing it would load whole frameworks.
     spec = importlib.util.find_spec("foolbox")
     places = [] if spec is None else list(spec.submodule_search_locations or ())
@@ -42,6 +43,6 @@ def samples(dataset: str = "imagenet", *, crop: Crop | None) -> Folder:
     ]
     if not files:
         raise ValueError('the sample pictures come with foolbox: pip install "jaxinterp[samples]"')
-    folder = Folder(files, crop=crop, labels="names", classes=_CLASSES[dataset])
+    folder = Folder(files, crop=crop, labels="names", classes=CLASSES[dataset])
     folder.label_origin = "foolbox's samples, the last number in each file name"
     return folder

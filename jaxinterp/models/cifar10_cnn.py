@@ -10,12 +10,10 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jaxinterp.models.caffe_squeezenet import max_pool
-from jaxinterp.models.layers import BatchNorm, Conv, Linear
+from jaxinterp.models.layers import BatchNorm, Conv, Linear, max_pool
 from jaxinterp.network import Tap
 
 IMAGE_SIZE = 32
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _CHANNELS = (64, 64, 128, 128, 64, 64)
 _POOLED = (1, 3)  # a max-pool follows the second and the fourth convolution
@@ -46,7 +44,7 @@ class Cifar10CNN(nnx.Module):
             x = jax.nn.relu(getattr(self, _layer("conv2d", index))(x))
             x = tap(_layer("conv2d", index), getattr(self, _layer("batch_normalization", index))(x))
             if index in _POOLED:
-                x = max_pool(x, 2, 2)
+                x = max_pool(x, 2)
         x = x.reshape(x.shape[0], -1)  # 1 x 1 x 64 for a picture of 32 x 32
         x = jax.nn.relu(self.dense(x))
         x = jax.nn.relu(self.dense_1(x))

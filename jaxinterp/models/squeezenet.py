@@ -28,7 +28,8 @@ class Fire(nnx.Module):
         return jax.nn.relu(jnp.concatenate([self.expand1x1(x), self.expand3x3(x)], axis=-1))
 
 
-# Channels of each fire module; then, for each version, channels and kernel of the stem and the modules, None for a pool.
+# Squeeze and expand channels of the fire modules; for each version, channels and kernel of the stem, and the order of
+# modules and pools (None).
 _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
 VERSIONS = {
     "1.0": (96, 7, (None, *_FIRES[:3], None, *_FIRES[3:7], None, *_FIRES[7:])),

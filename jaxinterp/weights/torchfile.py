@@ -12,8 +12,9 @@ containers, and refuses a name that is not in the table `_GLOBALS`. It builds de
 cut from the mapped file afterwards, each checked against its storage.
 
 What a hostile file can cost is bounded: pickles and the zip directory are read up to 16 MiB (a state dict takes 100
-to 200 bytes a tensor), in time proportional to their length; the arrays together may take at most four times the file's size plus 64 MiB, because tied weights and expanded
-views are copied for each of their names: a legitimate file can exceed its own size, but not by much.
+to 200 bytes a tensor), in time proportional to their length; the arrays together may take at most four times the
+file's size plus 64 MiB, because tied weights and expanded views are copied for each of their names: a legitimate
+file can exceed its own size, but not by much.
 """
 
 from __future__ import annotations

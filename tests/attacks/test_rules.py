@@ -92,8 +92,8 @@ class Problem(NamedTuple):
         return self._replace(images=self.images[rows], labels=self.labels[rows], targets=targets)
 
 
-PROBLEMS = ("linear", "linear-targeted", "stock", "network-targeted")
-SMALL = ("linear", "network-targeted")  # where another program must be compiled
+PROBLEMS = ("linear", "stock", "network-targeted")
+SMALL = ("linear", "network-targeted")  # where other programs must be compiled
 
 
 @functools.cache
@@ -253,9 +253,8 @@ def test_failure_returns_the_original(case, name):
 
 
 @each_attack
-@over(SMALL)
-def test_nothing_changes_off_the_support(case, name):
-    p = problem(name)
+def test_nothing_changes_off_the_support(case):
+    p = problem("network-targeted")
     support = np.zeros((BATCH, SIDE, SIDE, 1), bool)
     support[:, :, 3:] = True
     stronger = dataclasses.replace(CASES[case], **{SWEEPS[case]: 2 * getattr(CASES[case], SWEEPS[case])})
@@ -268,7 +267,7 @@ def test_nothing_changes_off_the_support(case, name):
 
 @each_attack
 def test_no_support_at_all_returns_the_original(case):
-    p = problem("linear")
+    p = problem("network-targeted")
     result = attack_on(case, p, support=np.zeros((BATCH, SIDE, SIDE, 1), bool))
     assert not np.asarray(result.success).any()
     np.testing.assert_array_equal(result.images, p.images)
@@ -284,12 +283,11 @@ def test_radius_zero_returns_the_input(case, name):
 
 
 @each_attack
-@over(["linear", "linear-targeted"])
-def test_pixels_at_zero_and_one_can_move(case, name):
-    p = problem(name)
+def test_pixels_at_zero_and_one_can_move(case):
+    p = problem("linear")
     images = jnp.round(p.images)
     labels = jnp.argmax(p.model(images), axis=-1)
-    p = p._replace(images=images, labels=labels, targets=None if p.targets is None else (labels + 1) % CLASSES)
+    p = p._replace(images=images, labels=labels)
     # In the variable of C&W, 0 and 1 are some seven units away from the interior.
     stronger = {"lr": 1.0, "initial_const": 10.0} if case == "cw" else {"eps": 8 * CASES[case].eps}
     strong = dataclasses.replace(CASES[case], **stronger)
@@ -325,13 +323,29 @@ def test_an_adversarial_input_is_a_success(case, name):
 @over(SMALL)
 def test_a_constant_added_to_all_logits_changes_nothing(case, name):
     p, expected = problem(name), solved(case, name)
+
+    def plus(model, c, x):
+        return model(x) + c
+
     for shift in (64.0, -200.0):  # with -200, all logits are negative
-        shifted = Partial(lambda model, c, x: model(x) + c, p.model, jnp.float32(shift))
+        shifted = Partial(plus, p.model, jnp.float32(shift))
         result = attack_on(case, p._replace(model=shifted))
         assert (np.asarray(shifted(result.images)) * np.sign(shift) > 0).all()
         np.testing.assert_array_equal(result.success, expected.success)
         for distance in ("l2", "linf"):
             np.testing.assert_allclose(getattr(result, distance), getattr(expected, distance), atol=1e-3)
+
+
+@each_attack
+def test_a_gradient_that_is_not_a_number_at_one_pixel_spoils_only_that_pixel(case):
+    p = problem("linear")
+
+    def singular(model, x):  # finite, and infinity times zero in the derivative at the first pixel
+        return model(x) + 0.0 * jnp.sqrt(0.0 * x[:, 0, 0, :1])
+
+    result = attack_on(case, p._replace(model=Partial(singular, p.model)))
+    assert np.asarray(result.success).any()
+    assert_obeys(case, p, result)
 
 
 @each_attack
@@ -503,9 +517,8 @@ def test_two_values_share_one_program(case):
 
 
 @each_attack
-@over(SMALL)
-def test_a_sweep_is_one_program_and_separate_runs(case, name):
-    p, field = problem(name), SWEEPS[case]
+def test_a_sweep_is_one_program_and_separate_runs(case):
+    p, field = problem("network-targeted"), SWEEPS[case]
     model = Traces(p.model)
 
     def one(value):

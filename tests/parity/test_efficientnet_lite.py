@@ -2,8 +2,8 @@
 
 The tolerances are what two frameworks reach in float32. Gradients have jumps where the input of a ReLU6 passes 0 or 6:
 of some six million inputs a picture, a few round to the other side, and the gradient then differs by up to some percent
-of its largest component. It does so between PyTorch's own two layouts as well. Gradients are therefore compared in float32
-with the jumps where PyTorch has them, after counting how many were elsewhere, and in float64 as they are.
+of its largest component. It does so between PyTorch's own two layouts as well. Gradients are therefore compared in
+float32 with the jumps where PyTorch has them, after counting how many were elsewhere, and in float64 as they are.
 """
 
 import copy

@@ -1,0 +1,144 @@
+"""Networks that torchvision does not have, in PyTorch, with the names of the published state dicts. Needs torch.
+
+Images are float32 in [0, 1], NCHW; preprocessing is part of each network. Every feature map that the library names is
+the output of the submodule of that name.
+"""
+
+from __future__ import annotations
+
+import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]  # as above
+from torch import nn  # pyright: ignore[reportMissingImports]  # as above
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std for each channel."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, x):
+        """Maps images [B,C,H,W]."""
+        mean, std = (torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+
+class ShortcutA(nn.Module):
+    """Every other pixel, with as many channels of zeros in front as behind."""
+
+    def __init__(self, added: int):
+        super().__init__()
+        self.half = added // 2
+
+    def forward(self, x):
+        """Maps x [B,C,H,W] to [B,C+added,H/2,W/2]."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.half, self.half))
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut of option "A" (akamaster) or "B" (kuangliu)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, option: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if inputs != width:
+            self.shortcut = (
+                ShortcutA(width - inputs)
+                if option == "A"
+                else nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            )
+
+    def forward(self, x):
+        """Maps x [B,C,H,W] to the block's output."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """A 3x3 stem, layers of blocks, global average pool, linear."""
+
+    def __init__(self, widths: tuple[int, ...], blocks: int, option: str, normalize: Normalize):
+        super().__init__()
+        self.normalize = normalize
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
+        inputs, names = widths[0], []
+        for index, width in enumerate(widths, start=1):
+            layer = []
+            for repeat in range(blocks):
+                layer.append(Block(inputs, width, 2 if index > 1 and repeat == 0 else 1, option))
+                inputs = width
+            self.add_module(f"layer{index}", nn.Sequential(*layer))
+            names.append(f"layer{index}")
+        self.linear = nn.Linear(inputs, 10)
+        self.names = names
+
+    def forward(self, images):
+        """Logits [B,10] of images [B,3,32,32]."""
+        x = self.relu(self.bn1(self.conv1(self.normalize(images))))
+        for name in self.names:
+            x = self.get_submodule(name)(x)
+        return self.linear(F.avg_pool2d(x, x.shape[-1]).flatten(1))
+
+
+class Carlini(nn.Sequential):
+    """The networks of Carlini and Wagner 2017, table 1, for x - 0.5."""
+
+    def __init__(self, channels: int, first: int, second: int, flat: int, hidden: int):
+        super().__init__(
+            nn.Conv2d(channels, first, 3),
+            nn.ReLU(),
+            nn.Conv2d(first, first, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 3),
+            nn.ReLU(),
+            nn.Conv2d(second, second, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(flat, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 10),
+        )
+
+    def forward(self, images):
+        """Logits [B,10] of images [B,C,H,W]."""
+        return super().forward(images - 0.5)
+
+
+class SmallCNN(nn.Module):
+    """Three convolutions, global average pool, linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU())
+        self.conv2 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+        self.conv3 = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, images):
+        """Logits [B,10] of images [B,3,H,W]."""
+        return self.fc(self.conv3(self.conv2(self.conv1(images))).mean((2, 3)))
+
+
+NORMALIZE = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's networks expect in front
+_NORMALIZE_CIFAR = Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+# akamaster's repository (option A) preprocesses CIFAR-10 with ImageNet's mean and standard deviation.
+NETWORKS = {
+    "cifar_resnet20": lambda: CifarResNet((16, 32, 64), 3, "A", NORMALIZE),
+    "cifar_resnet56": lambda: CifarResNet((16, 32, 64), 9, "A", NORMALIZE),
+    "cifar_resnet18": lambda: CifarResNet((64, 128, 256, 512), 2, "B", _NORMALIZE_CIFAR),
+    "carlini_mnist": lambda: Carlini(1, 32, 64, 1024, 200),
+    "carlini_cifar": lambda: Carlini(3, 64, 128, 3200, 256),
+    "small_cnn": SmallCNN,
+}

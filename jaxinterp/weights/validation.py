@@ -1,0 +1,224 @@
+"""Does a network compute what its PyTorch original computes? Feature maps, logits and input gradients, with verdicts.
+
+Without torch the network is run with seeded weights and compared with stored outputs of the original (see
+`experiments/make_references.py`). With torch the two are compared live, on the original's own weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinterp import models
+from jaxinterp.canonical import canonical
+from jaxinterp.network import Network, capture
+from jaxinterp.weights import names, seeded
+
+# Relative to the largest value. Gradients differ more: where an input of a ReLU rounds to the other side of its
+# corner in one of two programs, the gradient behind it is another one.
+TOLERANCES = {"logits": 1e-5, "map": 1e-4, "gradient": 1e-4}
+_CLASS = 1  # whose logit the gradient is of, in live comparisons
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One array of the network beside the original's.
+
+    Attributes:
+        what: "logits", "gradient" or the name of a node.
+        difference: largest absolute difference, relative to the largest absolute value of the original.
+        cosine: of the two as vectors.
+        tolerance: of `difference`.
+    """
+
+    what: str
+    difference: float
+    cosine: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is a number within the tolerance."""
+        return self.difference <= self.tolerance
+
+
+def compare(what: str, ours: Any, original: Any, *, largest: float | None = None) -> Comparison:
+    """Compares two arrays of the same shape; `largest` of the original where the arrays are samples of it."""
+    a, b = (np.asarray(x, np.float64).ravel() for x in (ours, original))
+    scale = float(np.max(np.abs(b))) if largest is None else float(largest)
+    cosine = float(a @ b / np.sqrt((a @ a) * (b @ b))) if np.any(a) and np.any(b) else float(np.array_equal(a, b))
+    kind = what if what in TOLERANCES else "map"
+    return Comparison(what, float(np.max(np.abs(a - b))) / (scale or 1.0), cosine, TOLERANCES[kind])
+
+
+def against_references(name: str, references: Mapping[str, np.ndarray] | None = None) -> list[Comparison]:
+    """Compares a network with seeded weights with the stored outputs of its original.
+
+    Args:
+        name: the architecture.
+        references: as `experiments/make_references.py` writes them; None means those of the package.
+
+    Raises:
+        ValueError: an unknown architecture, or one of which nothing is stored.
+    """
+    stored = _stored() if references is None else references
+    network = models.network(name)
+    if f"{name}/logits" not in stored:
+        raise ValueError(f"no reference outputs of {name} are stored; compare with --against")
+    mine = {key.removeprefix(f"{name}/"): value for key, value in stored.items() if key.startswith(f"{name}/")}
+    channels = models.ARCHITECTURES[name].channels
+    images = seeded.images(len(mine["logits"]), int(mine["size"]), channels)
+    params = jax.tree.map(jnp.asarray, seeded.params(models.shapes(name)))
+    nodes = tuple(key.removeprefix("maps/") for key in mine if key.startswith("maps/"))
+    logits, maps, gradient = _run(network, params, images, nodes, int(mine["class"]))
+    found = []
+    for node in nodes:
+        values = np.ravel(maps[node])
+        sample = values[seeded.places(node, values.size)]
+        found.append(compare(node, sample, mine[f"maps/{node}"], largest=mine[f"moments/{node}"][2]))
+    found.append(compare("logits", logits, mine["logits"]))
+    values = np.ravel(gradient)
+    sample = values[seeded.places("gradient", values.size)]
+    found.append(compare("gradient", sample, mine["gradient"], largest=float(mine["gradient_max"])))
+    return found
+
+
+def against_torch(name: str, against: str, images: Any = None) -> list[Comparison]:
+    """Compares a network with a live PyTorch module, on the module's own weights.
+
+    Args:
+        name: the architecture.
+        against: "torchvision", for torchvision's module with seeded weights, or "FILE.py:factory", for the module
+            that `factory()` of that file returns. The module takes images [B,C,H,W] as its own preprocessing leaves
+            them: the network's preprocessing is applied beforehand.
+        images: [B,H,W,C] in [0, 1]; None means two seeded ones of the network's size.
+
+    Raises:
+        ValueError: torch or the file or the factory is missing; the module's state dict does not fit the network.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
+    except ImportError:
+        raise ValueError('comparing live needs torch; run: pip install "jaxinterp[torch]"') from None
+
+    entry = models.registry.architecture(name)
+    module = _torchvision_module(name) if against == "torchvision" else _factory(against)()
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(f"{against} must give a torch.nn.Module, got {type(module).__name__}")
+    module = module.eval().requires_grad_(False).float()
+    state = {key: value.numpy() for key, value in module.state_dict().items()}
+    classes = _classes(name, state)
+    expected = models.shapes(name, classes)
+    params = jax.tree.map(
+        jnp.asarray, names.map_tensors(state, expected, source=f"the state dict of {against}", network=name)
+    )
+    network = models.network(name, classes)
+    if images is None:
+        images = seeded.images(2, network.image_size, entry.channels)
+    submodules = dict(module.named_modules())
+    nodes = tuple(node for node in network.nodes if node in submodules)
+    logits, maps, gradient = _run(network, params, images, nodes, _CLASS)
+
+    seen: dict[str, Any] = {}
+    for node in nodes:
+        submodules[node].register_forward_hook(lambda _, __, output, node=node: seen.__setitem__(node, output))
+    x = torch.from_numpy(np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)))).requires_grad_()
+    mean, std = (torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in _NORMALIZATION.get(name, _IMAGENET))
+    out = module((x - mean) / std)
+    (by_image,) = torch.autograd.grad(out[:, _CLASS].sum(), x)
+    # Read after the whole forward pass: an activation in place changes what a hook saw.
+    found = [compare(node, maps[node], seen[node].detach().permute(0, 2, 3, 1).numpy()) for node in nodes]
+    found.append(compare("logits", logits, out.detach().numpy()))
+    found.append(compare("gradient", gradient, by_image.permute(0, 2, 3, 1).numpy()))
+    return found
+
+
+def lines(found: list[Comparison]) -> Iterator[str]:
+    """The comparisons as lines of text."""
+    width = max(len(each.what) for each in found)
+    yield f"{'':{width}}  max |difference|     cosine  tolerance"
+    for each in found:
+        verdict = "PASS" if each.passed else "FAIL"
+        yield f"{each.what:{width}}  {each.difference:16.2e}  {each.cosine:.7f}  {each.tolerance:9.0e}  {verdict}"
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Inputs that are not ImageNet's standard ones: those that the originals standardize otherwise, or themselves.
+_NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    **{f"efficientnet_lite{variant}": ((127 / 255,) * 3, (128 / 255,) * 3) for variant in range(5)},
+}
+
+
+def _run(
+    network: Network, params: Any, images: Any, nodes: tuple[str, ...], of: int
+) -> tuple[Any, dict[str, Any], Any]:
+    """Logits, the named maps and the gradient of the logit of class `of`."""
+
+    @jax.jit
+    @canonical
+    def both(params, images):
+        def logit(x):
+            logits, maps = capture(network, params, x, nodes)
+            return jnp.sum(logits[:, of]), (logits, maps)
+
+        gradient, (logits, maps) = jax.grad(logit, has_aux=True)(images)
+        return logits, maps, gradient
+
+    with jax.default_matmul_precision("highest"):
+        return jax.tree.map(np.asarray, both(params, jnp.asarray(images)))
+
+
+def _stored() -> dict[str, np.ndarray]:
+    resource = importlib.resources.files("jaxinterp.weights").joinpath("references.npz")
+    with importlib.resources.as_file(resource) as path, np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def _classes(name: str, state: Mapping[str, np.ndarray]) -> int:
+    last = list(models.shapes(name))[-1]
+    if last not in state:
+        raise ValueError(f"the state dict has no {last}, so it is not one of {name}")
+    return len(state[last])
+
+
+def _torchvision_module(name: str) -> Any:
+    import torch  # pyright: ignore[reportMissingImports]  # as above
+
+    try:
+        from torchvision import models as originals  # pyright: ignore[reportMissingImports]  # as above
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"torchvision cannot be imported ({error}); name a file with --against FILE.py:factory"
+        ) from None
+    if not hasattr(originals, name):
+        raise ValueError(f"torchvision has no {name}; name a file with --against FILE.py:factory")
+    more = {"transform_input": True, "aux_logits": False, "init_weights": False}
+    module = getattr(originals, name)(weights=None, **(more if name in ("inception_v3", "googlenet") else {}))
+    state = {
+        key: torch.from_numpy(seeded.tensor(key, tuple(value.shape))) if value.is_floating_point() else value
+        for key, value in module.state_dict().items()
+    }
+    module.load_state_dict(state)
+    return module
+
+
+def _factory(against: str) -> Any:
+    path, colon, function = against.rpartition(":")
+    if not colon or not Path(path).is_file():
+        raise ValueError(f"--against must be torchvision or FILE.py:factory with an existing file, got {against!r}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{path} has no function {function!r}")
+    return getattr(module, function)

@@ -1,0 +1,368 @@
+"""`canonical`: the same values, convolutions in one layout, and results that do not depend on the batch.
+
+Bits are compared on the CPU backend, the only one on which `canonical` does anything.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxinterp.canonical import canonical
+
+quick = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def assert_close(actual, expected, rtol):
+    """Same tree, shapes and types; floats within `rtol` of the largest, everything else equal."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
+        if jnp.issubdtype(a.dtype, jnp.floating) and a.size:
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b))))
+        elif jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(jax.random.key_data(a), jax.random.key_data(b))
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+# The same values
+
+LAYOUTS = [
+    ("NCHW", "OIHW", "NCHW"),
+    ("NHWC", "HWIO", "NHWC"),
+    ("NHWC", "OHWI", "NCHW"),
+    ("HWNC", "IHWO", "CHWN"),
+    ("NCW", "OIW", "NCW"),
+    ("NWC", "WIO", "NWC"),
+    ("NCDHW", "OIDHW", "NCDHW"),
+    ("NDHWC", "DHWIO", "NDHWC"),
+]
+SIDES = {3: 64, 4: 14, 5: 7}  # large enough for the rows that need no padding
+
+
+@quick
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    kernel=st.integers(1, 3),
+    padding=st.sampled_from(["SAME", "VALID"]),
+    gradient=st.booleans(),
+)
+def test_convolutions_bit_for_bit(layout, stride, dilation, groups, kernel, padding, gradient):
+    rank = len(layout[0])
+    sizes = {"N": 4, "C": 4, "I": 4 // groups, "O": 6}
+    x = normal(0, *(sizes.get(axis, SIDES[rank]) for axis in layout[0]))
+    k = normal(1, *(sizes.get(axis, kernel) for axis in layout[1]))
+
+    def convolution(x, k):
+        return lax.conv_general_dilated(
+            x,
+            k,
+            (stride,) * (rank - 2),
+            padding,
+            rhs_dilation=(dilation,) * (rank - 2),
+            dimension_numbers=layout,
+            feature_group_count=groups,
+        )
+
+    f = convolution
+    if gradient:  # with stride 2 this is a convolution of a dilated input
+        cotangent = normal(2, *jax.eval_shape(convolution, x, k).shape)
+        f = lambda x, k: jax.vjp(convolution, x, k)[1](cotangent)[0]  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(canonical(f))(x, k), jax.jit(f)(x, k))
+
+
+@settings(quick, max_examples=6)
+@given(
+    shape=st.tuples(*[st.integers(1, 21)] * 3),
+    axes=st.sampled_from([(0,), (1,), (2,), (0, 2), (0, 1, 2)]),
+    reduction=st.sampled_from([jnp.sum, jnp.max, jnp.min, jnp.var, jax.nn.logsumexp]),
+)
+def test_reductions(shape, axes, reduction):
+    x = jnp.exp(normal(0, *shape))  # positive, so that a sum does not cancel
+    f = lambda x: reduction(x, axis=axes)  # noqa: E731
+    assert "reduce_" not in str(jax.make_jaxpr(canonical(f))(x))
+    assert_close(jax.jit(canonical(f))(x), f(x), 2e-6)
+
+
+@settings(quick, max_examples=10)
+@given(
+    first=st.booleans(),
+    second=st.booleans(),
+    sizes=st.tuples(*[st.integers(1, 9)] * 6),
+)
+def test_products_of_any_dimension_numbers(first, second, sizes):
+    """dot_general over two contracted and two batch axes, with the free axes before or after the contracted ones."""
+    b1, b2, k1, k2, m, n = sizes
+    lhs_shape, lhs_contract = ((b1, k1, k2, m, b2), (1, 2)) if first else ((b1, m, k1, k2, b2), (2, 3))
+    rhs_shape, rhs_contract = ((b2, k2, k1, n, b1), (2, 1)) if second else ((b2, n, k2, k1, b1), (3, 2))
+    lhs, rhs = normal(0, *lhs_shape), normal(1, *rhs_shape)
+    f = lambda a, b: lax.dot_general(a, b, ((lhs_contract, rhs_contract), ((0, 4), (4, 0))))  # noqa: E731
+    expected = np.einsum(
+        f"{'xijmy' if first else 'xmijy'},{'yjinx' if second else 'ynjix'}->xymn",
+        np.asarray(lhs, np.float64),
+        np.asarray(rhs, np.float64),
+    )
+    actual = jax.jit(canonical(f))(lhs, rhs)
+    assert actual.shape == expected.shape == (b1, b2, m, n)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@jax.custom_jvp
+def softplus(x):
+    return jnp.logaddexp(x, 0.0)
+
+
+softplus.defjvp(lambda primals, tangents: (softplus(*primals), tangents[0] * 7.0))
+
+
+@jax.custom_vjp
+def rounded(x):
+    return jnp.round(x)
+
+
+rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g * 3.0,))
+
+W = normal(3, 5, 5)
+
+
+def straight(x):
+    return jnp.tanh(x @ W).sum(-1)
+
+
+FUNCTIONS = {
+    "jit": lambda x: jax.jit(straight)(x),
+    "remat": lambda x: jax.grad(lambda x: jax.checkpoint(straight)(x).sum())(x),
+    "remat with a policy": lambda x: jax.grad(
+        lambda x: jax.checkpoint(straight, policy=jax.checkpoint_policies.dots_saveable)(x).sum()
+    )(x),
+    "custom_jvp": lambda x: (softplus(x @ W), jax.grad(lambda x: softplus(x @ W).sum())(x)),
+    "custom_vjp": lambda x: (rounded(x @ W), jax.grad(lambda x: rounded(x @ W).sum())(x)),
+    "scan": lambda x: lax.scan(lambda c, row: (jnp.tanh(c @ W) + row, c.sum()), x[0], x),
+    "gradient of scan": jax.grad(lambda x: lax.scan(lambda c, row: (jnp.tanh(c @ W) + row, c), x[0], x)[1].sum()),
+    "while": lambda x: lax.while_loop(
+        lambda c: (c[1] < 4) & (c[0].sum() < 1e6), lambda c: (c[0] @ W, c[1] + 1), (x, 0)
+    ),
+    "fori": lambda x: lax.fori_loop(0, 3, lambda i, c: jnp.sin(c @ W) + i, x),
+    "cond": lambda x: lax.cond(x.sum() > 0, lambda x: x @ W, lambda x: x - 1.0, x),
+    "switch": lambda x: lax.switch(2, [lambda x: x, lambda x: -x, lambda x: x @ W @ W], x),
+    "map": lambda x: lax.map(straight, x),
+    "vmap": lambda x: jax.vmap(straight)(x),
+    "pytree": lambda x: {"a": [x @ W, (x.sum(), None)], "b": ()},
+    "unused and passed through": lambda x: (x, x, 3.0, jnp.ones(2)),
+    "argmax and sort": lambda x: (jnp.argmax(x, -1), jnp.sort(x, 0), jnp.cumsum(x, 1), x.prod(1)),
+    "platform_dependent": lambda x: lax.platform_dependent(x, cpu=lambda x: x @ W, default=lambda x: x * jnp.nan),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_kind_of_program(name):
+    f, x = FUNCTIONS[name], normal(4, 6, 5)
+    expected = jax.tree.map(jnp.asarray, f(x))
+    assert_close(jax.tree.map(jnp.asarray, canonical(f)(x)), expected, 2e-6)
+    assert_close(jax.tree.map(jnp.asarray, jax.jit(canonical(f))(x)), expected, 2e-6)
+
+
+def test_products_inside_remat_are_rewritten():
+    jaxpr = str(jax.make_jaxpr(canonical(jax.checkpoint(straight)))(normal(4, 6, 5)))
+    assert re.search(r":f32\[64,64\] = dot_general", jaxpr)
+    assert "checkpoint" in jaxpr
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.arange(12, dtype=np.int32).reshape(3, 4),
+        np.arange(12, dtype=np.uint8).reshape(3, 4),
+        np.arange(12).reshape(3, 4) % 3 == 0,
+        np.zeros((0, 4), np.float32),
+        np.zeros((3, 0), np.float32),
+        np.arange(12).reshape(3, 4).astype(jnp.bfloat16),
+        np.full((3, 4), np.nan, np.float32),
+        np.array([[np.inf, -np.inf, 1.0, 2.0]], np.float32),
+    ],
+    ids=["int", "uint8", "bool", "no examples", "no features", "bfloat16", "nan", "inf"],
+)
+def test_types_and_empty_arrays(x):
+    def f(x):
+        high = x.max(1) if x.shape[1] else x.sum(1)
+        return x.sum(0), x.sum(), high, x.any(), jnp.dot(x, x.T)
+
+    assert_close(canonical(f)(x), jax.tree.map(jnp.asarray, f(jnp.asarray(x))), 1e-6)
+
+
+def test_empty_batch_of_a_network():
+    model = nchw()
+    assert canonical(model)(jnp.zeros((0, 12, 12, 3))).shape == (0, 10)
+    assert jax.grad(lambda x: canonical(model)(x).sum())(jnp.zeros((0, 12, 12, 3))).shape == (0, 12, 12, 3)
+
+
+def test_keys_and_leaves_that_are_no_arrays():
+    def f(options, key, x, scale):
+        assert isinstance(options["activation"], str)
+        x = {"tanh": jnp.tanh, "sin": jnp.sin}[options["activation"]](x @ W)
+        return x * scale + jax.random.normal(key, x.shape), jax.random.split(key)
+
+    args = ({"activation": "sin", "nothing": None}, jax.random.key(7), normal(4, 6, 5), 2.0)
+    assert_close(canonical(f)(*args), f(*args), 2e-6)
+
+
+def test_transformations_of_the_rewritten_function():
+    x = normal(4, 6, 5)
+    model = lambda x: jnp.tanh(x @ W).sum(-1)  # noqa: E731
+    total = lambda x: model(x).sum()  # noqa: E731
+    new = canonical(total)
+    assert_close(jax.grad(new)(x), jax.grad(total)(x), 2e-6)
+    assert_close(jax.jvp(new, (x,), (x,)), jax.jvp(total, (x,), (x,)), 2e-6)
+    assert_close(jax.vmap(canonical(model))(x[None]), model(x)[None], 2e-6)
+    assert_close(jax.vmap(jax.grad(new))(x), jax.grad(total)(x), 2e-6)
+    assert_close(jax.hessian(new)(x[0]), jax.hessian(total)(x[0]), 1e-5)
+    assert_close(jax.jit(canonical(canonical(total)))(x), total(x), 2e-6)
+    assert canonical(straight).__name__ == "straight"
+
+
+# The layout inside loops
+
+
+def nchw(width: int = 8):
+    """A network by hand, in PyTorch's layout."""
+    k1, k2, w = normal(0, width, 3, 3, 3) / 5, normal(1, 2 * width, width, 3, 3) / 8, normal(2, 2 * width, 10)
+
+    def model(x):
+        def conv(x, k, stride):
+            return lax.conv_general_dilated(
+                x, k, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NCHW", "OIHW", "NCHW")
+            )
+
+        x = jax.nn.relu(conv(x.transpose(0, 3, 1, 2), k1, 1))
+        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+        x = jax.nn.silu(conv(x, k2, 2))
+        x = (x - x.mean((2, 3), keepdims=True)) * lax.rsqrt(x.var((2, 3), keepdims=True) + 1e-5)
+        return x.mean((2, 3)) @ w
+
+    return model
+
+
+def ascent(rewrite):
+    step = rewrite(jax.grad(lambda x: nchw()(x)[:, 0].sum()))
+
+    def loop(x):
+        return lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] + 0.01 * step(c[0]), c[1] + 1), (x, 0))[0]
+
+    return jax.jit(loop)
+
+
+def test_layout_of_convolutions_in_a_compiled_loop():
+    x = normal(5, 4, 16, 16, 3)
+    labels = {}
+    for name, rewrite in (("canonical", canonical), ("plain", lambda f: f)):
+        text = ascent(rewrite).lower(x).compile().as_text()
+        labels[name] = re.findall(r" convolution\(.*dim_labels=(\S+?)(?:,|$)", text, re.MULTILINE)
+        assert len(labels[name]) >= 3, "two convolutions forward, two backward"
+    assert set(labels["canonical"]) == {"b01f_01io->b01f"}
+    assert not set(labels["plain"]) <= {"b01f_01io->b01f"}
+    assert_close(ascent(canonical)(x), ascent(lambda f: f)(x), 1e-5)
+
+
+# Results that do not depend on the batch
+
+
+class MLP(nnx.Module):
+    def __init__(self, inputs, hidden, classes):
+        rngs = nnx.Rngs(0)
+        self.first, self.last = nnx.Linear(inputs, hidden, rngs=rngs), nnx.Linear(hidden, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.log_softmax(self.last(nnx.gelu(self.first(x.reshape(x.shape[0], -1)))))
+
+
+class CNN(nnx.Module):
+    def __init__(self, width, classes):
+        rngs = nnx.Rngs(0)
+        self.conv1 = nnx.Conv(3, width, (3, 3), rngs=rngs)
+        self.norm1 = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
+        self.conv2 = nnx.Conv(width, 2 * width, (3, 3), strides=2, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(2 * width, rngs=rngs)
+        self.last = nnx.Linear(2 * width, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.max_pool(nnx.relu(self.norm1(self.conv1(x))), (2, 2), (2, 2))
+        x = nnx.avg_pool(nnx.tanh(self.norm2(self.conv2(x))), (2, 2), (1, 1))
+        return nnx.softmax(self.last(x.mean((1, 2))))
+
+
+class Attention(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Linear(36, 24, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(3, 24, decode=False, rngs=rngs)
+        self.last = nnx.Linear(24, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.embed(x.reshape(x.shape[0], 12, -1))
+        return self.last((x + self.attention(x)).mean(1))
+
+
+def column_vectors(x):
+    """`weight @ x` of one example, mapped over the batch: the examples are the columns of the product."""
+    first, last = normal(0, 20, 12 * 12 * 3) / 20, normal(1, 10, 20)
+    return jax.vmap(lambda x: last @ jnp.tanh(first @ x.ravel()))(x)
+
+
+MODELS = {
+    "mlp": lambda: MLP(12 * 12 * 3, 57, 10),
+    "mlp of 100 classes": lambda: MLP(12 * 12 * 3, 128, 100),
+    "column vectors": lambda: column_vectors,
+    "nnx cnn": lambda: CNN(8, 10),
+    "nnx cnn, wide": lambda: CNN(33, 3),
+    "nchw": nchw,
+    "nchw, wide": lambda: nchw(33),
+    "attention": Attention,
+}
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["jit", "loop"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_example_does_not_depend_on_its_batch(name, loop):
+    """Losses, logits and input gradients to the last bit, for several batch sizes and any position."""
+    model = MODELS[name]()
+
+    def loss(x, y):
+        logits = model(x)
+        losses = jax.nn.logsumexp(logits, axis=1) - jnp.take_along_axis(logits, y[:, None], 1)[:, 0]
+        return losses.sum(), (losses, logits)
+
+    def step(x, y):
+        gradient, (losses, logits) = jax.grad(loss, has_aux=True)(x, y)
+        return losses, logits, gradient
+
+    run = canonical(step)
+    if loop:
+
+        def run(x, y):
+            start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(step, x, y))
+            return lax.fori_loop(0, 2, lambda _, c: canonical(step)(x + c[2], y), start)
+
+    generator = np.random.default_rng(1)
+    images, labels = generator.random((13, 12, 12, 3), np.float32), generator.integers(0, 3, 13)
+    run = jax.jit(run)
+    together = jax.tree.map(np.asarray, run(images, labels))
+    assert np.abs(together[2]).max() > 0
+    for size in (1, 2, 3, 5, 8, 13):
+        chosen = generator.permutation(13)[:size]
+        part = run(images[chosen], labels[chosen])
+        for what, a, b in zip(("loss", "logits", "gradient"), part, together, strict=True):
+            np.testing.assert_array_equal(a, b[chosen], err_msg=f"{what} at batch size {size}")
