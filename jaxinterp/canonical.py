@@ -38,8 +38,8 @@ _ROWS, _TILES, _TILE = 48, 12, 6
 def canonical(function: F) -> F:
     """Returns `function`, rewritten as above where the default backend is the CPU.
 
-    It computes the same values (convolutions bit for bit), and can be jitted, vmapped and put into loops like the
-    original. Arguments are pytrees; leaves that are not arrays or numbers are taken as they are.
+    It computes the same values (convolutions bit for bit, except those of so few output pixels that they are padded),
+    and can be jitted, vmapped and put into loops like the original. Arguments are pytrees; leaves that are not arrays or numbers are taken as they are.
     """
 
     @functools.wraps(function)
@@ -154,8 +154,8 @@ def _dot(eqn, lhs, rhs):
 
 def _checkpoint(eqn, *args):
     p = eqn.params
-    body = functools.partial(_evaluate, jex.ClosedJaxpr(p["jaxpr"], ()))
-    return jax.checkpoint(lambda *args: body(args), prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+    body = jex.ClosedJaxpr(p["jaxpr"], ())
+    return jax.checkpoint(lambda *args: _evaluate(body, args), prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
 
 
 def _tree(combine):

@@ -65,30 +65,48 @@ def explain(
     print(f"\n{found.page}: open it in a browser\n{out}/images.csv, {out}/cells.csv: the tables")
 
 
-def convert(names: tyro.conf.Positional[tuple[str, ...]], /, *, from_file: Path | None = None, force: bool = False):
-    """Convert published PyTorch weights to a verified Orbax checkpoint in ckpts/.
+def convert(
+    names: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    *,
+    file: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Convert published weights to a verified Orbax checkpoint in ckpts/.
 
     Neither torch nor an unpickler is used: the file is read as data, and a name in it that is not a tensor's is
-    refused. Every tensor must be there, be expected, and have the right shape.
+    refused. Every tensor must be there, be expected, and have the right shape. The number of classes is the file's.
 
     Args:
         names: Networks, such as efficientnet_lite0.
-        from_file: A PyTorch state dict; without it the one in the installed weight package is taken.
+        file: A file of weights (.pth .pt .safetensors .npz .h5); without it the one in the installed weight package
+            is taken.
         force: Convert again even where a sound checkpoint of the same file exists.
+        dry_run: Print how the file's tensors map to the network, and write nothing.
     """
     from jaxinterp import weights
-    from jaxinterp.weights import checkpoint
+    from jaxinterp.weights import checkpoint, conversion
 
     if not names:
         raise ValueError("name at least one network, such as efficientnet_lite0")
-    if from_file is not None and len(names) > 1:
-        raise ValueError("--from-file goes with one network")
+    if file is not None and len(names) > 1:
+        raise ValueError("--from goes with one network")
     for name in names:
-        folder = weights.convert(name, file=from_file, force=force)
+        if dry_run:
+            found = conversion.prepare(name, file)
+            for line in conversion.table(found):
+                print(line)
+            found.params()  # refuses what does not fit
+            print(f"{name}: {found.file.name} fits, with {found.classes} classes; nothing was written")
+            continue
+        folder = weights.convert(name, file=file, force=force)
         manifest = checkpoint.read_manifest(folder, name=name)
         source = manifest["source"]
         recognised = "a known file" if source["known"] else "not among the known files"
         print(f"{name}: {len(manifest['tensors'])} tensors from {source['file']} ({recognised}) -> {folder}")
+        for note in manifest["notes"]:
+            print(f"  {note}")
 
 
 def models(name: tyro.conf.Positional[str | None] = None, /) -> None:

@@ -27,11 +27,13 @@ def assert_close(actual, expected, rtol):
     """Same tree, shapes and types; floats within `rtol` of the largest, everything else equal."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
-        if jnp.issubdtype(a.dtype, jnp.floating) and a.size:
-            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b))))
-        elif jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             np.testing.assert_array_equal(jax.random.key_data(a), jax.random.key_data(b))
+        elif jnp.issubdtype(a.dtype, jnp.floating) and a.size:
+            assert a.weak_type == b.weak_type
+            largest = np.abs(np.where(np.isfinite(b), b, 0)).max()
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * largest)
         else:
             np.testing.assert_array_equal(a, b)
 
@@ -179,7 +181,7 @@ def test_every_kind_of_program(name):
 def test_products_inside_remat_are_rewritten():
     jaxpr = str(jax.make_jaxpr(canonical(jax.checkpoint(straight)))(normal(4, 6, 5)))
     assert re.search(r":f32\[64,64\] = dot_general", jaxpr)
-    assert "checkpoint" in jaxpr
+    assert "prevent_cse" in jaxpr, "it still is a checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_layout_of_convolutions_in_a_compiled_loop():
     x = normal(5, 4, 16, 16, 3)
     labels = {}
     for name, rewrite in (("canonical", canonical), ("plain", lambda f: f)):
-        text = ascent(rewrite).lower(x).compile().as_text()
+        text = ascent(rewrite).lower(x).compile().as_text() or ""
         labels[name] = re.findall(r" convolution\(.*dim_labels=(\S+?)(?:,|$)", text, re.MULTILINE)
         assert len(labels[name]) >= 3, "two convolutions forward, two backward"
     assert set(labels["canonical"]) == {"b01f_01io->b01f"}
@@ -334,8 +336,19 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("loop", [False, True], ids=["jit", "loop"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "loop"),
+    [
+        ("mlp", False),
+        ("mlp of 100 classes", True),
+        ("column vectors", False),
+        ("nnx cnn", True),
+        ("nnx cnn, wide", False),
+        ("nchw", False),
+        ("nchw, wide", True),
+        ("attention", True),
+    ],
+)
 def test_an_example_does_not_depend_on_its_batch(name, loop):
     """Losses, logits and input gradients to the last bit, for several batch sizes and any position."""
     model = MODELS[name]()

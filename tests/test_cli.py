@@ -102,7 +102,7 @@ def test_convert_reports_and_refuses(tmp_path, monkeypatch, capsys):
     assert "did you mean" in capsys.readouterr().err
     text = tmp_path / "notes.pth"
     text.write_text("not weights")
-    assert cli.main(["convert", "efficientnet_lite1", "--from-file", str(text)]) == 2
+    assert cli.main(["convert", "efficientnet_lite1", "--from", str(text)]) == 2
     assert "notes.pth" in capsys.readouterr().err
-    assert cli.main(["convert", "efficientnet_lite1", "--from-file", str(tmp_path / "none.pth")]) == 2
+    assert cli.main(["convert", "efficientnet_lite1", "--from", str(tmp_path / "none.pth")]) == 2
     assert not (tmp_path / "efficientnet_lite1").exists()

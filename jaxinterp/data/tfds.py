@@ -64,8 +64,9 @@ class Tfds:
         """
         if labels not in ("auto", "predicted"):
             raise ValueError(f"labels: expected 'auto' or 'predicted' for a TFDS data set, got {labels!r}")
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets
 
+        tfds: Any = tensorflow_datasets
         root = Path(data_dir if data_dir is not None else tfds.core.constants.DATA_DIR).expanduser()
         try:
             builder = tfds.builder_from_directory(_find(name, root))

@@ -12,7 +12,8 @@ windows are small, and a maximum or sum of shifted slices beats the reduction ov
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+import typing
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -301,7 +302,8 @@ class MaxPool(nnx.Module):
         return max_pool(x, self.kernel, stride=self.stride, padding=self.padding, ceil_mode=self.ceil_mode)
 
 
-class Sequential(nnx.List[Callable[[jax.Array], jax.Array]]):
+@typing.no_type_check  # of a generic class beartype would check flax's methods, too
+class Sequential(nnx.List):
     """Layers and functions, one after the other; their names are their places, "0", "1", ..., as in PyTorch."""
 
     def __call__(self, x: jax.Array, tap: Tap = identity, prefix: str = "", nodes: Collection[str] = ()) -> jax.Array:

@@ -23,7 +23,7 @@ from jaxinterp.models.layers import (
 from jaxinterp.network import Tap
 
 
-def projection(inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs) -> Sequential | None:
+def projection(inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
     """The shortcut of a block: a 1x1 convolution and batch norm where the shape changes, else None."""
     if stride == 1 and inputs == outputs:
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import jax
 
     from jaxinterp.network import Network
+    from jaxinterp.weights.checkpoint import Placement
 
 
 def convert(name: str, *, file: Path | None = None, root: Path | None = None, force: bool = False) -> Path:
@@ -16,7 +17,7 @@ def convert(name: str, *, file: Path | None = None, root: Path | None = None, fo
 
     Args:
         name: the network, such as "efficientnet_lite0".
-        file: a PyTorch state dict; None takes the one in the installed weight package.
+        file: a file of weights, see `jaxinterp.weights.files`; None takes the one in the installed weight package.
         root: folder of checkpoints; None means `checkpoint.default_root()`.
         force: convert again even where a sound checkpoint of the same source exists.
 
@@ -24,42 +25,42 @@ def convert(name: str, *, file: Path | None = None, root: Path | None = None, fo
         The checkpoint's folder.
 
     Raises:
-        ValueError: unknown network; no package installed; a file that is not a state dict, or does not fit.
+        ValueError: unknown network; no package installed; a damaged file, or one that does not fit.
         OSError: the file cannot be read, or the checkpoint not written.
     """
     from jaxinterp import models
-    from jaxinterp.weights import checkpoint, names, recipes, torchfile
+    from jaxinterp.weights import checkpoint, conversion
 
-    expected = models.shapes(name)
-    origin: dict[str, Any] = {}
-    if file is None:
-        recipe = recipes.recipe(name)
-        file = recipe.find()
-        origin = {"package": recipe.install, "license": recipe.license}
-    if not Path(file).is_file():
-        raise ValueError(f"no such file: {file}")
+    found = conversion.prepare(name, file)
     root = checkpoint.default_root() if root is None else Path(root)
-    folder, digest = root / name, checkpoint.file_digest(Path(file))
+    folder = root / name
     if not force and folder.is_dir():
         try:
-            if checkpoint.read_manifest(folder, name=name)["source"].get("sha256") == digest:
-                checkpoint.load(folder, expected, name=name)
+            if checkpoint.read_manifest(folder, name=name)["source"].get("sha256") == found.sha256:
+                checkpoint.load(folder, models.shapes(name, found.classes), name=name)
                 return folder
         except ValueError:
             pass  # not sound: it is written anew
-    params = names.map_tensors(torchfile.read(file), expected, source=Path(file).name)
-    known = checkpoint.known_digests(root).get(name, {}).get("sha256")
-    source = {"file": Path(file).name, "sha256": digest, "known": digest == known, **origin}
-    checkpoint.save(params, folder, name=name, source=source)
+    source = {
+        "file": found.file.name,
+        "sha256": found.sha256,
+        "known": found.sha256 == checkpoint.known_digests(root).get(name, {}).get("sha256"),
+        **found.origin,
+    }
+    checkpoint.save(found.params(), folder, name=name, classes=found.classes, source=source, notes=found.notes())
     return folder
 
 
-def load(name: str, *, root: Path | None = None) -> tuple[Network, dict[str, jax.Array]]:
+def load(
+    name: str, *, root: Path | None = None, placement: Placement | None = None
+) -> tuple[Network, dict[str, jax.Array]]:
     """A network and its converted, verified weights.
 
     Args:
         name: the network, such as "efficientnet_lite0".
         root: folder of checkpoints; None means `checkpoint.default_root()`.
+        placement: where the parameters go: a sharding for all of them (replicated over a mesh, for instance), or a
+            function from a parameter's name and shape to its sharding; None means the first device.
 
     Raises:
         ValueError: unknown network (with the closest names), no checkpoint (with what to run), or a damaged one
@@ -68,6 +69,8 @@ def load(name: str, *, root: Path | None = None) -> tuple[Network, dict[str, jax
     from jaxinterp import models
     from jaxinterp.weights import checkpoint
 
-    network = models.network(name)
-    root = checkpoint.default_root() if root is None else Path(root)
-    return network, checkpoint.load(root / name, models.shapes(name), name=name)
+    models.network(name)  # an unknown name is said before a missing checkpoint
+    folder = (checkpoint.default_root() if root is None else Path(root)) / name
+    classes = checkpoint.read_manifest(folder, name=name)["classes"]
+    params = checkpoint.load(folder, models.shapes(name, classes), name=name, placement=placement)
+    return models.network(name, classes), params

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ import numpy as np
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+
+Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""A sharding for all parameters, or a function from a parameter's name and shape to its sharding."""
 
 
 def default_root() -> Path:
@@ -51,14 +54,24 @@ def known_digests(root: Path) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def save(params: Mapping[str, np.ndarray], folder: Path, *, name: str, source: Mapping[str, Any]) -> None:
+def save(
+    params: Mapping[str, np.ndarray],
+    folder: Path,
+    *,
+    name: str,
+    classes: int,
+    source: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> None:
     """Writes a checkpoint and its manifest, replacing an older one only when the new one is complete.
 
     Args:
         params: name -> float32 array.
         folder: where to, such as ckpts/NAME.
         name: the network.
+        classes: number of classes.
         source: what the manifest says of the source (file, sha256, licence).
+        notes: what was done to tensors beyond a change of layout.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -72,7 +85,9 @@ def save(params: Mapping[str, np.ndarray], folder: Path, *, name: str, source: M
         manifest = {
             "format": FORMAT,
             "network": name,
+            "classes": classes,
             "source": dict(source),
+            "notes": list(notes),
             "tensors": {
                 key: {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": tensor_digest(value)}
                 for key, value in params.items()
@@ -106,6 +121,7 @@ def read_manifest(folder: Path, *, name: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         format_, network, tensors = manifest["format"], manifest["network"], manifest["tensors"]
+        manifest["source"], manifest["classes"] = dict(manifest["source"]), int(manifest["classes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); {remedy}") from error
     if format_ != FORMAT or network != name or not isinstance(tensors, dict):
@@ -113,13 +129,20 @@ def read_manifest(folder: Path, *, name: str) -> dict[str, Any]:
     return manifest
 
 
-def load(folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct], *, name: str) -> dict[str, jax.Array]:
-    """The parameters of a checkpoint, verified tensor by tensor.
+def load(
+    folder: Path,
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    name: str,
+    placement: Placement | None = None,
+) -> dict[str, jax.Array]:
+    """The parameters of a checkpoint, verified tensor by tensor (where this process holds the whole tensor).
 
     Args:
         folder: such as ckpts/NAME.
         expected: name, shape and dtype of every parameter of the network.
         name: the network.
+        placement: where the parameters go; None means the first device.
 
     Raises:
         ValueError: no checkpoint, a missing, unexpected, misshapen or damaged tensor (by name), an unreadable file.
@@ -134,14 +157,20 @@ def load(folder: Path, expected: Mapping[str, jax.ShapeDtypeStruct], *, name: st
     ]
     if wrong:
         raise ValueError(f"checkpoint {folder} does not fit {name}: {', '.join(wrong[:8])}; {remedy}")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=device) for key, spec in expected.items()}
+    if placement is None:
+        placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        key: jax.ShapeDtypeStruct(
+            spec.shape, spec.dtype, sharding=placement(key, spec.shape) if callable(placement) else placement
+        )
+        for key, spec in expected.items()
+    }
     try:
         params = ocp.load(str((folder / "params").resolve()), abstract)
     except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged folder
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(f"checkpoint {folder} cannot be read ({reason}); {remedy}") from error
     for key, value in params.items():
-        if tensor_digest(np.asarray(value)) != tensors[key]["sha256"]:
+        if value.is_fully_addressable and tensor_digest(np.asarray(value)) != tensors[key]["sha256"]:
             raise ValueError(f"checkpoint {folder} is damaged: tensor {key} does not match its sha256; {remedy}")
     return params

@@ -20,7 +20,7 @@ class Conversion:
 
     Attributes:
         network: the network's name.
-        classes: number of classes, read from the file.
+        classes: number of classes, read from the file (the network's own where the file lacks its last layer).
         file: the file.
         sha256: of the file.
         origin: package and licence, where the file came from a recipe's package; else empty.
@@ -65,8 +65,8 @@ def prepare(name: str, file: str | os.PathLike[str] | None = None) -> Conversion
         file: any file that `files.read` reads; None takes the one in the installed weight package.
 
     Raises:
-        ValueError: unknown network; no package installed; a file that is damaged, or without the tensor that tells
-            the number of classes. Tensors that do not fit are in `rows`, and `Conversion.params` refuses them.
+        ValueError: unknown network; no package installed; a damaged file. What does not fit the network is in `rows`,
+            and `Conversion.params` refuses it.
         OSError: the file cannot be read.
     """
     head, axis = head_of(name)
@@ -80,7 +80,10 @@ def prepare(name: str, file: str | os.PathLike[str] | None = None) -> Conversion
         raise ValueError(f"no such file: {file}")
     tensors = files.read(file)
     layout, rename = _dialect(name)
-    classes = names.classes_of(tensors, head, axis, source=file.name, layout=layout, rename=rename)
+    try:
+        classes = names.classes_of(tensors, head, axis, source=file.name, layout=layout, rename=rename)
+    except ValueError:  # another network's file: the rows say everything that is wrong with it
+        classes = models.network(name).num_classes
     expected = models.shapes(name, classes)
     rows = names.plan(tensors, expected, network=name, layout=layout, rename=rename)
     return Conversion(name, classes, file, checkpoint.file_digest(file), origin, tensors, rows)

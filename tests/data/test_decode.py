@@ -83,7 +83,7 @@ def test_one_pixel():
     "arguments",
     [
         {"size": 0},
-        {"size": 8, "crop_pct": 0},
+        {"size": 8, "crop_pct": 0.0},
         {"size": 8, "crop_pct": 1.1},
         {"size": 8, "interpolation": "cubic"},
     ],

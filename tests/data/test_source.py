@@ -38,7 +38,7 @@ ONE = np.zeros((1, 2, 2, 3), np.uint8)
         ({"images": ONE - 0.5}, ValueError, r"\[0, 1\]"),
         ({"images": ONE + np.nan}, ValueError, "nan"),
         ({"images": ONE, "labels": [1, 2]}, ValueError, r"expected 1.*\[2\]"),
-        ({"images": ONE, "labels": [0.5]}, TypeError, "float64"),
+        ({"images": ONE, "labels": np.array([0.5])}, TypeError, "float64"),
         ({"images": ONE, "labels": [-2]}, ValueError, "-2"),
         ({"images": ONE, "ids": ["a", "b"]}, ValueError, "expected 1.*got 2"),
         ({"images": np.repeat(ONE, 3, 0), "ids": ["a", "b", "b"]}, ValueError, "'b' twice"),

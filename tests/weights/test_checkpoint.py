@@ -1,0 +1,263 @@
+"""Checkpoints: round trip, manifest, damage of every kind, interrupted writing, conversion of a published file."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinterp import models, weights
+from jaxinterp.weights import checkpoint, recipes
+
+SOURCE = {"file": "net.pth", "sha256": "0" * 64, "license": "MIT"}
+
+
+@pytest.fixture
+def params(rng) -> dict[str, np.ndarray]:
+    return {
+        "conv.weight": rng.normal(size=(3, 3, 4, 8)).astype(np.float32),
+        "bn.bias": np.array([0.0, -0.0, 1e-40, np.float32(np.pi)], np.float32),
+        "fc.weight": rng.normal(size=(5, 2)).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, params) -> Path:
+    """A sound checkpoint of the network "net"."""
+    checkpoint.save(params, tmp_path / "ckpts" / "net", name="net", source=SOURCE)
+    return tmp_path / "ckpts" / "net"
+
+
+def shapes(params):
+    return {key: jax.ShapeDtypeStruct(value.shape, np.float32) for key, value in params.items()}
+
+
+def assert_holds(folder, params):
+    loaded = checkpoint.load(folder, shapes(params), name="net")
+    assert set(loaded) == set(params)
+    for key, value in loaded.items():
+        assert isinstance(value, jax.Array)
+        assert np.asarray(value).tobytes() == params[key].tobytes()
+
+
+def test_round_trip(folder, params):
+    """To the last bit, negative zeros and subnormal numbers included."""
+    assert_holds(folder, params)
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
+
+
+def test_manifest(folder, params):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == checkpoint.read_manifest(folder, name="net")
+    assert manifest["network"] == "net"
+    assert manifest["source"] == SOURCE
+    assert manifest["versions"]["jax"] == importlib.metadata.version("jax")
+    assert manifest["tensors"] == {
+        key: {"shape": [*value.shape], "dtype": "float32", "sha256": hashlib.sha256(value.tobytes()).hexdigest()}
+        for key, value in params.items()
+    }
+
+
+def test_replacing(folder, params):
+    newer = {key: value + 1 for key, value in params.items()}
+    checkpoint.save(newer, folder, name="net", source=SOURCE)
+    assert_holds(folder, newer)
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
+
+
+def test_every_flipped_byte_is_noticed(folder, params):
+    """One byte of the largest file of the checkpoint, at many places: refused, or no parameter changed by a bit."""
+    largest = max((p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    sound, refusals = largest.read_bytes(), 0
+    for place in np.linspace(0, len(sound) - 1, 12).astype(int):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x10
+        largest.write_bytes(damaged)
+        try:
+            assert_holds(folder, params)
+        except ValueError as error:
+            assert "run: jaxinterp convert net --force" in str(error)
+            refusals += 1
+    assert refusals >= 6
+    largest.write_bytes(sound)
+    assert_holds(folder, params)
+
+
+def test_a_changed_tensor_is_named(folder, params):
+    """Data that is readable but not what the manifest says."""
+    other = folder.parent / "other"
+    changed = {**params, "fc.weight": np.nextafter(params["fc.weight"], np.float32(9))}
+    checkpoint.save(changed, other, name="net", source=SOURCE)
+    shutil.rmtree(folder / "params")
+    shutil.move(other / "params", folder / "params")
+    with pytest.raises(ValueError, match=r"damaged: tensor fc\.weight does not match its sha256"):
+        checkpoint.load(folder, shapes(params), name="net")
+
+
+def test_any_deleted_file_is_noticed_or_not_needed(folder, params):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    refused = set()
+    for path in files:
+        sound = path.read_bytes()
+        path.unlink()
+        try:
+            assert_holds(folder, params)
+        except ValueError as error:
+            assert "jaxinterp convert net" in str(error)
+            refused.add(path.name)
+        path.write_bytes(sound)
+    assert {"manifest.json", "manifest.ocdbt"} <= refused
+    shutil.rmtree(folder / "params")
+    with pytest.raises(ValueError, match=r"cannot be read .* run: jaxinterp convert net --force"):
+        checkpoint.load(folder, shapes(params), name="net")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"format": 1, "network": "net"}'])
+def test_broken_manifest(folder, params, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged .* run: jaxinterp convert net"):
+        checkpoint.load(folder, shapes(params), name="net")
+
+
+def test_truncated_manifest(folder, params):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="missing or damaged"):
+        checkpoint.load(folder, shapes(params), name="net")
+
+
+@pytest.mark.parametrize(("key", "value"), [("format", 99), ("network", "other"), ("tensors", [])])
+def test_manifest_of_something_else(folder, params, key, value):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+    with pytest.raises(ValueError, match=r"expected 1 for 'net'; run: jaxinterp convert net"):
+        checkpoint.load(folder, shapes(params), name="net")
+
+
+@pytest.mark.parametrize("tensor", [3, {}, {"shape": 5, "sha256": ""}, {"shape": [5, 2], "sha256": None}])
+def test_manifest_with_a_broken_entry(folder, params, tensor):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tensors"]["fc.weight"] = tensor
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="jaxinterp convert net"):
+        checkpoint.load(folder, shapes(params), name="net")
+
+
+def test_checkpoint_of_another_network(folder, params):
+    with pytest.raises(ValueError, match="for 'net', expected 1 for 'other'"):
+        checkpoint.load(folder, shapes(params), name="other")
+    for changed, named in (
+        ({**params, "new.bias": np.zeros(2, np.float32)}, "new.bias"),
+        ({key: value for key, value in params.items() if key != "bn.bias"}, "bn.bias"),
+        ({**params, "fc.weight": params["fc.weight"].T}, "fc.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"does not fit net: {named}; run"):
+            checkpoint.load(folder, shapes(changed), name="net")
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint of efficientnet_lite0 in .*run: jaxinterp convert effic"):
+        weights.load("efficientnet_lite0", root=tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'efficientnet_lite0'"):
+        weights.load("efficientnet_lit0", root=tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_save(folder, params, monkeypatch, error, when):
+    """An exception while or after Orbax writes leaves nothing behind, and the older checkpoint as it was."""
+    from orbax.checkpoint import v1 as ocp
+
+    save = ocp.save
+
+    def interrupted(path, *args, **kwargs):
+        if when == "after":
+            save(path, *args, **kwargs)
+        else:
+            Path(str(path) + ".orbax-checkpoint-tmp").mkdir()
+        raise error
+
+    monkeypatch.setattr(ocp, "save", interrupted)
+    for target in (folder, folder.parent / "fresh"):
+        with pytest.raises(type(error)):
+            checkpoint.save({"a": np.zeros(3, np.float32)}, target, name="net", source=SOURCE)
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
+    assert_holds(folder, params)
+
+
+def test_failed_exchange(folder, params, monkeypatch):
+    """The older checkpoint comes back if the new one cannot take its place."""
+    rename = checkpoint.os.rename
+
+    def failing(source, target):
+        if Path(target) == folder and Path(source).name.startswith(".net.") and (Path(source) / "params").exists():
+            raise OSError("refused")
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", failing)
+    with pytest.raises(OSError, match="refused"):
+        checkpoint.save({"a": np.zeros(3, np.float32)}, folder, name="net", source=SOURCE)
+    monkeypatch.undo()
+    assert_holds(folder, params)
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
+
+
+def test_default_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXINTERP_CKPTS", str(tmp_path))
+    assert checkpoint.default_root() == tmp_path
+    monkeypatch.delenv("JAXINTERP_CKPTS")
+    assert checkpoint.default_root().name == "ckpts"
+
+
+# A published file
+
+
+def test_convert(tmp_path):
+    """Converts, does nothing a second time, writes anew when forced or damaged."""
+    name = "efficientnet_lite0"
+    recipe = recipes.recipe(name)
+    if importlib.util.find_spec(recipe.package) is None:
+        pytest.skip(f"{recipe.package} is not installed")
+    known = checkpoint.known_digests(checkpoint.default_root())
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    folder = weights.convert(name, root=tmp_path)
+    assert folder == tmp_path / name
+
+    manifest = checkpoint.read_manifest(folder, name=name)
+    assert manifest["source"]["sha256"] == hashlib.sha256(recipe.find().read_bytes()).hexdigest()
+    assert manifest["source"]["license"] == "Apache-2.0"
+    assert manifest["source"]["known"] is (name in known)
+    assert {key: tuple(t["shape"]) for key, t in manifest["tensors"].items()} == {
+        key: s.shape for key, s in models.shapes(name).items()
+    }
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+    first = times()
+    assert weights.convert(name, root=tmp_path) == folder
+    assert times() == first
+    weights.convert(name, root=tmp_path, force=True)
+    forced = times()
+    assert forced[folder / "manifest.json"] > first[folder / "manifest.json"]
+    (folder / "manifest.json").write_text("{")
+    weights.convert(name, root=tmp_path)
+    network, params = weights.load(name, root=tmp_path)
+    assert network is models.network(name)
+    assert set(params) == set(models.shapes(name))
+
+
+def test_convert_refuses(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        weights.convert("efficientnet_lite0", file=tmp_path / "none.pth", root=tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'efficientnet_lite1'"):
+        weights.convert("efficientnet_lte1", root=tmp_path)
+    (tmp_path / "bad.pth").write_bytes(b"not a state dict")
+    with pytest.raises(ValueError):
+        weights.convert("efficientnet_lite0", file=tmp_path / "bad.pth", root=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pth"]
