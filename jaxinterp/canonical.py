@@ -38,8 +38,9 @@ _ROWS, _TILES, _TILE = 48, 12, 6
 def canonical(function: F) -> F:
     """Returns `function`, rewritten as above where the default backend is the CPU.
 
-    It computes the same values (convolutions bit for bit, except those of so few output pixels that they are padded),
-    and can be jitted, vmapped and put into loops like the original. Arguments are pytrees; leaves that are not arrays or numbers are taken as they are.
+    It computes the same values (convolutions bit for bit, unless they have so few output pixels that they are padded)
+    and can be jitted, vmapped and put into loops like the original. Arguments are pytrees; leaves that are not arrays
+    or numbers are taken as they are.
     """
 
     @functools.wraps(function)

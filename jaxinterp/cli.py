@@ -14,7 +14,7 @@ import tyro
 
 
 def explain(
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
     *,
     model: str = "efficientnet_lite0",
@@ -22,6 +22,7 @@ def explain(
     cell: int = 14,
     out: Path = Path("results/explain"),
     labels: str = "auto",
+    data_dir: Path | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 4,
@@ -33,7 +34,8 @@ def explain(
     every picture and attack, and index.html. A run that was stopped continues when the same command is given again.
 
     Args:
-        pictures: Picture files and folders; none means the 20 labelled ImageNet pictures of the `samples` extra.
+        pictures: Picture files and folders, or one of samples:DATASET, tfds:NAME/SPLIT[:100], FILE.npz; none means
+            the labelled pictures of the `samples` extra (20 of ImageNet).
         model: Network; its weights must have been converted with `jaxinterp convert`.
         attack: NAME or NAME:parameter=value,... such as cw:steps=200,kappa=2 or ifgsm:eps=4/255; may be given
             several times. Names: ifgsm, pgd, cw. Without it: ifgsm and cw.
@@ -41,6 +43,7 @@ def explain(
         out: Results directory.
         labels: Where labels come from: auto (labels file, class folders or file names where they fit, else the
             network's own prediction), names, predicted, or a file of lines "picture,label".
+        data_dir: Where TensorFlow data sets were prepared.
         limit: Use only the first so many pictures.
         seed: Of targets, random starts and shuffled controls.
         batch_size: Pictures that are attacked at once.
@@ -56,6 +59,7 @@ def explain(
         cell=cell,
         out=out,
         labels=labels,
+        data_dir=data_dir,
         limit=limit,
         seed=seed,
         batch_size=batch_size,

@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,7 +114,7 @@ class NpzFile:
         order = "F" if header.by_columns else "C"
         return np.memmap(self.path, header.dtype, "r", start, header.shape, order)
 
-    def _header(self, name: str, stream: zipfile.ZipExtFile) -> Header:
+    def _header(self, name: str, stream: Any) -> Header:
         version = np.lib.format.read_magic(stream)
         readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
@@ -139,7 +139,7 @@ class NpzFile:
         return np.ascontiguousarray(array, dtype=header.dtype.newbyteorder("=")).reshape(header.shape)
 
     @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[zipfile.ZipExtFile]:
+    def _open(self, name: str) -> Iterator[Any]:
         with self._damage(name), self._archive.open(self._entries[name]) as stream:
             yield stream
 

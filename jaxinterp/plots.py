@@ -628,9 +628,7 @@ def _pairs(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Flat arrays of two mappings with the same attacks and shapes."""
     if not first or list(first) != list(second):
-        raise ValueError(
-            f"{one} has the attacks {list(first)}, {two} {list(second)}; expected the same, at least one"
-        )
+        raise ValueError(f"{one} has the attacks {list(first)}, {two} {list(second)}; expected the same, at least one")
     points = {}
     for attack in first:
         a, b = np.asarray(first[attack], np.float64), np.asarray(second[attack], np.float64)

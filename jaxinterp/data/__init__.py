@@ -12,11 +12,12 @@ from .folder import Folder
 from .npz import Npz
 from .samples import samples
 from .source import UNKNOWN, Arrays, DamagedImage, Example, Source
-from .spec import open_source
+from .spec import AnySource, open_source
 from .tfds import Tfds
 
 __all__ = [
     "UNKNOWN",
+    "AnySource",
     "Arrays",
     "Batch",
     "Crop",

@@ -120,8 +120,7 @@ def parts(
             if arrays is None:
                 progress(name, 0)
                 if batch is None:
-                    names = tuple(pictures.ids[i] for i in chunk)
-                    selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]), names)
+                    selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]))
                     batch = next(iter(batches(selection, size)))
                     batch = dataclasses.replace(batch, labels=_padded(pictures.labels[chunk], size))
                 arrays = explain_batch(

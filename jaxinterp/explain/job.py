@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from jaxinterp import attacks, effect
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import coerce
 from jaxinterp.attacks.spec import from_spec, parameters
-from jaxinterp.data import Crop, Folder, samples
+from jaxinterp.data import AnySource, Crop, Tfds, open_source
 from jaxinterp.explain import compute, page, tables
 from jaxinterp.explain.pictures import Pictures, Selection, survey
 from jaxinterp.network import Network
@@ -26,6 +25,7 @@ from jaxinterp.weights import checkpoint, load
 # themselves keep their papers' defaults.
 PRESETS: dict[str, dict[str, Any]] = {"cw": {"search_steps": 4, "steps": 100, "initial_const": 0.3}}
 DEFAULT_ATTACKS = ("ifgsm", "cw")
+_SAMPLES = {1000: "samples:imagenet", 10: "samples:cifar10"}  # by number of classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,14 @@ class Explained:
 
 
 def explain(
-    paths: Sequence[Path] = (),
+    pictures: Sequence[str | Path] = (),
     *,
     model: str = "efficientnet_lite0",
     specs: Sequence[str] = DEFAULT_ATTACKS,
     cell: int = 14,
     out: Path,
     labels: str = "auto",
+    data_dir: Path | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 4,
@@ -67,12 +68,14 @@ def explain(
     """Runs the job, or what is left of it.
 
     Args:
-        paths: picture files and folders; none means the labelled ImageNet pictures of the `samples` extra.
+        pictures: files and folders, or one source such as "tfds:imagenet2012/validation[:100]", see
+            `jaxinterp.data.open_source`; none means the labelled pictures of the `samples` extra.
         model: name of the network; its weights must have been converted.
         specs: attacks as text, see `jaxinterp.attacks.spec`.
         cell: side of a cell, in pixels.
         out: results directory.
         labels: "auto", "names", "predicted", or the path of a labels file; see `jaxinterp.data.Folder`.
+        data_dir: where TensorFlow data sets were prepared.
         limit: use only the first so many pictures.
         seed: of targets, random starts and shuffled controls.
         batch_size: pictures that are attacked at once.
@@ -90,11 +93,17 @@ def explain(
     network, params = load(model)
     effect.grid(network.image_size, network.image_size, cell)
     crop = Crop(network.image_size, network.crop_pct, network.interpolation)
-    if paths:
-        known = labels in ("auto", "names", "predicted")
-        source = Folder(paths, crop=crop, labels=labels if known else Path(labels), classes=network.classes)
-    else:
-        source = samples("imagenet", crop=crop)
+    if network.cam_node is None:
+        raise ValueError(f"{model} has no class activation maps, which explaining needs; see jaxinterp models")
+    if not pictures:
+        pictures = [_SAMPLES.get(network.num_classes, "samples")]
+    source = open_source(
+        pictures if len(pictures) > 1 else pictures[0],
+        crop=crop,
+        classes=network.classes,
+        labels=labels,
+        data_dir=data_dir,
+    )
     count = len(source) if limit is None else min(limit, len(source))
     run = Run(
         out,
@@ -107,11 +116,11 @@ def explain(
             "seed": seed,
             "batch_size": batch_size,
             "pictures": count,
-            "pictures_sha256": _digest(source.ids[:count], source.labels[:count]),
+            "source": _identity(source, pictures, count),
         },
     )
     run.write_json("machine.json", machine())
-    selected = Selection(source, tuple(range(count)), tuple(source.ids[:count]))
+    selected = Selection(source, tuple(range(count)))
     say(f"{count} pictures; labels: {source.label_origin}")
 
     with tqdm(total=count, unit="picture", desc="reading pictures", leave=False) as bar:
@@ -119,7 +128,7 @@ def explain(
         def read(what: str, done: float) -> None:
             bar.update(done)
 
-        pictures = survey(
+        seen = survey(
             run,
             network,
             params,
@@ -128,14 +137,14 @@ def explain(
             batch_size=batch_size,
             progress=read,
         )
-    for name, reason in page.left_out(network, pictures):
+    for name, reason in page.left_out(network, seen):
         say(f"  {name}: {reason}")
-    say(f"{len(pictures.correct)} of {count} pictures are classified correctly and attacked")
-    if not len(pictures.correct):
+    say(f"{len(seen.correct)} of {count} pictures are classified correctly and attacked")
+    if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
 
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(pictures.correct), bar_format=_BAR) as bar:
+    with tqdm(total=len(seen.correct), bar_format=_BAR) as bar:
 
         def progress(what: str, done: float) -> None:
             bar.set_description_str(what, refresh=not done)
@@ -146,7 +155,7 @@ def explain(
             network,
             params,
             selected,
-            pictures,
+            seen,
             chosen,
             cell=cell,
             seed=seed,
@@ -160,9 +169,9 @@ def explain(
         bar.set_description_str("done")
 
     def stored():
-        return compute.stored_parts(run, chosen, pictures, batch_size)
+        return compute.stored_parts(run, chosen, seen, batch_size)
 
-    place = {(picture, name): (i, j) for i, picture in enumerate(pictures.ids) for j, name in enumerate(chosen)}
+    place = {(picture, name): (i, j) for i, picture in enumerate(seen.ids) for j, name in enumerate(chosen)}
     rows.sort(key=lambda row: place[row["id"], row["attack"]])
     run.write_table("images.csv", tables.IMAGE_COLUMNS, rows)
     run.write_table(
@@ -170,8 +179,8 @@ def explain(
     )
     summary = tables.summarise(rows, list(chosen), seed=seed)
     run.write_json("summary.json", tables.as_json(summary))
-    written = page.write_page(run, network, pictures, source.label_origin, chosen, rows, summary, stored())
-    return Explained(run, network, chosen, pictures, rows, summary, written)
+    written = page.write_page(run, network, seen, source.label_origin, chosen, rows, summary, stored())
+    return Explained(run, network, chosen, seen, rows, summary, written)
 
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
@@ -189,6 +198,10 @@ def _attacks(specs: Sequence[str]) -> dict[str, Attack]:
     return chosen
 
 
-def _digest(ids: Sequence[str], labels: np.ndarray) -> str:
-    text = "\n".join(f"{name}\t{int(label)}" for name, label in zip(ids, labels, strict=True))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _identity(source: AnySource, pictures: Sequence[str | Path], count: int) -> str:
+    """What tells one set of pictures from another: their ids and labels, or the name of a prepared data set."""
+    if isinstance(source, Tfds):
+        return str(pictures[0])
+    pairs = zip(source.ids[:count], source.labels[:count], strict=True)
+    text = "\n".join(f"{name}\t{int(label)}" for name, label in pairs)
+    return f"sha256 of ids and labels: {hashlib.sha256(text.encode()).hexdigest()}"

@@ -29,13 +29,26 @@ class Selection:
 
     source: Source
     indices: tuple[int, ...]
-    ids: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
         return self.source[self.indices[index]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """A source whose ids begin with the position in it: what a batch leaves out is then known."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        return dataclasses.replace(example, id=f"{index}:{example.id}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +83,9 @@ def survey(
         damaged: list[DamagedImage] = []
         model = network.bind(params)
         columns: dict[str, list[Any]] = {"ids": [], "labels": [], "predicted": []}
-        for batch in batches(source, batch_size, on_damaged=damaged.append):
+        for batch in batches(Numbered(source), batch_size, on_damaged=damaged.append):
             kept = batch.mask
-            progress("reading pictures", int(np.sum(kept)))
+            progress("reading pictures", float(np.sum(kept)))
             columns["ids"] += [name for name, keep in zip(batch.ids, kept, strict=True) if keep]
             columns["labels"] += list(batch.labels[kept])
             columns["predicted"] += list(np.asarray(classify(model, batch.images))[kept])
@@ -82,10 +95,12 @@ def survey(
         if outside.size:
             raise ValueError(
                 f"labels must be from 0 to {network.num_classes - 1}, the classes of {network.name}, but "
-                f"{columns['ids'][outside[0]]} has {labels[outside[0]]}"
+                f"{columns['ids'][outside[0]].partition(':')[2]} has {labels[outside[0]]}"
             )
+        numbered = [name.partition(":") for name in columns["ids"]]
         stored = {
-            "ids": np.array(columns["ids"], dtype=np.str_),
+            "indices": np.array([int(index) for index, _, _ in numbered], np.int64),
+            "ids": np.array([name for _, _, name in numbered], dtype=np.str_),
             "labels": labels,
             "predicted": predicted,
             "damaged": np.array([(d.id, d.reason) for d in damaged], dtype=np.str_).reshape(-1, 2),
@@ -93,7 +108,7 @@ def survey(
         run.write_part("pictures", stored)
     ids = tuple(str(name) for name in stored["ids"])
     return Pictures(
-        indices=_positions(source, ids, {str(name) for name, _ in stored["damaged"]}),
+        indices=stored["indices"],
         ids=ids,
         labels=stored["labels"],
         predicted=stored["predicted"],
@@ -114,15 +129,3 @@ def random_targets(ids: Sequence[str], labels: np.ndarray, classes: int, seed: i
 @jax.jit
 def classify(model, images):
     return jnp.argmax(model(images), axis=-1)
-
-
-def _positions(source: Source, ids: Sequence[str], damaged: set[str]) -> np.ndarray:
-    """Where in the source the pictures called `ids` stand."""
-    known = getattr(source, "ids", None)
-    if known is None:
-        known = [source[i].id for i in range(len(source))]
-    where = {name: i for i, name in enumerate(known)}
-    missing = [name for name in ids if name not in where]
-    if missing:
-        raise ValueError(f"pictures of the earlier run are no longer there: {', '.join(missing[:5])}")
-    return np.array([where[name] for name in ids], np.int64)

@@ -65,7 +65,8 @@ class MobileNetV2(nnx.Module):
     """MobileNetV2."""
 
     def __init__(self, classes: int, *, rngs: nnx.Rngs):
-        layers, inputs = [_unit(3, 32, 3, stride=2, rngs=rngs)], 32
+        layers: list[nnx.Module] = [_unit(3, 32, 3, stride=2, rngs=rngs)]
+        inputs = 32
         for expand, outputs, repeats, stride in STAGES:
             for repeat in range(repeats):
                 first = stride if repeat == 0 else 1

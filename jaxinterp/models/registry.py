@@ -14,7 +14,9 @@ import numpy as np
 from flax import nnx
 
 from jaxinterp.models.alexnet import AlexNet
+from jaxinterp.models.caffe_squeezenet import CaffeSqueezeNet
 from jaxinterp.models.carlini import Carlini
+from jaxinterp.models.cifar10_cnn import Cifar10CNN
 from jaxinterp.models.cifar_resnet import CifarResNet, CifarResNet18
 from jaxinterp.models.densenet import DenseNet
 from jaxinterp.models.efficientnet_lite import SCALES, EfficientNetLite
@@ -84,6 +86,9 @@ def _architectures() -> dict[str, Architecture]:
         build = functools.partial(SqueezeNet, version)
         name = "squeezenet" + version.replace(".", "_")
         table[name] = Architecture(build, "Iandola et al. 2016", cam_node="classifier.2")
+    table["caffe_squeezenet1_1"] = Architecture(
+        CaffeSqueezeNet, "Iandola et al. 2016", cam_node="fire9", interpolation="bicubic"
+    )
     table["densenet121"] = Architecture(
         functools.partial(DenseNet, 121), "Huang et al. 2017", cam_node="features.norm5"
     )
@@ -100,6 +105,7 @@ def _architectures() -> dict[str, Architecture]:
         build, last = functools.partial(CifarResNet, depth), f"layer3.{(depth - 2) // 6 - 1}"
         table[f"cifar_resnet{depth}"] = _tiny(build, "He et al. 2016", cam_node=last, class_names=_CIFAR10)
     table["cifar_resnet18"] = _tiny(CifarResNet18, "He et al. 2016", cam_node="layer4.1", class_names=_CIFAR10)
+    table["cifar10_cnn"] = _tiny(Cifar10CNN, "the package cifar-10-model", class_names=_CIFAR10)
     mnist, cifar = (functools.partial(Carlini, dataset) for dataset in ("mnist", "cifar"))
     table["carlini_mnist"] = _tiny(mnist, "Carlini and Wagner 2017", 28, channels=1, class_names=_DIGITS)
     table["carlini_cifar"] = _tiny(cifar, "Carlini and Wagner 2017", class_names=_CIFAR10)

@@ -99,8 +99,13 @@ def save(
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.rename(folder, old / "replaced")
-            os.rename(temporary, folder)
-            shutil.rmtree(old)
+            try:
+                os.rename(temporary, folder)
+            except BaseException:
+                os.rename(old / "replaced", folder)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, folder)
     except BaseException:
@@ -122,6 +127,7 @@ def read_manifest(folder: Path, *, name: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         format_, network, tensors = manifest["format"], manifest["network"], manifest["tensors"]
         manifest["source"], manifest["classes"] = dict(manifest["source"]), int(manifest["classes"])
+        _ = [(tuple(entry["shape"]), entry["sha256"]) for entry in dict(tensors).values()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); {remedy}") from error
     if format_ != FORMAT or network != name or not isinstance(tensors, dict):

@@ -50,7 +50,7 @@ class Recipe:
                 + ("is not installed" if not folders else f"has {len(files)} files like {self.pattern}")
                 + f"; run: pip install {self.pip_options}{self.install}"
                 + (' (or pip install "jaxinterp[samples]")' if self.in_samples else "")
-                + ", or name a file with --from-file"
+                + ", or name a file with --from"
             )
         return files[0]
 

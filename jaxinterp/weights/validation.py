@@ -109,7 +109,8 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
     except ImportError:
         raise ValueError('comparing live needs torch; run: pip install "jaxinterp[torch]"') from None
 
-    entry = models.registry.architecture(name)
+    models.network(name)  # an unknown name is said first
+    entry = models.ARCHITECTURES[name]
     module = _torchvision_module(name) if against == "torchvision" else _factory(against)()
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"{against} must give a torch.nn.Module, got {type(module).__name__}")

@@ -285,3 +285,24 @@ def test_pil_warnings_are_silenced(tmp_path):
     code = "import sys; from jaxinterp.data import decode; print(decode(sys.argv[1], None).shape)"
     run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
     assert (run.stdout.strip(), run.stderr) == ("(60, 90, 3)", "")
+
+
+def test_importing_changes_no_filters_and_threads_share_one_preparation():
+    """The filters are set at the first picture, once, behind a user's own."""
+    code = """
+import concurrent.futures, io, warnings
+warnings.filterwarnings("error", category=UserWarning)
+before = list(warnings.filters)
+from jaxinterp.data import decode
+assert not [f for f in warnings.filters if "PIL" in str(f)], "set by the import"
+from PIL import Image
+stream = io.BytesIO()
+Image.new("L", (4, 4)).save(stream, "PNG")
+with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    list(pool.map(lambda i: decode(stream.getvalue(), None), range(200)))
+assert len([f for f in warnings.filters if "PIL" in str(f[3])]) == 1
+places = [i for i, f in enumerate(warnings.filters) if f == before[0] or "PIL" in str(f[3])]
+assert len(places) == 2 and warnings.filters[places[0]] == before[0]
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

@@ -34,7 +34,8 @@ def test_values(save, compressed, names):
     assert source.labels.tolist() == [0, 1, 2, -1, 9]
     assert source.label_origin == f"the array {names[1]!r} of the file"
     assert len(source) == 5
-    for i, example in enumerate(source):
+    for i in range(5):
+        example = source[i]
         np.testing.assert_array_equal(example.image, PIXELS[i] / np.float32(255))
         assert (example.image.dtype, example.id) == (np.float32, str(i))
 
@@ -49,7 +50,7 @@ def test_fortran_order_other_types_and_ids(save):
     assert Npz(save(images=PIXELS[..., 0], ids=np.arange(5) + 7))[2].image.shape == (8, 6, 1)
     assert Npz(save(images=PIXELS, ids=np.arange(5) + 7)).ids == ("7", "8", "9", "10", "11")
     assert Npz(save(images=PIXELS, labels=np.arange(5)), labels="predicted").labels.tolist() == [-1] * 5
-    assert list(Npz(save(images=PIXELS[:0], labels=np.zeros(0, int)))) == []
+    assert len(Npz(save(images=PIXELS[:0], labels=np.zeros(0, int)))) == 0
 
 
 def test_crop(save):

@@ -67,11 +67,12 @@ def test_depthwise_conv_in_loops_and_under_vmap(kernel, stride, size):
 
     assert_close(climb(depthwise_conv), climb(grouped))
 
-    one = lambda x, k: depthwise_conv(x[None], k, strides, padding)[0]  # noqa: E731
+    def one(x, k):
+        return jnp.asarray(depthwise_conv(x[None], k, strides, padding))[0]
+
     assert_close(jax.vmap(one, (0, None))(x, k), grouped(x, k, strides, padding))
     kernels = normal(2, 3, kernel, kernel, 1, 4)
-    pairs = zip(x, kernels, strict=True)
-    separate = jnp.concatenate([grouped(image[None], kernel, strides, padding) for image, kernel in pairs])
+    separate = jnp.concatenate([grouped(x[i : i + 1], kernels[i], strides, padding) for i in range(3)])
     assert_close(jax.vmap(one)(x, kernels), separate)
     by_example = jax.vmap(jax.grad(lambda x: jnp.sin(one(x, k)).sum()))(x)
     assert_close(by_example, jax.grad(lambda x: jnp.sin(grouped(x, k, strides, padding)).sum())(x))

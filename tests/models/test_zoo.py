@@ -43,19 +43,19 @@ def test_names_and_shapes(name: str):
 
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_original(name: str):
-    """Logits and feature maps within 1e-5 of their largest value, the input gradient within 1e-4."""
+    """In float32 logits and feature maps are within 1e-5 of their largest value; in float64 the gradient is equal.
+
+    A ReLU whose input is zero up to rounding passes the gradient in one computation and not in another: one such unit
+    among millions shows as a thousandth of the largest gradient, between any two implementations in float32. In
+    float64 there is none, and the gradients must agree to 1e-9.
+    """
     stored, net = _stored()[name], models.network(name)
     params = seeded.params(models.shapes(name))
     images = seeded.images(2, int(stored["size"]), models.ARCHITECTURES[name].channels)
     nodes = [key.removeprefix("maps/") for key in stored if key.startswith("maps/")]
     assert {net.nodes[0], net.nodes[-1]} <= set(nodes)
 
-    def logit(images, params):
-        logits, maps = network.capture(net, params, images, nodes)
-        return logits[:, int(stored["class"])].sum(), (logits, maps)
-
-    gradient, (logits, maps) = jax.jit(jax.grad(logit, has_aux=True))(images, params)
-
+    logits, maps = jax.jit(lambda p, x: network.capture(net, p, x, nodes))(params, images)
     differences = {"logits": _difference(logits, stored["logits"], np.abs(stored["logits"]).max())}
     for node in nodes:
         values, moments = np.asarray(maps[node]).ravel(), stored[f"moments/{node}"]
@@ -63,12 +63,17 @@ def test_original(name: str):
         differences[node] = _difference(sample, stored[f"maps/{node}"], moments[2])
         ours = np.asarray([values.mean(dtype=np.float64), values.std(dtype=np.float64), np.abs(values).max()])
         differences[f"moments of {node}"] = _difference(ours, moments, moments[2])
-    values = np.asarray(gradient).ravel()
+    assert {what: d for what, d in differences.items() if not d <= 1e-5} == {}
+
+    with jax.enable_x64(True):
+        params, images = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, images))
+        logit = lambda x, params: net.bind(params)(x)[:, int(stored["class"])].sum()  # noqa: E731
+        values = np.asarray(jax.jit(jax.grad(logit))(images, params)).ravel()
+    assert values.dtype == np.float64
     sample = values[seeded.places("gradient", values.size)]
-    differences["gradient"] = _difference(sample, stored["gradient"], stored["gradient_max"])
-    tolerances = {what: 1e-4 if what == "gradient" else 1e-5 for what in differences}
-    assert {what: d for what, d in differences.items() if not d <= tolerances[what]} == {}
     assert stored["gradient_max"] > 0
+    assert np.abs(sample).max() > 0.01 * stored["gradient_max"]
+    assert _difference(sample, stored["gradient"], stored["gradient_max"]) <= 1e-9
 
 
 def _difference(ours: Any, theirs: Any, largest: Any) -> float:
@@ -126,8 +131,8 @@ def test_cam_sums_to_the_logit(name: str):
 @pytest.mark.parametrize("name", ["cifar_resnet20", "squeezenet1_1", "small_cnn"])
 def test_cam_maps(name: str):
     """cam.maps is what the definition says; SqueezeNet's maps are the classes' own feature maps."""
-    net, params = models.network(name), seeded.params(models.shapes(name))
-    images, classes, node = seeded.images(2, 32), np.asarray([1, 0]), str(net.cam_node)
+    net, params = models.network(name), jax.tree.map(jnp.asarray, seeded.params(models.shapes(name)))
+    images, classes, node = jnp.asarray(seeded.images(2, 32)), np.asarray([1, 0]), str(net.cam_node)
     maps = np.asarray(cam.maps(net, params, images, classes))
     features = np.asarray(network.features(net, params, images, node))
     positions = features.shape[1] * features.shape[2]
@@ -166,7 +171,7 @@ def test_init():
     assert {key: value.shape for key, value in params.items()} == {
         key: spec.shape for key, spec in models.shapes("small_cnn", 4).items()
     }
-    logits = models.network("small_cnn", 4).bind(params)(seeded.images(3, 16))
+    logits = models.network("small_cnn", 4).bind(params)(jnp.asarray(seeded.images(3, 16)))
     assert logits.shape == (3, 4)
     assert np.ptp(np.asarray(logits), axis=0).min() > 0
 
@@ -209,9 +214,9 @@ def test_pools(kernel, stride, padding, ceil_mode, size, rng: np.random.Generato
     x = rng.normal(size=(2, *size, 3)).astype(np.float32) - 9
     how = {"stride": stride, "padding": padding, "ceil_mode": ceil_mode}
     definition = functools.partial(_pooled, x, kernel, stride, padding, ceil_mode)
-    np.testing.assert_array_equal(layers.max_pool(x, kernel, **how), definition(lambda v, _: v.max()))
+    np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), kernel, **how), definition(lambda v, _: v.max()))
     for count_include_pad in (True, False):
-        ours = layers.avg_pool(x, kernel, **how, count_include_pad=count_include_pad)
+        ours = layers.avg_pool(jnp.asarray(x), kernel, **how, count_include_pad=count_include_pad)
         theirs = definition(lambda v, places, padded=count_include_pad: v.sum() / (places if padded else v.size))
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
@@ -232,7 +237,7 @@ def test_max_pool_gradient_goes_to_the_first_maximum():
 def test_adaptive_avg_pool(given: int, size: int, rng: np.random.Generator):
     """Window i of n pixels runs from floor(in/size) to ceil((i+1)n/size)."""
     x = rng.normal(size=(2, given, given + 1, 3)).astype(np.float32)
-    ours = np.asarray(layers.adaptive_avg_pool(x, size))
+    ours = np.asarray(layers.adaptive_avg_pool(jnp.asarray(x), size))
     assert ours.shape == (2, size, size, 3)
     for i, j in itertools.product(range(size), repeat=2):
         rows = slice(int(np.floor(i * given / size)), int(np.ceil((i + 1) * given / size)))
@@ -243,6 +248,6 @@ def test_adaptive_avg_pool(given: int, size: int, rng: np.random.Generator):
 def test_flatten_is_channels_first(rng: np.random.Generator):
     """Entry chw of the flat vector is [h,w,c]."""
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
-    flat = np.asarray(layers.flatten(x))
+    flat = np.asarray(layers.flatten(jnp.asarray(x)))
     for h, w, c in itertools.product(range(3), range(4), range(5)):
         np.testing.assert_array_equal(flat[:, c * 12 + h * 4 + w], x[:, h, w, c])

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -108,7 +109,7 @@ class Test_WellFormed:
         assert_same(load(stream.getvalue()), {"conv/kernel:0": TENSORS["double"]})
 
 
-def array_pickle(shape=(2,), code="f4", state=None, content=b"\0" * 8, begin=(0,)):
+def array_pickle(shape: Any = (2,), code: Any = "f4", state: Any = None, content: Any = b"\0" * 8, begin=(0,)):
     """The opcodes of {"w": array}, with anything in their places."""
 
     def item(value):
@@ -291,7 +292,7 @@ class Test_Hostile:
             file["model_weights"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "model_weights")
 
         assert read(write(link)) == {}
-        with pytest.raises(ValueError, match="tensor 'w'.* expands far beyond"):
+        with pytest.raises(ValueError, match=r"tensor 'w'.* expands far beyond"):
             read(write(lambda file: file.create_dataset("w", (1 << 30,), "f4", chunks=(1 << 20,))))
         with pytest.raises(ValueError, match="tensor 'w' is of type object"):
             read(write(lambda file: file.create_dataset("w", data=["a", "b"])))
