@@ -17,8 +17,7 @@ network, a file of about 330 kB, equal to the committed one up to the last bits.
 Layout of the file, for a network NAME: NAME/size, NAME/tensors (UTF-8 JSON of the state dict's names and shapes),
 NAME/logits [2,K], NAME/class, NAME/gradient [64], NAME/gradient_max, and for each node NAME/maps/NODE [64] and
 NAME/moments/NODE [mean, std, max |.|]; float32, but the gradient float64. Sampled places are those of
-`seeded.places`, in arrays laid
-out NHWC.
+`seeded.places`, in arrays laid out NHWC.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def run(name: str, network: Any, images: Any, nodes: tuple[str, ...]) -> tuple[A
         def keep(module, inputs, output, node=node):
             seen[node] = output
 
-        network.get_submodule(node).register_forward_hook(keep)
+        network.get_submodule(node.replace(*torch_zoo.MODULES.get(name, (node, node)))).register_forward_hook(keep)
     preprocess = torch_zoo.NORMALIZE if name not in torch_zoo.NETWORKS else (lambda x: x)
     return network(preprocess(images)), seen
 

@@ -1,7 +1,7 @@
 """Networks that torchvision does not have, in PyTorch, with the names of the published state dicts. Needs torch.
 
 Images are float32 in [0, 1], NCHW; preprocessing is part of each network. Every feature map that the library names is
-the output of the submodule of that name.
+the output of the submodule of that name, unless `MODULES` says otherwise.
 """
 
 from __future__ import annotations
@@ -115,6 +115,75 @@ class Carlini(nn.Sequential):
         return super().forward(images - 0.5)
 
 
+class Fire(nn.Module):
+    """Squeeze 1x1, then expand 1x1 beside 3x3."""
+
+    def __init__(self, inputs: int, squeeze: int, expand: int):
+        super().__init__()
+        self.squeeze1x1 = nn.Conv2d(inputs, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x):
+        """Maps x [B,C,H,W] to [B,2 expand,H,W]."""
+        x = F.relu(self.squeeze1x1(x))
+        return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], 1))
+
+
+class CaffeSqueezeNet(nn.Module):
+    """SqueezeNet 1.1 on BGR pictures of 0..255 less the means, without a ReLU behind conv10."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 2)
+        channels = 64
+        for index, expand in enumerate((64, 64, 128, 128, 192, 192, 256, 256)):
+            self.add_module(f"fire{index + 2}", Fire(channels, expand // 4, expand))
+            channels = 2 * expand
+        self.conv10 = nn.Conv2d(channels, 1000, 1)
+
+    def forward(self, images):
+        """Logits [B,1000] of images [B,3,H,W]; the first convolution pads as TensorFlow's SAME does."""
+        means = torch.tensor((104.0, 117.0, 123.0), dtype=images.dtype).view(1, 3, 1, 1)
+        x = images.flip(1) * 255 - means
+        height, width = x.shape[-2:]
+        x = F.pad(x, (width % 2, 1, height % 2, 1))
+        # In place, so that a hook on conv1 keeps the activated map.
+        x = F.max_pool2d(F.relu_(self.conv1(x)), 3, 2)
+        for number in range(2, 10):
+            x = self.get_submodule(f"fire{number}")(x)
+            if number in (3, 5):
+                x = F.max_pool2d(x, 3, 2)
+        return self.conv10(x).mean((2, 3))
+
+
+class Cifar10CNN(nn.Module):
+    """Six convolutions, each with ReLU and then batch norm, and three linear layers, on pictures of 0..255."""
+
+    def __init__(self):
+        super().__init__()
+        inputs = 3
+        for index, width in enumerate((64, 64, 128, 128, 64, 64)):
+            suffix = f"_{index}" if index else ""
+            self.add_module(f"conv2d{suffix}", nn.Conv2d(inputs, width, 3))
+            self.add_module(f"batch_normalization{suffix}", nn.BatchNorm2d(width, 1e-3))
+            inputs = width
+        self.dense = nn.Linear(64, 1024)
+        self.dense_1 = nn.Linear(1024, 512)
+        self.dense_2 = nn.Linear(512, 10)
+
+    def forward(self, images):
+        """Logits [B,10] of images [B,3,32,32]."""
+        x = images * 255
+        for index in range(6):
+            suffix = f"_{index}" if index else ""
+            x = F.relu(self.get_submodule(f"conv2d{suffix}")(x))
+            x = self.get_submodule(f"batch_normalization{suffix}")(x)
+            if index in (1, 3):
+                x = F.max_pool2d(x, 2)
+        return self.dense_2(F.relu(self.dense_1(F.relu(self.dense(x.flatten(1))))))
+
+
 class SmallCNN(nn.Module):
     """Three convolutions, global average pool, linear."""
 
@@ -141,4 +210,9 @@ NETWORKS = {
     "carlini_mnist": lambda: Carlini(1, 32, 64, 1024, 200),
     "carlini_cifar": lambda: Carlini(3, 64, 128, 3200, 256),
     "small_cnn": SmallCNN,
+    "caffe_squeezenet1_1": CaffeSqueezeNet,
+    "cifar10_cnn": Cifar10CNN,
 }
+
+# network: from the start of a feature map's name to the start of the submodule's
+MODULES = {"cifar10_cnn": ("conv2d", "batch_normalization")}

@@ -54,7 +54,7 @@ def explain_batch(
     state = attacks.start(attack, model, clean, labels, wanted, key=key)
     pieces = min(50, attack.iterations)
     for piece in range(pieces):
-        progress(f"attack {piece / pieces:4.0%}", 0)
+        progress(f"attack {piece / pieces:4.0%}", 0.0)
         state = attacks.advance(attack, model, state, -(-attack.iterations // pieces))
         if attacks.finished(state):
             break
@@ -62,10 +62,10 @@ def explain_batch(
     # Rows that only pad the batch are left unperturbed, which makes their cells free.
     mask = parallel.shard(batch.mask, mesh)
     adversarial = jnp.where(mask[:, None, None, None], found.images, clean)
-    progress("cells", 0)
+    progress("cells", 0.0)
     cells = effect.pse(model, clean, adversarial, labels, wanted, cell)
     jax.block_until_ready(cells)
-    progress("maps", 0)
+    progress("maps", 0.0)
     both = jnp.stack([labels, wanted], axis=1)
     before = cam.maps(network, params, clean, both)
     after = cam.maps(network, params, adversarial, both)
@@ -118,7 +118,7 @@ def parts(
             part = _part_name(name, start)
             arrays = run.read_part(part)
             if arrays is None:
-                progress(name, 0)
+                progress(name, 0.0)
                 if batch is None:
                     selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]))
                     batch = next(iter(batches(selection, size)))
