@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxinterp.models.layers import BatchNorm, Conv, Linear, conv, depthwise_conv, same_padding
 
-quick = settings(max_examples=12, deadline=None, derandomize=True)
+quick = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
