@@ -1,6 +1,6 @@
 """Reference outputs of the PyTorch originals of every network, with weights by rule.
 
-    python experiments/make_references.py --out tests/references/zoo.npz
+    python experiments/make_references.py --out jaxinterp/weights/references.npz
 
 The weights come from `jaxinterp.weights.seeded`, so that only outputs need to be stored: the logits of two images, a
 sample of the first, the middle and the last feature map with its mean, standard deviation and largest value, and a
@@ -124,7 +124,7 @@ def references(name: str) -> dict[str, np.ndarray]:
     return stored
 
 
-def main(out: Path = Path("tests/references/zoo.npz"), only: tuple[str, ...] = ()) -> None:
+def main(out: Path = Path("jaxinterp/weights/references.npz"), only: tuple[str, ...] = ()) -> None:
     """Writes the references.
 
     Args:

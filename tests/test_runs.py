@@ -85,9 +85,7 @@ def test_a_table_reads_back_to_the_same_float32(tmp_path, rng):
     values = rng.standard_normal(50).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, 50).astype(
         np.float32
     )
-    rows = [
-        {"x": v, "n": np.int32(i), "name": 'a "quoted", name', "ok": np.bool_(i % 2)} for i, v in enumerate(values)
-    ]
+    rows = [{"x": v, "n": np.int32(i), "name": 'a "quoted", name', "ok": np.bool_(i % 2)} for i, v in enumerate(values)]
     path = run.write_table("t.csv", ["name", "x", "n", "ok", "absent"], [*rows, {"x": np.float32("nan"), "n": None}])
     with open(path, newline="") as file:
         back = list(csv.DictReader(file))

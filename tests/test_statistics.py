@@ -11,7 +11,7 @@ from jaxinterp.statistics import bootstrap_mean
 def test_the_interval_has_the_width_that_theory_gives(rng):
     values = rng.standard_normal(400)
     estimate = bootstrap_mean(values, seed=0)
-    half = 1.96 * np.std(values, ddof=1) / 20
+    half = float(1.96 * np.std(values, ddof=1) / 20)
     assert estimate.mean == pytest.approx(np.mean(values))
     assert estimate.low == pytest.approx(estimate.mean - half, abs=0.15 * half)
     assert estimate.high == pytest.approx(estimate.mean + half, abs=0.15 * half)

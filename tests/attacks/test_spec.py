@@ -12,7 +12,7 @@ def test_values_and_defaults():
     assert from_spec("pgd:norm=L2,eps=2,random_start=no,step_size=none", ATTACKS) == PGD(
         norm="l2", eps=2.0, random_start=False
     )
-    assert from_spec("pgd:step_size=0.5", ATTACKS).step_size == 0.5
+    assert from_spec("pgd:step_size=0.5", ATTACKS) == PGD(step_size=0.5)
 
 
 def test_presets_stand_behind_what_is_given():

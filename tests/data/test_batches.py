@@ -66,9 +66,7 @@ def test_number_of_threads_changes_nothing():
 
     expected, expected_errors = run(1)
     assert [e.id for e in expected_errors] == ["n0", "n6", "n7", "n8", "n20"]
-    assert list(itertools.chain(*(b.ids for b in expected))) == [
-        f"n{i}" for i in range(21) if i not in damaged
-    ]
+    assert list(itertools.chain(*(b.ids for b in expected))) == [f"n{i}" for i in range(21) if i not in damaged]
     for workers in (2, 8, 30, None):
         got, errors = run(workers)
         assert [str(e) for e in errors] == [str(e) for e in expected_errors]
@@ -149,9 +147,7 @@ def test_shards_cover_everything_once(data, count, batch_size, shards):
     good = [i for i in range(count) if i not in damaged]
     ids, errors, lengths = [], [], []
     for index in range(shards):
-        walk = batches(
-            Numbers(count, damaged), batch_size, workers=2, on_damaged=errors.append, shard=(index, shards)
-        )
+        walk = batches(Numbers(count, damaged), batch_size, workers=2, on_damaged=errors.append, shard=(index, shards))
         shard = list(walk)
         lengths.append(len(shard))
         mine = []
@@ -161,9 +157,9 @@ def test_shards_cover_everything_once(data, count, batch_size, shards):
             assert set(batch.labels.tolist()) <= {i + 100 for i in good}
             np.testing.assert_array_equal(
                 batch.images,
-                np.broadcast_to(
-                    ((batch.labels - 100) / count)[:, None, None, None], batch.images.shape
-                ).astype(np.float32),
+                np.broadcast_to(((batch.labels - 100) / count)[:, None, None, None], batch.images.shape).astype(
+                    np.float32
+                ),
             )
             mine += [int(label) - 100 for label in batch.labels[batch.mask]]
         assert mine == [i for i in good if i % shards == index]

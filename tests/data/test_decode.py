@@ -33,12 +33,7 @@ def png16(levels: np.ndarray) -> bytes:
     color = {1: 0, 2: 4, 3: 2, 4: 6}[levels.size // (height * width)]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 # Resizing and cropping

@@ -288,9 +288,7 @@ def test_refuses_unreadable_labels_files(tmp_path, put):
 def test_every_folder_has_its_own_labels(tmp_path, put):
     put("list/a.png", "classes/3/a.png", "plain/a.png", "x_4.png")
     (tmp_path / "list" / "labels.txt").write_text("a.png 2")
-    folder = Folder(
-        [tmp_path / name for name in ("list", "classes", "plain", "x_4.png")], crop=None, classes=1000
-    )
+    folder = Folder([tmp_path / name for name in ("list", "classes", "plain", "x_4.png")], crop=None, classes=1000)
     assert folder.ids == ("list/a.png", "3/a.png", "plain/a.png", "x_4.png")
     assert folder.labels.tolist() == [2, 3, -1, 4]
     assert folder.label_origin == "; ".join(

@@ -1,0 +1,51 @@
+"""Verdicts of `validate`: small differences pass, wrong ones fail, and what cannot be compared is said."""
+
+import numpy as np
+import pytest
+
+from jaxinterp import cli
+from jaxinterp.weights import validation
+from jaxinterp.weights.validation import against_references, compare
+
+
+def test_compare_in_closed_form():
+    found = compare("logits", [1.0, 2.0, 4.0], [1.0, 2.0, 5.0])
+    assert found.difference == pytest.approx(1 / 5)
+    assert found.cosine == pytest.approx(25 / np.sqrt(21 * 30))
+    assert not found.passed
+    assert compare("logits", [1.0, 5.0], [1.0, 5.00004]).passed
+    assert not compare("logits", [1.0, 5.0], [1.0, 5.0001]).passed
+    assert compare("layer1", [1.0, 5.0], [1.0, 5.0004]).passed  # maps: 1e-4
+    assert compare("gradient", [0.1], [0.2], largest=1000.0).passed  # a sample of something larger
+    assert not compare("logits", [np.nan], [1.0]).passed
+    assert compare("layer1", [0.0, 0.0], [0.0, 0.0]).passed
+
+
+def test_a_network_equals_its_original_and_a_wrong_one_does_not():
+    assert all(each.passed for each in against_references("small_cnn"))
+    wrong = dict(validation._stored())
+    wrong["small_cnn/logits"] = wrong["small_cnn/logits"] * np.float32(1.0001)
+    failed = [each.what for each in against_references("small_cnn", wrong) if not each.passed]
+    assert failed == ["logits"]
+
+
+def test_the_command_prints_a_table_and_a_record(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    assert cli.main(["validate", "small_cnn", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("PASS") == 5
+    assert "FAIL" not in printed
+    assert '"passed": true' in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smal_cnn"], "did you mean 'small_cnn'"),
+        (["cifar10_cnn"], "no reference outputs of cifar10_cnn are stored"),
+        ([], "name at least one network"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert cli.main(["validate", *arguments]) == 2
+    assert message in capsys.readouterr().err
