@@ -83,7 +83,7 @@ def against_references(name: str, references: Mapping[str, np.ndarray] | None = 
     for node in nodes:
         values = np.ravel(maps[node])
         sample = values[seeded.places(node, values.size)]
-        found.append(compare(node, sample, mine[f"maps/{node}"], largest=mine[f"moments/{node}"][2]))
+        found.append(compare(node, sample, mine[f"maps/{node}"], largest=float(mine[f"moments/{node}"][2])))
     found.append(compare("logits", logits, mine["logits"]))
     values = np.ravel(gradient)
     sample = values[seeded.places("gradient", values.size)]

@@ -18,12 +18,9 @@ from jaxinterp import cam, models, network
 from jaxinterp.models import layers
 from jaxinterp.weights import seeded
 from jaxinterp.weights.names import from_jax_shape
-from jaxinterp.weights.recipes import RECIPES
 
 REFERENCES = Path(models.__file__).parents[1] / "weights" / "references.npz"
-# Networks that other frameworks published have no PyTorch original; see tests/weights/test_recipes.py for those.
-ORIGINALS = [name for name in models.ARCHITECTURES if name not in RECIPES or RECIPES[name].layout == "torch"]
-WITH_CAM = [name for name in ORIGINALS if models.ARCHITECTURES[name].cam_node is not None]
+WITH_CAM = [name for name, entry in models.ARCHITECTURES.items() if entry.cam_node is not None]
 
 
 @functools.cache
@@ -36,7 +33,7 @@ def _stored() -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_names_and_shapes(name: str):
     """The parameters are those of the original's state dict, by name and shape."""
     theirs = {key: tuple(shape) for key, shape in json.loads(_stored()[name]["tensors"].tobytes())}
@@ -44,7 +41,7 @@ def test_names_and_shapes(name: str):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_original(name: str):
     """In float32 logits and feature maps are within 1e-5 of their largest value; in float64 the gradient is equal.
 
@@ -85,8 +82,8 @@ def _difference(ours: Any, theirs: Any, largest: Any) -> float:
 
 
 def test_references_are_complete():
-    """Every architecture with a PyTorch original has references, and no other."""
-    assert set(_stored()) == set(ORIGINALS)
+    """Every architecture has references, and no other."""
+    assert set(_stored()) == set(models.ARCHITECTURES)
     assert REFERENCES.stat().st_size < 1e6
 
 

@@ -42,7 +42,7 @@ def test_the_command_prints_a_table_and_a_record(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["smal_cnn"], "did you mean 'small_cnn'"),
-        (["cifar10_cnn"], "no reference outputs of cifar10_cnn are stored"),
+        (["small_cnn", "--against", "missing.py:make"], "compar"),
         ([], "name at least one network"),
     ],
 )
