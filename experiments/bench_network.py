@@ -106,16 +106,25 @@ def main(model: str = "efficientnet_lite0", batch: int = 8, rounds: int = 15, ou
     import numpy as np
 
     import jaxinterp
+    from jaxinterp.canonical import canonical
 
     network, params = jaxinterp.load(model)
     size = network.image_size
     images = np.random.default_rng(0).random((batch, size, size, 3), dtype=np.float32)
     bound, on_device = network.bind(params), jax.numpy.asarray(images)
-    forward = jax.jit(lambda model, x: model(x))
-    gradient = jax.jit(jax.grad(lambda x, model: model(x)[:, 0].sum()))
+    value, by_image = (lambda model, x: model(x)), jax.grad(lambda x, model: model(x)[:, 0].sum())
+    forward, gradient = jax.jit(value), jax.jit(by_image)
+    # As attacks, effects and maps run a network.
+    canonical_forward, canonical_gradient = jax.jit(canonical(value)), jax.jit(canonical(by_image))
     programs: dict[str, dict[str, Callable[[], Any]]] = {
-        "forward": {"jax": lambda: jax.block_until_ready(forward(bound, on_device))},
-        "input gradient": {"jax": lambda: jax.block_until_ready(gradient(on_device, bound))},
+        "forward": {
+            "jax": lambda: jax.block_until_ready(forward(bound, on_device)),
+            "jax canonical": lambda: jax.block_until_ready(canonical_forward(bound, on_device)),
+        },
+        "input gradient": {
+            "jax": lambda: jax.block_until_ready(gradient(on_device, bound)),
+            "jax canonical": lambda: jax.block_until_ready(canonical_gradient(on_device, bound)),
+        },
     }
     if importlib.util.find_spec("torch"):
         for what, those in _torch_programs(model, images).items():
@@ -138,10 +147,11 @@ def main(model: str = "efficientnet_lite0", batch: int = 8, rounds: int = 15, ou
             print(f"  {what:15}difference / largest value of an image, jax and torch: {_range(error)}")
             row["difference"] = error.tolist()
             for name in ("torch", "torch channels_last"):
-                ratio = ratios(times["jax"], times[name])
-                target = verdict(middle(ratio)["median"], TARGETS[what]) if name != "torch" else ""
-                print(f"  {what:15}{'jax / ' + name:27}{shown(ratio, digits=2):>22}    {target}")
-                row[f"jax / {name}"] = middle(ratio)
+                for ours in ("jax", "jax canonical"):
+                    ratio = ratios(times[ours], times[name])
+                    target = verdict(middle(ratio)["median"], TARGETS[what]) if name != "torch" else ""
+                    print(f"  {what:15}{f'{ours} / {name}':37}{shown(ratio, digits=2):>22}    {target}")
+                    row[f"{ours} / {name}"] = middle(ratio)
         figures["results"][what] = row
     append(out, "network", figures)
 
