@@ -37,7 +37,7 @@ def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mappin
 
 def parameters(attack: Attack) -> dict[str, Any]:
     """Every hyper-parameter of an attack, for a config."""
-    return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]  # every attack is one
 
 
 def _value(text: str, field: dataclasses.Field, name: str) -> Any:

@@ -162,7 +162,7 @@ def _rho(arrays: Mapping[str, np.ndarray], i: int) -> float:
     overall = (arrays["suppression"][i] + arrays["promotion"][i]).ravel()[touched]
     if len(overall) < 3 or np.ptp(norms[touched]) == 0 or np.ptp(overall) == 0:
         return float("nan")
-    return float(spearmanr(overall, norms[touched]).statistic)  # type: ignore[attr-defined]
+    return float(spearmanr(overall, norms[touched]).statistic)  # type: ignore[attr-defined]  # not in its stubs
 
 
 def summary_lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
