@@ -32,7 +32,10 @@ class State(Protocol):
 
 @runtime_checkable
 class Attack(Protocol):
-    """Three pure functions and the number of steps, in the manner of optax."""
+    """Three pure functions and the number of steps, in the manner of optax.
+
+    An attack with fields that hold words (a norm, a rule) lists the words of each in a class variable `choices`.
+    """
 
     name: ClassVar[str]
 
@@ -114,8 +117,8 @@ class Record:
         found: Bool[Array, " b"],
         better: Bool[Array, " b"],
         iteration: Int[Array, " b"],
-        forward: Bool[Array, " b"],
-        backward: Bool[Array, " b"],
+        forward: Bool[Array, " b"] | Int[Array, " b"],
+        backward: Bool[Array, " b"] | Int[Array, " b"],
     ) -> Record:
         """The record after one evaluation.
 
@@ -124,8 +127,8 @@ class Record:
             found: which of them are adversarial (and belong to examples not done).
             better: which of those replace the best so far.
             iteration: number of the evaluation, from 0.
-            forward: who paid for a forward pass.
-            backward: who paid for a backward pass.
+            forward: who paid for a forward pass, or how many each paid for.
+            backward: the same of backward passes.
         """
         return Record(
             best=select(better, images, self.best),

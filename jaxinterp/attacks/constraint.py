@@ -6,17 +6,29 @@ original never moves a point away from it, so the result satisfies both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxinterp.attacks.attack import along, norm
 
-Norm = Literal["linf", "l2"]
-NORMS: tuple[Norm, ...] = ("linf", "l2")
+Norm = Literal["linf", "l2", "l1", "l0"]
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
 _TINY = 1e-30
+
+
+def distance(delta: Float[Array, "b h w c"], which: Norm) -> Float[Array, " b"]:
+    """The size of every perturbation in the given norm, in pixel units (l0: the number of components changed)."""
+    axes = tuple(range(1, delta.ndim))
+    if which == "l0":
+        return jnp.sum(delta != 0, axis=axes).astype(delta.dtype)
+    if which == "l1":
+        return jnp.sum(jnp.abs(delta), axis=axes)
+    return norm(delta) if which == "l2" else jnp.max(jnp.abs(delta), axis=axes)
 
 
 def project(
@@ -26,16 +38,73 @@ def project(
     which: Norm,
     support: Bool[Array, "b h w c"] | None = None,
 ) -> Float[Array, "b h w c"]:
-    """The nearest image in the ball of radius `eps` around `original`, then in the box, changed on `support` only."""
+    """The nearest image in the ball of radius `eps` around `original`, then in the box, changed on `support` only.
+
+    In L1 the nearest point of ball and box together is found (Croce and Hein 2021, arXiv 2103.01208, section 2.2), as
+    one projection after the other would lose most of the ball. In L0 the components are kept that the box lets move
+    the farthest.
+    """
     delta = images - original
     if support is not None:
         delta = jnp.where(support, delta, 0)
     radius = along(eps, images)
-    if which == "linf":
+    if which == "l1":
+        delta = _soften(delta, original, eps)
+    elif which == "l0":
+        delta = _keep_largest(delta, original, eps)
+    elif which == "linf":
         delta = jnp.clip(delta, -radius, radius)
     else:
         delta = delta * jnp.minimum(1.0, radius / jnp.maximum(along(norm(delta), images), _TINY))
     return jnp.where(delta == 0, original, jnp.clip(original + delta, 0.0, 1.0))
+
+
+def _room(delta, original):
+    """How far every component may move in its direction before it meets the box."""
+    return jnp.minimum(jnp.abs(delta), jnp.where(delta > 0, 1 - original, original))
+
+
+def _soften(delta, original, eps):
+    """sign(d) clip(|d| - t, 0, room) with the smallest t >= 0 for which the L1 norm is at most eps."""
+    magnitude, room = jnp.abs(delta), _room(delta, original)
+
+    def shrunk(t):
+        return jnp.clip(magnitude - along(t, delta), 0, room)
+
+    t = _smallest(lambda t: jnp.sum(shrunk(t), axis=tuple(range(1, delta.ndim))) <= eps, _largest(magnitude))
+    return jnp.sign(delta) * shrunk(t)
+
+
+def _keep_largest(delta, original, eps):
+    """The components whose move inside the box is the largest, at most eps of them; of a tie, the first ones."""
+    room = _room(delta, original)
+    flat = room.reshape(room.shape[0], -1)
+    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= eps, _largest(room))[:, None]
+    above, ties = flat > t, (flat == t) & (flat > 0)
+    left = jnp.floor(eps)[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    kept = above | (ties & (jnp.cumsum(ties, axis=1, dtype=jnp.int32) <= left))
+    return jnp.where(kept.reshape(delta.shape), delta, 0)
+
+
+def _largest(magnitude):
+    return jnp.max(magnitude, axis=tuple(range(1, magnitude.ndim)))
+
+
+def _smallest(holds: Callable[[Array], Array], upper: Float[Array, " b"]) -> Float[Array, " b"]:
+    """The smallest float t in [0, upper] for which the monotone `holds(t)` is true; it must be true at `upper`.
+
+    Floats from 0 on are ordered as their bits are, so that 32 bisections of the bits find the very float.
+    """
+
+    def halve(_, bracket):
+        low, high = bracket  # true at high, and low - 1 is false or beyond the end
+        middle = low + (high - low) // 2
+        good = holds(lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(good, low, middle + 1), jnp.where(good, middle, high)
+
+    bits = lax.bitcast_convert_type(upper.astype(jnp.float32), jnp.int32)
+    _, smallest = lax.fori_loop(0, 32, halve, (jnp.zeros_like(bits), bits))
+    return lax.bitcast_convert_type(smallest, jnp.float32)
 
 
 def steepest(gradient: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:

@@ -9,6 +9,7 @@ stops by itself.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, TypeVar
 
@@ -21,7 +22,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxinterp.attacks.attack import Attack, AttackResult, State
-from jaxinterp.attacks.constraint import NORMS
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
 
@@ -139,24 +139,32 @@ def coerce(attack: Attack) -> Attack:
     """The attack with float32 arrays for leaves, so that Python numbers and arrays share one compiled program.
 
     Raises:
-        ValueError: a leaf is negative or not finite, or `steps` and the like are below 1.
+        ValueError: a leaf is negative or not finite, `steps` and the like are below 1, or a word is not one of the
+            attack's `choices`.
     """
-    fields = getattr(attack, "__dataclass_fields__", {})
-    for name in fields:
-        value = getattr(attack, name)
-        if isinstance(value, bool | str) or value is None:
-            continue
-        if fields[name].metadata.get("static"):
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{type(attack).__name__}.{name} must be at least 1, got {value}")
-        elif not isinstance(value, Tracer):
-            array = np.asarray(value, np.float32)
-            if not np.all(np.isfinite(array)) or np.any(array < 0):
-                raise ValueError(f"{type(attack).__name__}.{name} must be finite and not negative, got {value}")
-    which = getattr(attack, "norm", NORMS[0])
-    if which not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {which!r}")
+    _check_fields(attack)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), attack)
+
+
+def _check_fields(attack: Any) -> None:
+    choices = getattr(attack, "choices", {})
+    for field in dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ():
+        value, whole = getattr(attack, field.name), f"{type(attack).__name__}.{field.name}"
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):  # an attack made of attacks
+                _check_fields(part)
+            elif isinstance(part, str):
+                if part not in choices.get(field.name, (part,)):
+                    raise ValueError(f"{whole} must be one of {', '.join(choices[field.name])}, got {part!r}")
+            elif part is None or isinstance(part, bool | Tracer):
+                continue
+            elif field.metadata.get("static"):
+                if isinstance(part, int) and part < 1:
+                    raise ValueError(f"{whole} must be at least 1, got {part}")
+            else:
+                array = np.asarray(part, np.float32)
+                if not np.all(np.isfinite(array)) or np.any(array < 0):
+                    raise ValueError(f"{whole} must be finite and not negative, got {part}")
 
 
 def by_example(attack: Attack, batch: int) -> Attack:

@@ -28,6 +28,7 @@ class PGD:
     """
 
     name: ClassVar[str] = "pgd"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2")}
 
     eps: Real = 8 / 255
     step_size: Real | None = None

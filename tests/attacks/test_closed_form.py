@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.tree_util import Partial
 
 from jaxinterp.attacks import CW, IFGSM, PGD, advance, finish, objective, run, start
-from jaxinterp.attacks.constraint import project, random_in_ball, steepest
+from jaxinterp.attacks.constraint import distance, project, random_in_ball, steepest
 
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
@@ -181,6 +181,43 @@ def test_projection_onto_a_ball_is_the_nearest_point():
     radius = jnp.array([0.25])
     np.testing.assert_allclose(project(images, original, radius, "l2").ravel(), [0.65, 0.3], atol=1e-6)
     np.testing.assert_allclose(project(images, original, radius, "linf").ravel(), [0.75, 0.25], atol=1e-6)
+
+
+def nearest_in_l1(delta, room, eps):
+    """sign(d) clip(|d| - t, 0, room) at the t where the norm is eps, by a search over reals in float64."""
+    low, high = 0.0, np.abs(delta).max()
+    if np.minimum(np.abs(delta), room).sum() <= eps:
+        return np.sign(delta) * np.minimum(np.abs(delta), room)
+    for _ in range(200):
+        t = (low + high) / 2
+        low, high = (t, high) if np.clip(np.abs(delta) - t, 0, room).sum() > eps else (low, t)
+    return np.sign(delta) * np.clip(np.abs(delta) - high, 0, room)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.3, 2.0, 50.0])
+def test_projection_onto_l1_ball_and_box_is_the_nearest_point_of_both(eps):
+    rng = np.random.default_rng(0)
+    original = np.round(rng.uniform(-0.3, 1.3, (3, 4, 5, 2)).clip(0, 1), 2).astype(np.float32)
+    images = (original + rng.normal(size=original.shape)).astype(np.float32)
+    found = np.asarray(project(jnp.asarray(images), jnp.asarray(original), jnp.full(3, eps), "l1"))
+    for x, x0, z in zip(images.astype(np.float64), original.astype(np.float64), found, strict=True):
+        expected = nearest_in_l1(x - x0, np.where(x > x0, 1 - x0, x0), eps)
+        np.testing.assert_allclose(z - x0, expected, atol=1e-5)
+
+
+def test_projection_onto_an_l0_ball_keeps_the_largest_moves_that_the_box_allows():
+    original = jnp.array([0.5, 0.9, 0.5, 0.0, 0.5, 0.5]).reshape(1, 1, 6, 1)
+    images = jnp.array([0.9, 5.0, 0.2, -3.0, 0.6, 0.8]).reshape(1, 1, 6, 1)  # moves .4 .1 .3 0 .1 .3 in the box
+    for eps, kept in ((0, []), (1, [0]), (2.9, [0, 2]), (3, [0, 2, 5]), (4, [0, 1, 2, 5]), (6, [0, 1, 2, 4, 5])):
+        expected = np.array(original)
+        expected[0, 0, kept] = np.clip(images, 0, 1)[0, 0, kept]
+        np.testing.assert_allclose(project(images, original, jnp.array([float(eps)]), "l0"), expected, atol=1e-7)
+
+
+def test_distances_by_hand():
+    delta = jnp.array([[0.3, 0.0, -0.4, 0.0], [0.0, 0.0, 0.0, 0.0]]).reshape(2, 2, 2, 1)
+    for which, expected in (("l0", [2, 0]), ("l1", [0.7, 0]), ("l2", [0.5, 0]), ("linf", [0.4, 0])):
+        np.testing.assert_allclose(distance(delta, which), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e25])
