@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
 import platform
 import sys
@@ -171,6 +173,9 @@ def validate(
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
     commands = {"explain": explain, "convert": convert, "models": models, "validate": validate}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of a picture's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(
@@ -207,10 +212,15 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# What befalls a disk while results are written to it.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}; what was finished is kept, and the same command continues from there"
+        kept = "; what was finished is kept, and the same command continues from there"
+        return f"{error.strerror}{where}{kept if error.errno in _DISK else ''}"
     if isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"
     return str(error)

@@ -123,6 +123,8 @@ def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
     if isinstance(file, bytes):
         data = file
     else:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise _Unreadable("not a file")  # reading a pipe or a device might never end
         try:
             with open(file, "rb") as stream:
                 data = stream.read()
