@@ -12,7 +12,7 @@ containers, and refuses a name that is not in the table `_GLOBALS`. It builds de
 cut from the mapped file afterwards, each checked against its storage.
 
 What a hostile file can cost is bounded: pickles and the zip directory are read up to 16 MiB (a state dict takes 100
-to 200 bytes a tensor), in time proportional to their length; the arrays together may take at most four times the
+to 200 bytes a tensor), in time proportional to their length, and pickles up to a million opcodes; the arrays together may take at most four times the
 file's size plus 64 MiB, because tied weights and expanded views are copied for each of their names: a legitimate
 file can exceed its own size, but not by much.
 """
@@ -40,7 +40,7 @@ _PICKLE_LIMIT = 16 << 20
 _SLACK = 64 << 20
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 class TorchFileError(PickleError):
@@ -50,7 +50,7 @@ class TorchFileError(PickleError):
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the state dict of a PyTorch checkpoint.
 
-    A top-level dict whose `state_dict`, `model_state_dict` or `model` is a dict (the first of these) is
+    A top-level dict whose `state_dict`, `model_state_dict`, `model` or `net` is a dict (the first of these) is
     unwrapped and its other entries are dropped. Names are returned as they stand in the file.
 
     Args:
