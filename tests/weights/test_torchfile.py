@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxinterp.npzfile import BoundedFile
 from jaxinterp.weights import pickles, torchfile
 from jaxinterp.weights.torchfile import TorchFileError, read
 
@@ -491,6 +492,7 @@ class Test_Hostile:
 
     def test_pickles_and_directories_are_bounded(self, load, monkeypatch):
         monkeypatch.setattr(torchfile, "_PICKLE_LIMIT", 1 << 16)  # in place of 16 MiB, for speed
+        monkeypatch.setattr(BoundedFile, "LIMIT", 1 << 16)
         with pytest.raises(TorchFileError, match="longer than 16 MiB"):
             load(zipped(b"N" * (17 << 12) + b"."))
         with pytest.raises(TorchFileError, match="longer than 16 MiB"):
