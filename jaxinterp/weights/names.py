@@ -5,8 +5,8 @@ network's recipe says; what changes is layout: from PyTorch, convolutions OIHW -
 same transpose) and linear layers [out, in] -> [in, out]; Keras has JAX's layouts already.
 
 Some tensors are handled by rule: the prefix `module.` that DataParallel gives to every name is taken away, as often as
-it was given, batch norm's `num_batches_tracked` and the auxiliary heads of Inception-v3 and GoogLeNet are dropped, half and double
-precision become float32. Whatever else does not fit, one tensor at least, makes the map fail.
+it was given; batch norm's `num_batches_tracked` and the auxiliary heads of Inception-v3 and GoogLeNet are dropped; half
+and double precision become float32. Whatever else does not fit, one tensor at least, makes the map fail.
 """
 
 from __future__ import annotations
