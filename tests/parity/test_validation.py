@@ -1,12 +1,13 @@
 """`validate --against` with live modules: every kind of preprocessing, and maps that no submodule gives."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxinterp import cli
-from jaxinterp.weights import validation
+from jaxinterp.weights import seeded, validation
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -124,3 +125,17 @@ def test_a_different_network_fails(factories, capsys):
     assert "differs from its original: small_cnn" in printed.err
     rows = {line.split()[0]: line.split()[-1] for line in printed.out.splitlines() if line.endswith(("PASS", "FAIL"))}
     assert rows == {"conv1": "PASS", "conv2": "FAIL", "conv3": "FAIL", "logits": "FAIL", "gradient": "FAIL"}
+
+
+def test_benchmarks_compare_the_same_thing(torch, monkeypatch):
+    """The programs of bench_zoo give the same logits and gradients in both frameworks."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    bench = importlib.import_module("bench_zoo")
+    for name in ("small_cnn", "efficientnet_lite0"):
+        images = seeded.images(1, 32)
+        ours, theirs = bench.jax_programs(name, images), bench.torch_programs(name, images)
+        for what, run in theirs.items():
+            expected = run()
+            for form in ours[what].values():
+                difference = np.abs(np.asarray(form()) - expected).max() / np.abs(expected).max()
+                assert difference <= (1e-5 if what == "forward" else 1e-2)  # of a ReLU in float32
