@@ -4,7 +4,8 @@
 
 Weights are seeded, so nothing needs to be converted. The originals are those of `make_references`, torchvision's or
 this folder's, with the same preprocessing in front; PyTorch is in eval mode with frozen weights, under inference_mode
-for the forward pass. Both gradients are those of one class logit with respect to the images. "jax" is a plain jax.jit,
+for the forward pass. Both gradients are those of the sum of all logits with respect to the images (one logit
+of SqueezeNet stands behind a ReLU and may have none). "jax" is a plain jax.jit,
 "canonical" the form in which attacks, effects and maps run a network. All programs of a row run in one process, in
 turn; a ratio is the median of the ratios of the rounds. Needs torch and, for most networks, torchvision
 (pip install torch && pip install --no-deps torchvision); without torch only JAX is timed.
@@ -41,7 +42,7 @@ def jax_programs(name: str, images: Any) -> dict[str, dict[str, Callable[[], Any
     x = jnp.asarray(images)
 
     def by_image(model: Any, x: Any) -> Any:
-        return jax.grad(lambda x: model(x)[:, 0].sum())(x)
+        return jax.grad(lambda x: model(x).sum())(x)
 
     def program(function: Callable[..., Any]) -> Callable[[], Any]:
         compiled = jax.jit(function)
@@ -71,7 +72,7 @@ def torch_programs(name: str, images: Any) -> dict[str, Callable[[], Any]]:
 
     def gradient() -> Any:
         leaf = x.detach().requires_grad_()
-        (by_image,) = torch.autograd.grad(network(preprocess(leaf))[:, 0].sum(), leaf)
+        (by_image,) = torch.autograd.grad(network(preprocess(leaf)).sum(), leaf)
         return by_image.permute(0, 2, 3, 1).numpy()
 
     return {"forward": forward, "input gradient": gradient}

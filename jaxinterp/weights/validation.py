@@ -28,7 +28,6 @@ from jaxinterp.weights import conversion, names, seeded
 # is nearly zero rounds to one side in one program and to the other in the next, and the float32 gradient behind it is
 # then another one, in any two programs.
 TOLERANCES = {"logits": 1e-5, "map": 1e-4, "gradient": 1e-9}
-_CLASS = 1  # whose logit the gradient is of, in live comparisons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,6 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
         images = seeded.images(2, network.image_size, entry.channels)
     submodules = dict(module.named_modules())
     nodes = tuple(n for n in network.nodes if n in submodules and n not in _INSIDE.get(_family(name), ()))
-    logits, maps, gradient = _run(network, params, images, nodes, _CLASS)
 
     seen: dict[str, Any] = {}
     for node in nodes:
@@ -147,8 +145,10 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
     out = module(preprocessed(x))
     # Copied after the whole forward pass: an activation in place changes what a hook saw.
     maps_of_original = {node: value.detach().clone() for node, value in seen.items()}
+    target = int(out[0].argmax())  # the gradient of a logit behind a ReLU may be zero, which compares nothing
+    logits, maps, gradient = _run(network, params, images, nodes, target)
     x = x.detach().double().requires_grad_()
-    (by_image,) = torch.autograd.grad(module.double()(preprocessed(x))[:, _CLASS].sum(), x)
+    (by_image,) = torch.autograd.grad(module.double()(preprocessed(x))[:, target].sum(), x)
     found = [compare(node, maps[node], maps_of_original[node].permute(0, 2, 3, 1).numpy()) for node in nodes]
     found.append(compare("logits", logits, out.detach().numpy()))
     found.append(compare("gradient", gradient, by_image.permute(0, 2, 3, 1).numpy()))
