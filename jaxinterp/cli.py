@@ -147,6 +147,7 @@ def validate(
         out: Record the comparison, with versions and machine, in this JSON file.
     """
     import dataclasses
+    import importlib.metadata
     import json
 
     from jaxinterp.runs import machine, replacing
@@ -164,7 +165,8 @@ def validate(
         record.append({"network": name, "comparisons": [{**dataclasses.asdict(c), "passed": c.passed} for c in found]})
     if out is not None:
         with replacing(out) as file:
-            whole = {"against": against or "references", "machine": machine(), "networks": record}
+            original = {"torch": importlib.metadata.version("torch")} if against else {}
+            whole = {"against": against or "references", "machine": machine() | original, "networks": record}
             file.write((json.dumps(whole, indent=1) + "\n").encode())
     if failed:
         raise ValueError(f"differs from its original: {', '.join(failed)}")
