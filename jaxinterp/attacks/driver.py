@@ -218,30 +218,47 @@ def coerce(attack: Attack) -> Attack:
     Raises:
         ValueError: a leaf is negative or not finite, `steps` and the like are below 1, or a word is not one of the
             attack's `choices`.
+        TypeError: the attack is a class instead of an instance; a hyper-parameter is of the wrong type.
     """
-    _check_fields(attack)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), attack)
+    if isinstance(attack, type):
+        raise TypeError(f"attack must be an instance, such as {attack.__name__}(), not the class itself")
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), _checked(attack))
 
 
-def _check_fields(attack: Any) -> None:
+def _checked(attack: Any) -> Any:
+    """The attack with its fields checked, and lists of numbers made arrays."""
     choices = getattr(attack, "choices", {})
+    changed = {}
     for field in dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ():
         value, whole = getattr(attack, field.name), f"{type(attack).__name__}.{field.name}"
+        static = field.metadata.get("static")
         for part in value if isinstance(value, tuple) else (value,):
             if dataclasses.is_dataclass(part):  # an attack made of attacks
-                _check_fields(part)
+                _checked(part)
             elif isinstance(part, str):
                 if part not in choices.get(field.name, (part,)):
                     raise ValueError(f"{whole} must be one of {', '.join(choices[field.name])}, got {part!r}")
-            elif part is None or isinstance(part, bool | Tracer):
-                continue
-            elif field.metadata.get("static"):
-                if isinstance(part, int) and part < 1:
-                    raise ValueError(f"{whole} must be at least 1, got {part}")
-            else:
-                array = np.asarray(part, np.float32)
-                if not np.all(np.isfinite(array)) or np.any(array < 0):
-                    raise ValueError(f"{whole} must be finite and not negative, got {part}")
+            elif static and isinstance(field.default, int) and not isinstance(field.default, bool):
+                if isinstance(part, bool) or not isinstance(part, int | np.integer):
+                    raise TypeError(f"{whole} must be a whole number, got {part!r}")
+                if not 1 <= part < 2**31:
+                    raise ValueError(f"{whole} must be at least 1{' and below 2**31' * (part > 0)}, got {part}")
+            elif part is None and field.default is not None and not static:
+                raise TypeError(f"{whole} must be a number, or one for every example, got None")
+        if not static and not isinstance(value, tuple | Tracer | None) and not dataclasses.is_dataclass(value):
+            array = _numbers(value, whole)
+            changed |= {field.name: jnp.asarray(array)} if isinstance(value, list) else {}
+    return dataclasses.replace(attack, **changed) if changed else attack
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, or one for every example, got {value!r}") from None
+    if not np.all(np.isfinite(array)) or np.any(array < 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return array
 
 
 def by_example(attack: Attack, batch: int) -> Attack:
@@ -261,8 +278,22 @@ def by_example(attack: Attack, batch: int) -> Attack:
 
 
 def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = None) -> jax.Array:
-    """One key for every example, folded from `key` and the example's id, or from its pixels without ids."""
-    return _example_keys(key, images, None if ids is None else jnp.asarray(ids))
+    """One key for every example, folded from `key` and the example's id, or from its pixels without ids.
+
+    Raises:
+        ValueError: ids of the wrong shape or out of range.
+        TypeError: ids that are not integers.
+    """
+    if ids is None:
+        return _example_keys(key, images, None)
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"ids must be integers, got {ids.dtype}")
+    if ids.shape != images.shape[:1]:
+        raise ValueError(f"ids must have shape [{images.shape[0]}], one for every image, got {ids.shape}")
+    if not isinstance(ids, Tracer) and ids.size and not 0 <= np.min(ids) <= np.max(ids) < 2**32:
+        raise ValueError(f"ids must be from 0 to 2**32 - 1, got {np.min(ids)} to {np.max(ids)}")
+    return _example_keys(key, images, jnp.asarray(ids, jnp.uint32))
 
 
 @jax.jit
@@ -341,7 +372,8 @@ def _array(value: Any, name: str) -> Array:
 
 
 def _classes(values: Any, name: str, batch: int, classes: int) -> Array:
-    values = _array(values, name)
+    if not isinstance(values, jax.Array):  # 64 bits are kept until they have been looked at
+        values = np.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     if values.shape != (batch,):
@@ -353,4 +385,4 @@ def _classes(values: Any, name: str, batch: int, classes: int) -> Array:
             raise ValueError(
                 f"{name} must be classes from 0 to {classes - 1}, but example {outside[0]} has {int(known[outside[0]])}"
             )
-    return values.astype(jnp.int32)
+    return jnp.asarray(values, jnp.int32)

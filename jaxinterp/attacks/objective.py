@@ -54,8 +54,11 @@ def succeeded(
     targets: Int[Array, " b"] | None,
     kappa: Float[Array, " b"] | Float[Array, ""] | float,
 ) -> Bool[Array, " b"]:
-    """Whether the margin exceeds the confidence `kappa`, and by more than rounding; never for logits not finite."""
-    spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
+    """Whether the margin exceeds the confidence `kappa`, and by more than rounding; never with NaN or +inf.
+
+    A logit of -inf is a class that the model rules out: it takes part in nothing.
+    """
+    spread = jnp.max(logits, axis=-1) - jnp.min(jnp.where(logits == -jnp.inf, jnp.inf, logits), axis=-1)
     return -margin(logits, labels, targets) > kappa + ROUNDING * spread
 
 

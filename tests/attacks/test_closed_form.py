@@ -310,6 +310,25 @@ def test_margin_and_success_by_hand():
     assert not objective.succeeded(tie.at[0, 2].set(jnp.nan), labels[:1], None, 0.0)[0]
 
 
+def test_a_list_is_one_value_for_every_example():
+    model, images, labels, _ = linear(3)
+    values = [0.1, 0.2, 0.3, 0.05, 0.0, 0.15]
+    listed, plain = IFGSM(steps=2), IFGSM(eps=jnp.array(values), steps=2)
+    object.__setattr__(listed, "eps", values)  # past the types that the tests check in constructors
+    first, second = (run(attack, model, images, labels, key=KEY) for attack in (listed, plain))
+    np.testing.assert_array_equal(first.images, second.images)
+
+
+def test_a_class_that_the_model_rules_out_does_not_shield_the_others():
+    model, images, labels, _ = linear(3)
+    masked = Partial(lambda m, x: jnp.concatenate([m(x), jnp.full((x.shape[0], 1), -jnp.inf)], axis=1), model)
+    for attack in (IFGSM(eps=0.2, steps=5), CW(search_steps=3, steps=40, lr=0.1, initial_const=1.0)):
+        plain, result = (run(attack, m, images, labels, key=KEY) for m in (model, masked))
+        assert np.asarray(plain.success).any()
+        np.testing.assert_array_equal(result.success, plain.success)
+        np.testing.assert_allclose(result.l2, plain.l2, rtol=1e-4)
+
+
 # The search of Carlini and Wagner
 
 
