@@ -40,7 +40,7 @@ def explain(
             the labelled pictures of the `samples` extra (20 of ImageNet).
         model: Network; its weights must have been converted with `jaxinterp convert`.
         attack: NAME or NAME:parameter=value,... such as cw:steps=200,kappa=2 or ifgsm:eps=4/255; may be given
-            several times. Names: ifgsm, pgd, cw. Without it: ifgsm and cw.
+            several times. `jaxinterp attack --list` explains them. Without it: ifgsm and cw.
         cell: Side of a cell, in pixels.
         out: Results directory.
         labels: Where labels come from: auto (labels file, class folders or file names where they fit, else the
@@ -69,6 +69,76 @@ def explain(
     for line in summary_lines(found.summary):
         print(line)
     print(f"\n{found.page}: open it in a browser\n{out}/images.csv, {out}/cells.csv: the tables")
+
+
+def attack(
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    model: str = "efficientnet_lite0",
+    attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    targeted: bool = False,
+    out: Path = Path("results/attack"),
+    labels: str = "auto",
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    images: bool = True,
+    list: bool = False,
+) -> None:
+    """Measure how well a network withstands attacks: success, robust accuracy, norms.
+
+    Only pictures that the network classifies correctly are attacked. Results go to a directory: images.csv (a row for
+    every picture and attack), summary.json, curves.png (success against budget), and every adversarial picture as
+    float .npz and as 8-bit .png, whose success is counted again. Warnings tell when attacks may have failed for other
+    reasons than robustness. A run that was stopped continues when the same command is given again, in the middle of
+    an attack too, and ends with the same tables.
+
+    Args:
+        pictures: Picture files and folders, or a source as for --data; none means the labelled pictures of the
+            `samples` extra.
+        data: The same as a named option: files, folders, samples:DATASET, tfds:NAME/SPLIT[:100], FILE.npz.
+        model: Network; its weights must have been converted with `jaxinterp convert`.
+        attack: NAME or NAME:parameter=value,... such as pgd:norm=l2,eps=0.5; may be given several times. Without it:
+            pgd. See --list.
+        targeted: Attack each picture towards a random class, instead of away from its own.
+        out: Results directory.
+        labels: Where labels come from: auto, names, predicted, or a file of lines "picture,label".
+        data_dir: Where TensorFlow data sets were prepared.
+        limit: Use only the first so many pictures.
+        seed: Of random starts and targets.
+        batch_size: Pictures that are attacked at once.
+        images: Store the adversarial pictures.
+        list: Explain every attack and its parameters, and stop.
+    """
+    if list:
+        from jaxinterp.attacks import ATTACKS, spec
+
+        for line in spec.explain(ATTACKS):
+            print(line)
+        return
+    from jaxinterp.robustness import DEFAULT_ATTACKS, evaluate, tables
+
+    if pictures and data:
+        raise ValueError("pictures are given both by themselves and with --data; give them once")
+    found = evaluate(
+        pictures or data,
+        model=model,
+        specs=attack or DEFAULT_ATTACKS,
+        targeted=targeted,
+        out=out,
+        labels=labels,
+        data_dir=data_dir,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        images=images,
+    )
+    for line in tables.lines(found.summary, clean=found.clean):
+        print(line)
+    print(f"\n{out}/images.csv: the table\n{found.curves}: success against budget")
 
 
 def convert(
@@ -174,7 +244,7 @@ def validate(
 
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
-    commands = {"explain": explain, "convert": convert, "models": models, "validate": validate}
+    commands = {"explain": explain, "attack": attack, "convert": convert, "models": models, "validate": validate}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of a picture's name
             stream.reconfigure(errors="backslashreplace")

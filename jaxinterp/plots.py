@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Patch
 from matplotlib.textpath import TextToPath
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import stats
@@ -518,6 +518,68 @@ def scores(values: Mapping[str, ArrayLike], *, null: float) -> Figure:
     axes.set_xlim(-0.6, len(values) - 0.3)
     axes.set_ylabel("interpretability score, true class's map")
     _quiet(axes)
+    return figure
+
+
+_NORM_LABELS = {"l0": "L0: components changed", "l1": "L1", "l2": "L2", "linf": "Linf"}
+# Okabe and Ito's palette without its yellow, which is too light for a line.
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#111111")
+_DASHES = ("-", "--", ":", "-.")
+
+
+@style.context(_STYLE)
+def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: int) -> Figure:
+    """How many pictures each attack breaks within a budget, for every norm.
+
+    Args:
+        distances: norm -> attack -> the distances of its successes, in pixel units.
+        total: how many pictures were attacked.
+
+    Returns:
+        A figure with one panel per norm.
+
+    Raises:
+        ValueError: no norm, no attack, or more successes than pictures.
+    """
+    if not distances or not all(distances.values()):
+        raise ValueError("distances is empty, expected at least one norm and one attack")
+    columns = min(2, len(distances))
+    rows = math.ceil(len(distances) / columns)
+    attacks = list(next(iter(distances.values())))
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.5 * rows + 0.3 + 0.22 * len(attacks)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes in grid[len(distances) :]:
+        axes.remove()
+    for axes, (norm, by_attack) in zip(grid, distances.items(), strict=False):
+        values = {name: np.sort(np.asarray(given, np.float64).ravel()) for name, given in by_attack.items()}
+        low, high = _log_range(list(values.values()))
+        low, high = min(low, high / 4), max(high, 4 * low)  # a tick or two at least
+        for i, (name, budget) in enumerate(values.items()):
+            if len(budget) > total:
+                raise ValueError(f"{norm} of {name} has {len(budget)} successes, expected at most {total} pictures")
+            share = np.arange(1, len(budget) + 1) / max(total, 1)
+            axes.step(
+                [low, *np.maximum(budget, low), high],
+                [0, *share, share[-1] if len(share) else 0],
+                where="post",
+                color=_LINES[i % len(_LINES)],
+                linestyle=_DASHES[i // len(_LINES) % len(_DASHES)],
+                linewidth=1.8,
+                label=name,
+            )
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel(f"budget, {_NORM_LABELS.get(norm, norm)}")
+        _quiet(axes)
+    for axes in grid[: len(distances) : columns]:
+        axes.set_ylabel(f"share of {total} pictures broken")
+    handles, labels = grid[0].get_legend_handles_labels()
+    wrapped = [_wrap(label, 4.2 * columns, 10.0) for label in labels]
+    figure.legend(handles, wrapped, loc="outside upper left", frameon=False, ncols=1)
     return figure
 
 

@@ -1,7 +1,7 @@
 """A results directory: a config, one part for every finished chunk, merged tables. Nothing computed is ever lost.
 
     DIR/config.json       what was asked; starting again with the same config continues, with another one refuses
-    DIR/parts/NAME.npz    arrays of one finished chunk
+    DIR/parts/NAME.npz    arrays of one finished chunk; NAME.state.npz, of an unfinished one
     DIR/*.csv, *.json     tables and records made from the parts
 
 Every file is written under a temporary name and renamed, so a run that is killed at any moment leaves whole files
@@ -18,14 +18,18 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import jax
 import numpy as np
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -51,6 +55,12 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def file_name(name: str) -> str:
+    """A name as part of a file name, with its checksum where characters were replaced or cut off."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80] or "_"
+    return safe if safe == name else f"{safe}-{zlib.crc32(name.encode()):08x}"
 
 
 def machine() -> dict[str, str]:
@@ -119,6 +129,27 @@ class Run:
                 return {key: arrays[key] for key in arrays.files}
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
             return None
+
+    def write_state(self, name: str, state: Any) -> None:
+        """Stores an unfinished computation, a pytree of arrays. Raises OSError where that fails."""
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        self.write_part(f"{name}.state", {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+
+    def read_state(self, name: str, like: T) -> T | None:
+        """A stored computation, placed on the devices as `like` is; None where there is none, or of another shape."""
+        stored = self.read_part(f"{name}.state")
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+        if stored is None or {jax.tree_util.keystr(path) for path, _ in leaves} != stored.keys():
+            return None
+        found = [(stored[jax.tree_util.keystr(path)], leaf) for path, leaf in leaves]
+        if any(array.shape != leaf.shape or array.dtype != leaf.dtype for array, leaf in found):
+            return None
+        placed = [jax.device_put(a, leaf.sharding) if isinstance(leaf, jax.Array) else a for a, leaf in found]
+        return jax.tree.unflatten(treedef, placed)
+
+    def remove_state(self, name: str) -> None:
+        """Forgets a stored computation, if there is one."""
+        self._part(f"{name}.state").unlink(missing_ok=True)
 
     def write_json(self, name: str, record: Any) -> Path:
         """Writes a record as indented JSON and returns its path."""

@@ -53,3 +53,13 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int, level: fl
         (finite,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)
     ).confidence_interval
     return Estimate(mean, float(interval.low), float(interval.high), int(finite.size))
+
+
+def proportion(count: int, total: int, *, level: float = 0.95) -> Estimate:
+    """A share with its exact interval (Clopper and Pearson 1934); NaN where there are none."""
+    from scipy.stats import binomtest
+
+    if total == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    interval = binomtest(count, total).proportion_ci(level, method="exact")
+    return Estimate(count / total, float(interval.low), float(interval.high), total)

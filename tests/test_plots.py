@@ -440,3 +440,23 @@ def test_scores_draw_every_picture_its_mean_and_the_null():
     assert len(levels) == 2
     with pytest.raises(ValueError, match="at least one attack"):
         plots.scores({}, null=0.5)
+
+
+def test_success_curves_rise_at_the_distances_to_the_share_broken():
+    distances = {
+        "l2": {"pgd": [0.5, 0.25, 1.0], "cw:steps=5": []},
+        "linf": {"pgd": [0.03, 0.03, 0.03], "cw:steps=5": [0.1]},
+    }
+    figure = plots.success_curves(distances, total=4)
+    l2, linf = figure.axes
+    x, y = (np.asarray(v, float) for v in l2.lines[0].get_data())
+    for budget, share in ((0.249, 0), (0.251, 1 / 4), (0.6, 2 / 4), (1.1, 3 / 4)):
+        assert y[np.searchsorted(x, budget, side="right") - 1] == share
+    assert not np.any(l2.lines[1].get_ydata())
+    assert np.max(np.asarray(linf.lines[0].get_ydata(), float)) == 3 / 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["pgd", "cw:steps=5"]
+    for wrong in ({}, {"l2": {}}):
+        with pytest.raises(ValueError, match="empty"):
+            plots.success_curves(wrong, total=4)
+    with pytest.raises(ValueError, match="3 successes, expected at most 2"):
+        plots.success_curves(distances, total=2)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxinterp.statistics import bootstrap_mean
+from jaxinterp.statistics import bootstrap_mean, proportion
 
 
 def test_the_interval_has_the_width_that_theory_gives(rng):
@@ -46,3 +46,12 @@ def test_the_same_seed_gives_the_same_interval(rng):
     values = rng.random(20)
     assert bootstrap_mean(values, seed=3) == bootstrap_mean(values, seed=3)
     assert bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
+
+
+def test_the_interval_of_a_share_is_the_exact_one():
+    none, most = proportion(0, 10), proportion(9, 10)
+    np.testing.assert_allclose([none.mean, none.low, none.high], [0, 0, 1 - 0.025**0.1], rtol=1e-9)
+    # Clopper and Pearson: P(X >= 9 | low) = P(X <= 9 | high) = 0.025.
+    low, high = most.low, most.high
+    np.testing.assert_allclose([10 * low**9 * (1 - low) + low**10, 1 - high**10], 0.025, rtol=1e-6)
+    assert proportion(0, 0).count == 0

@@ -2,6 +2,7 @@
 
 from jaxinterp.attacks.attack import Attack, AttackResult
 from jaxinterp.attacks.cw import CW
+from jaxinterp.attacks.diagnostics import Finding, compare_access, compare_transfer, diagnose
 from jaxinterp.attacks.driver import advance, finish, finished, run, start
 from jaxinterp.attacks.ifgsm import IFGSM
 from jaxinterp.attacks.pgd import PGD
@@ -15,7 +16,11 @@ __all__ = [
     "PGD",
     "Attack",
     "AttackResult",
+    "Finding",
     "advance",
+    "compare_access",
+    "compare_transfer",
+    "diagnose",
     "finish",
     "finished",
     "run",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxinterp.attacks.attack import Attack
@@ -61,8 +63,39 @@ def _value(text: str, field: dataclasses.Field, name: str) -> Any:
 
 def describe(attack: Attack) -> str:
     """All hyper-parameters in a line, such as `eps=0.0314, steps=20`; those that are None are chosen by others."""
+    return ", ".join(f"{name}={_shown(v)}" for name, v in parameters(attack).items() if v is not None)
 
-    def shown(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    return ", ".join(f"{name}={shown(v)}" for name, v in parameters(attack).items() if v is not None)
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def explain(known: Mapping[str, type]) -> Iterator[str]:
+    """Every attack with what it does and its parameters, as lines of text, from the docstrings."""
+    for name, attack in known.items():
+        what, _, described = inspect.cleandoc(attack.__doc__ or "").partition("Attributes:")
+        yield f"{name}"
+        for paragraph in what.strip().split("\n\n"):
+            yield from textwrap.wrap(" ".join(paragraph.split()), 100, initial_indent="    ", subsequent_indent="    ")
+        meanings = _meanings(described)
+        choices = getattr(attack, "choices", {})
+        for field in dataclasses.fields(attack):
+            default = "none" if field.default is None else _shown(field.default)
+            words = f" ({', '.join(choices[field.name])})" if field.name in choices else ""
+            text = f"{field.name}={default}{words}: {meanings.get(field.name, '')}"
+            yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="          ")
+        yield ""
+
+
+def _meanings(described: str) -> dict[str, str]:
+    """Parameter to meaning, from the Attributes section of a docstring."""
+    found: dict[str, str] = {}
+    last = None
+    for line in filter(str.strip, inspect.cleandoc(described).splitlines()):
+        name, colon, meaning = line.partition(":")
+        if colon and not line.startswith(" ") and name.isidentifier():
+            last = name
+            found[last] = meaning.strip()
+        elif last is not None:
+            found[last] += " " + line.strip()
+    return found

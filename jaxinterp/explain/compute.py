@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinterp import attacks, cam, effect, localize, parallel
+from jaxinterp import cam, effect, localize, parallel
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import example_keys
-from jaxinterp.data import Batch, DamagedImage, Source, batches
-from jaxinterp.explain.pictures import Pictures, Progress, Selection, classify, silent
+from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
-from jaxinterp.runs import Run
+from jaxinterp.pictures import Pictures, Progress, chunk_size, classify, load_chunk, silent
+from jaxinterp.resumable import run_to_end
+from jaxinterp.runs import Run, file_name
 
 
 def explain_batch(
@@ -29,6 +27,8 @@ def explain_batch(
     *,
     cell: int,
     seed: int,
+    run: Run,
+    part: str,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Attacks one batch and explains the perturbations.
@@ -41,6 +41,8 @@ def explain_batch(
         targets: [B] the class that each picture is attacked towards.
         cell: side of a cell, in pixels.
         seed: of the attack's randomness and the shuffled control.
+        run: where the state of a long attack is stored,
+        part: and under which name.
         progress: see `Progress`.
 
     Returns:
@@ -51,14 +53,17 @@ def explain_batch(
     model = network.bind(params)
     clean, labels, wanted = parallel.shard((batch.images, batch.labels, targets), mesh)
     key = jax.random.key(seed)
-    state = attacks.start(attack, model, clean, labels, wanted, key=key)
-    pieces = min(50, attack.iterations)
-    for piece in range(pieces):
-        progress(f"attack {piece / pieces:4.0%}", 0.0)
-        state = attacks.advance(attack, model, state, -(-attack.iterations // pieces))
-        if attacks.finished(state):
-            break
-    found = attacks.finish(attack, state)
+    found = run_to_end(
+        attack,
+        model,
+        clean,
+        labels,
+        wanted,
+        key=key,
+        run=run,
+        part=part,
+        progress=lambda done: progress(f"attack {done:4.0%}", 0.0),
+    )
     # Rows that only pad the batch are left unperturbed, which makes their cells free.
     mask = parallel.shard(batch.mask, mesh)
     adversarial = jnp.where(mask[:, None, None, None], found.images, clean)
@@ -113,35 +118,30 @@ def parts(
     size = chunk_size(pictures, batch_size)
     for start in range(0, len(positions), size):
         chunk = positions[start : start + size]
-        batch = None
+        batch, targets = None, None
         for name, attack in chosen.items():
             part = _part_name(name, start)
             arrays = run.read_part(part)
             if arrays is None:
                 progress(name, 0.0)
-                if batch is None:
-                    selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]))
-                    batch = next(iter(batches(selection, size, on_damaged=_gone)))
-                    batch = dataclasses.replace(batch, labels=_padded(pictures.labels[chunk], size))
+                if batch is None or targets is None:
+                    batch, targets = load_chunk(source, pictures, chunk, size)
                 arrays = explain_batch(
                     network,
                     params,
                     attack,
                     batch,
-                    _padded(pictures.targets[chunk], size),
+                    targets,
                     cell=cell,
                     seed=seed,
+                    run=run,
+                    part=part,
                     progress=lambda what, done, name=name: progress(f"{name}: {what}", done),
                 )
                 run.write_part(part, arrays)
+                run.remove_state(part)
             yield name, arrays
             progress(name, len(chunk) / len(chosen))
-
-
-def chunk_size(pictures: Pictures, batch_size: int) -> int:
-    """How many pictures are attacked at once: `batch_size` or all there are, a multiple of the devices."""
-    unit = parallel.multiple(parallel.data_mesh())
-    return -(-min(batch_size, max(1, len(pictures.correct))) // unit) * unit
 
 
 def stored_parts(
@@ -156,18 +156,4 @@ def stored_parts(
 
 
 def _part_name(attack: str, start: int) -> str:
-    return f"{safe_name(attack)}-{zlib.crc32(attack.encode()):08x}-{start:06d}"
-
-
-def _gone(error: DamagedImage) -> None:
-    raise ValueError(f"{error}; it could be read when the run began")
-
-
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """Values for a batch of `size`, the last one repeated."""
-    return np.concatenate([values, np.repeat(values[-1:], size - len(values))]).astype(np.int32)
-
-
-def safe_name(name: str) -> str:
-    """A name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80] or "_"
+    return f"{file_name(attack)}-{start:06d}"

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from jaxinterp import attacks, effect
+from jaxinterp import effect
 from jaxinterp.attacks.attack import Attack
-from jaxinterp.attacks.driver import coerce
-from jaxinterp.attacks.spec import from_spec, parameters
-from jaxinterp.data import AnySource, Crop, Folder, Tfds, open_source
 from jaxinterp.explain import compute, page, tables
-from jaxinterp.explain.pictures import Pictures, Selection, survey
+from jaxinterp.job import BAR, begin, choose_attacks
 from jaxinterp.network import Network
-from jaxinterp.runs import Run, machine
-from jaxinterp.weights import checkpoint, load
+from jaxinterp.pictures import Pictures
+from jaxinterp.runs import Run
 
 # Settings for explaining: a perturbation near the attack's best, at a cost of minutes on a laptop. The classes
 # themselves keep their papers' defaults.
 PRESETS: dict[str, dict[str, Any]] = {"cw": {"search_steps": 4, "steps": 100, "initial_const": 0.3}}
 DEFAULT_ATTACKS = ("ifgsm", "cw")
-_LARGEST_SEED = 2**32 - 1  # beyond, seeds of JAX repeat; numpy takes none below 0
-_MOST_STEPS = 2**31 - 1
-_SAMPLES = {1000: "samples:imagenet", 10: "samples:cifar10"}  # by number of classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,69 +81,34 @@ def explain(
             the network classifies correctly.
         OSError: the results cannot be written.
     """
-    for name, value in (("--cell", cell), ("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"--seed must be from 0 to {_LARGEST_SEED}, got {seed}")
-    chosen = _attacks(specs)
-    network, params = load(model)
-    effect.grid(network.image_size, network.image_size, cell)
-    crop = Crop(network.image_size, network.crop_pct, network.interpolation)
-    if network.cam_node is None:
-        raise ValueError(f"{model} has no class activation maps, which explaining needs; see jaxinterp models")
-    if not pictures:
-        pictures = [_SAMPLES.get(network.num_classes, "samples")]
-    source = open_source(
-        pictures if len(pictures) > 1 else pictures[0],
-        crop=crop,
-        classes=network.classes,
+    if cell < 1:
+        raise ValueError(f"--cell must be at least 1, got {cell}")
+    chosen = choose_attacks(specs, PRESETS)
+
+    def check(network: Network) -> None:
+        effect.grid(network.image_size, network.image_size, cell)
+        if network.cam_node is None:
+            raise ValueError(f"{model} has no class activation maps, which explaining needs; see jaxinterp models")
+
+    job = begin(
+        "explain",
+        pictures,
+        model=model,
+        chosen=chosen,
+        config={"cell": cell},
+        check=check,
+        out=out,
         labels=labels,
         data_dir=data_dir,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        say=say,
     )
-    count = len(source) if limit is None else min(limit, len(source))
-    run = Run(
-        out,
-        {
-            "command": "explain",
-            "model": model,
-            "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
-            "attacks": {name: {"attack": attack.name, **parameters(attack)} for name, attack in chosen.items()},
-            "cell": cell,
-            "seed": seed,
-            "batch_size": batch_size,
-            "pictures": count,
-            "source": _identity(source, pictures, count),
-        },
-    )
-    run.write_json("machine.json", machine())
-    selected = Selection(source, tuple(range(count)))
-    say(f"{count} pictures; labels: {source.label_origin}")
-
-    with tqdm(total=count, unit="picture", desc="reading pictures", leave=False) as bar:
-
-        def read(what: str, done: float) -> None:
-            bar.update(done)
-
-        seen = survey(
-            run,
-            network,
-            params,
-            selected,
-            seed=seed,
-            batch_size=batch_size,
-            progress=read,
-        )
-    for name, reason in page.left_out(network, seen):
-        say(f"  {name}: {reason}")
-    say(f"{len(seen.correct)} of {count} pictures are classified correctly and attacked")
-    if not seen.ids:
-        raise ValueError("no picture could be read, so there is nothing to attack")
-    if not len(seen.correct):
-        raise ValueError("no picture is classified correctly, so there is nothing to attack")
+    run, network, seen = job.run, job.network, job.pictures
 
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(seen.correct), bar_format=_BAR) as bar:
+    with tqdm(total=len(seen.correct), bar_format=BAR) as bar:
 
         def progress(what: str, done: float) -> None:
             bar.set_description_str(what, refresh=not done)
@@ -159,8 +117,8 @@ def explain(
         for name, arrays in compute.parts(
             run,
             network,
-            params,
-            selected,
+            job.params,
+            job.source,
             seen,
             chosen,
             cell=cell,
@@ -185,43 +143,5 @@ def explain(
     )
     summary = tables.summarise(rows, list(chosen), seed=seed)
     run.write_json("summary.json", tables.as_json(summary))
-    written = page.write_page(run, network, seen, source.label_origin, chosen, rows, summary, stored())
+    written = page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored())
     return Explained(run, network, chosen, seen, rows, summary, written)
-
-
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
-
-
-def _attacks(specs: Sequence[str]) -> dict[str, Attack]:
-    chosen: dict[str, Attack] = {}
-    for spec in specs:
-        if spec in chosen:
-            raise ValueError(f"attack {spec} is given twice")
-        chosen[spec] = from_spec(spec, attacks.ATTACKS, PRESETS)
-        coerce(chosen[spec])
-        if chosen[spec].iterations > _MOST_STEPS:
-            raise ValueError(f"attack {spec} has more than {_MOST_STEPS} steps in all")
-    if not chosen:
-        raise ValueError("at least one attack is needed")
-    return chosen
-
-
-def _identity(source: AnySource, pictures: Sequence[str | Path], count: int) -> str:
-    """What tells one set of pictures from another: ids, labels and contents, or the name of a prepared data set."""
-    if isinstance(source, Tfds):
-        return str(pictures[0])
-    whole = hashlib.sha256()
-    for i, (name, label) in enumerate(zip(source.ids[:count], source.labels[:count], strict=True)):
-        content = (
-            _file_digest(source.paths[i]) if isinstance(source, Folder) else checkpoint.tensor_digest(source.images[i])
-        )
-        whole.update(f"{name}\t{int(label)}\t{content}\n".encode())
-    return f"sha256 of ids, labels and pictures: {whole.hexdigest()}"
-
-
-def _file_digest(path: str) -> str:
-    """sha256 of a picture's file; empty where there is nothing to read, which is said when it should be decoded."""
-    try:
-        return checkpoint.file_digest(Path(path)) if Path(path).is_file() else ""
-    except OSError:
-        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import numpy as np
 from jaxinterp import plots, report
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.spec import describe
-from jaxinterp.explain.compute import safe_name
-from jaxinterp.explain.pictures import Pictures
 from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
 from jaxinterp.network import Network
-from jaxinterp.runs import Run, machine
+from jaxinterp.pictures import Pictures, left_out
+from jaxinterp.runs import Run, file_name, machine
 from jaxinterp.statistics import Estimate
 
 NOTES = (
@@ -31,13 +29,7 @@ NOTES = (
 
 def figure_path(run: Run, attack: str, picture: str) -> Path:
     """Where the figure of a picture and attack is stored."""
-    return run.directory / "figures" / _distinct(attack) / f"{_distinct(picture)}.png"
-
-
-def _distinct(name: str) -> str:
-    """A name as part of a file name, with its checksum where characters were replaced or cut off."""
-    safe = safe_name(name)
-    return safe if safe == name else f"{safe}-{zlib.crc32(name.encode()):08x}"
+    return run.directory / "figures" / file_name(attack) / f"{file_name(picture)}.png"
 
 
 def draw(
@@ -144,20 +136,6 @@ def write_page(
         overview=_overview(run, summary, chunks),
         skipped=left_out(network, pictures),
     )
-
-
-def left_out(network: Network, pictures: Pictures) -> list[tuple[str, str]]:
-    """(picture, reason) of every picture that was not attacked."""
-    damaged = [(name, f"could not be read: {reason}") for name, reason in pictures.damaged]
-    wrong = np.flatnonzero(pictures.labels != pictures.predicted)
-    return damaged + [
-        (
-            pictures.ids[i],
-            f"not attacked: seen as {network.class_name(pictures.predicted[i])}, "
-            f"labelled {network.class_name(pictures.labels[i])}",
-        )
-        for i in wrong
-    ]
 
 
 def _overview(

@@ -1,9 +1,12 @@
 """Attacks as text: defaults, presets, fractions, and errors that name what was meant."""
 
+import dataclasses
+import re
+
 import pytest
 
 from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD
-from jaxinterp.attacks.spec import describe, from_spec, parameters
+from jaxinterp.attacks.spec import describe, explain, from_spec, parameters
 
 
 def test_values_and_defaults():
@@ -42,3 +45,13 @@ def test_parameters_rebuild_the_attack_and_describe_it():
     for attack in (IFGSM(steps=3), PGD(norm="l2"), CW(kappa=2.0)):
         assert type(attack)(**parameters(attack)) == attack
     assert describe(IFGSM()) == "eps=0.03137, kappa=0, steps=20, stop_on_success=False"
+
+
+def test_the_list_explains_every_parameter_of_every_attack():
+    sections = "\n".join(explain(ATTACKS)).strip().split("\n\n")
+    assert [section.splitlines()[0] for section in sections] == list(ATTACKS)
+    for section, attack in zip(sections, ATTACKS.values(), strict=True):
+        assert len(section.splitlines()[1]) > 20
+        for field in dataclasses.fields(attack):
+            [meaning] = re.findall(rf"^      {field.name}=[^:]+: (.+)$", section, re.MULTILINE) or [""]
+            assert len(meaning) > 3, f"{attack.name}:{field.name} is not explained"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from jaxinterp import explain
 from jaxinterp.data import Crop, samples
-from jaxinterp.explain.pictures import random_targets
+from jaxinterp.pictures import random_targets
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinterp.data import DamagedImage, Example, Source, batches
+from jaxinterp import parallel
+from jaxinterp.data import Batch, DamagedImage, Example, Source, batches
 from jaxinterp.network import Model, Network, Params
 from jaxinterp.runs import Run
 
@@ -136,6 +137,47 @@ def random_targets(ids: Sequence[str], labels: np.ndarray, classes: int, seed: i
     draw = jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, classes - 1))
     other = np.asarray(draw(digests)) if len(ids) else np.zeros(0, np.int32)
     return (other + (other >= labels)).astype(np.int32)
+
+
+def left_out(network: Network, pictures: Pictures) -> list[tuple[str, str]]:
+    """(picture, reason) of every picture that was not attacked."""
+    damaged = [(name, f"could not be read: {reason}") for name, reason in pictures.damaged]
+    wrong = np.flatnonzero(pictures.labels != pictures.predicted)
+    return damaged + [
+        (
+            pictures.ids[i],
+            f"not attacked: seen as {network.class_name(pictures.predicted[i])}, "
+            f"labelled {network.class_name(pictures.labels[i])}",
+        )
+        for i in wrong
+    ]
+
+
+def chunk_size(pictures: Pictures, batch_size: int) -> int:
+    """How many pictures are attacked at once: `batch_size` or all there are, a multiple of the devices."""
+    unit = parallel.multiple(parallel.data_mesh())
+    return -(-min(batch_size, max(1, len(pictures.correct))) // unit) * unit
+
+
+def load_chunk(source: Source, pictures: Pictures, chunk: np.ndarray, size: int) -> tuple[Batch, np.ndarray]:
+    """The pictures at the positions `chunk` as one batch of `size`, with their labels, and their targets [size].
+
+    Raises:
+        ValueError: a picture can no longer be read.
+    """
+    selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]))
+    batch = next(iter(batches(selection, size, on_damaged=_gone)))
+    batch = dataclasses.replace(batch, labels=_padded(pictures.labels[chunk], size))
+    return batch, _padded(pictures.targets[chunk], size)
+
+
+def _gone(error: DamagedImage) -> None:
+    raise ValueError(f"{error}; it could be read when the run began")
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """Values for a batch of `size`, the last one repeated."""
+    return np.concatenate([values, np.repeat(values[-1:], size - len(values))]).astype(np.int32)
 
 
 @jax.jit

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from jaxinterp import explain, models
+from jaxinterp import job as jobs
+from jaxinterp import pictures as seen
 from jaxinterp.explain import compute
-from jaxinterp.explain import job as jobs
-from jaxinterp.explain import pictures as seen
 from jaxinterp.explain.page import figure_path
 from jaxinterp.runs import Run
 from jaxinterp.weights import checkpoint, seeded

@@ -1,0 +1,189 @@
+"""What every job on pictures begins with: network, pictures, a results directory, what the network sees rightly."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxinterp import attacks
+from jaxinterp.attacks.attack import Attack
+from jaxinterp.attacks.driver import coerce
+from jaxinterp.attacks.spec import from_spec, parameters
+from jaxinterp.data import AnySource, Crop, Folder, Tfds, open_source
+from jaxinterp.network import Network, Params
+from jaxinterp.pictures import Pictures, Selection, left_out, survey
+from jaxinterp.runs import Run, machine
+from jaxinterp.weights import checkpoint, load
+
+Say = Callable[[str], None]
+"""Is told what a person should know, line by line."""
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
+_LARGEST_SEED = 2**32 - 1  # beyond, seeds of JAX repeat; numpy takes none below 0
+_MOST_STEPS = 2**31 - 1
+_SAMPLES = {1000: "samples:imagenet", 10: "samples:cifar10"}  # by number of classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A job that has looked at its pictures and attacks next.
+
+    Attributes:
+        run: the results directory.
+        network: the network that is attacked.
+        params: its parameters.
+        source: the pictures that were asked for.
+        pictures: what the network makes of them.
+        label_origin: where the labels come from, in words.
+    """
+
+    run: Run
+    network: Network
+    params: Params
+    source: Selection
+    pictures: Pictures
+    label_origin: str
+
+
+def begin(
+    command: str,
+    pictures: Sequence[str | Path],
+    *,
+    model: str,
+    chosen: Mapping[str, Attack],
+    config: Mapping[str, Any],
+    check: Callable[[Network], None],
+    out: Path,
+    labels: str,
+    data_dir: Path | None,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    say: Say,
+) -> Job:
+    """Loads the network, opens the pictures and the results directory, and classifies the clean pictures.
+
+    Args:
+        command: name of the job.
+        pictures: files and folders, or one source as `jaxinterp.data.open_source` takes it; none means the labelled
+            pictures of the `samples` extra.
+        model: name of the network; its weights must have been converted.
+        chosen: attacks by the name under which tables list them.
+        config: what else determines the results.
+        check: raises ValueError where the job does not suit the network.
+        out: results directory.
+        labels: "auto", "names", "predicted", or the path of a labels file; see `jaxinterp.data.Folder`.
+        data_dir: where TensorFlow data sets were prepared.
+        limit: use only the first so many pictures.
+        seed: 0 to 2^32 - 1.
+        batch_size: pictures that are looked at at once.
+        say: see `Say`.
+
+    Raises:
+        ValueError: bad arguments, no pictures, no weights, an output directory of another config, no picture that
+            the network classifies correctly.
+        OSError: the results cannot be written.
+    """
+    for name, value in (("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"--seed must be from 0 to {_LARGEST_SEED}, got {seed}")
+    network, params = load(model)
+    check(network)
+    crop = Crop(network.image_size, network.crop_pct, network.interpolation)
+    if not pictures:
+        pictures = [_SAMPLES.get(network.num_classes, "samples")]
+    source = open_source(
+        pictures if len(pictures) > 1 else pictures[0],
+        crop=crop,
+        classes=network.classes,
+        labels=labels,
+        data_dir=data_dir,
+    )
+    count = len(source) if limit is None else min(limit, len(source))
+    run = Run(
+        out,
+        {
+            "command": command,
+            "model": model,
+            "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
+            "attacks": {name: {"attack": attack.name, **parameters(attack)} for name, attack in chosen.items()},
+            **config,
+            "seed": seed,
+            "batch_size": batch_size,
+            "pictures": count,
+            "source": _identity(source, pictures, count),
+        },
+    )
+    run.write_json("machine.json", machine())
+    selected = Selection(source, tuple(range(count)))
+    say(f"{count} pictures; labels: {source.label_origin}")
+
+    with tqdm(total=count, unit="picture", desc="reading pictures", leave=False) as bar:
+
+        def read(what: str, done: float) -> None:
+            bar.update(done)
+
+        seen = survey(
+            run,
+            network,
+            params,
+            selected,
+            seed=seed,
+            batch_size=batch_size,
+            progress=read,
+        )
+    for name, reason in left_out(network, seen):
+        say(f"  {name}: {reason}")
+    say(f"{len(seen.correct)} of {count} pictures are classified correctly and attacked")
+    if not seen.ids:
+        raise ValueError("no picture could be read, so there is nothing to attack")
+    if not len(seen.correct):
+        raise ValueError("no picture is classified correctly, so there is nothing to attack")
+    return Job(run, network, params, selected, seen, source.label_origin)
+
+
+def choose_attacks(specs: Sequence[str], presets: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Attack]:
+    """Attacks by their text, see `jaxinterp.attacks.spec`.
+
+    Raises:
+        ValueError: none, one given twice, an unknown one, a parameter out of range.
+    """
+    chosen: dict[str, Attack] = {}
+    for spec in specs:
+        if spec in chosen:
+            raise ValueError(f"attack {spec} is given twice")
+        chosen[spec] = from_spec(spec, attacks.ATTACKS, presets)
+        coerce(chosen[spec])
+        if chosen[spec].iterations > _MOST_STEPS:
+            raise ValueError(f"attack {spec} has more than {_MOST_STEPS} steps in all")
+    if not chosen:
+        raise ValueError("at least one attack is needed")
+    return chosen
+
+
+def _identity(source: AnySource, pictures: Sequence[str | Path], count: int) -> str:
+    """What tells one set of pictures from another: ids, labels and contents, or the name of a prepared data set."""
+    if isinstance(source, Tfds):
+        return str(pictures[0])
+    whole = hashlib.sha256()
+    for i, (name, label) in enumerate(zip(source.ids[:count], source.labels[:count], strict=True)):
+        content = (
+            _file_digest(source.paths[i]) if isinstance(source, Folder) else checkpoint.tensor_digest(source.images[i])
+        )
+        whole.update(f"{name}\t{int(label)}\t{content}\n".encode())
+    return f"sha256 of ids, labels and pictures: {whole.hexdigest()}"
+
+
+def _file_digest(path: str) -> str:
+    """sha256 of a picture's file; empty where there is nothing to read, which is said when it should be decoded."""
+    try:
+        return checkpoint.file_digest(Path(path)) if Path(path).is_file() else ""
+    except OSError:
+        return ""

@@ -1,0 +1,149 @@
+"""What is computed for a chunk of pictures: the attack, and what remains of it in an 8-bit picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jaxinterp import parallel
+from jaxinterp.attacks.attack import Attack
+from jaxinterp.data import Batch, Source
+from jaxinterp.network import Network, Params
+from jaxinterp.pictures import Pictures, Progress, chunk_size, classify, load_chunk, silent
+from jaxinterp.resumable import run_to_end
+from jaxinterp.runs import Run, file_name, replacing
+
+NORMS = ("l0", "l1", "l2", "linf")
+
+
+def evaluate_batch(
+    network: Network,
+    params: Params,
+    attack: Attack,
+    batch: Batch,
+    targets: np.ndarray | None,
+    *,
+    seed: int,
+    run: Run,
+    part: str,
+    progress: Progress = silent,
+) -> dict[str, np.ndarray]:
+    """Attacks one batch and looks at the results once more after rounding.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        attack: the attack.
+        batch: pictures [B,H,W,C]; rows that only pad it are dropped from the result.
+        targets: [B] the classes of a targeted attack, or None.
+        seed: of the attack's randomness.
+        run: where the state of a long attack is stored,
+        part: and under which name.
+        progress: see `Progress`.
+
+    Returns:
+        Arrays by name, the picture being their first axis.
+    """
+    mesh = parallel.data_mesh()
+    model = network.bind(parallel.replicate(params, mesh))
+    clean, labels, wanted = parallel.shard((batch.images, batch.labels, targets), mesh)
+    found = run_to_end(
+        attack,
+        model,
+        clean,
+        labels,
+        wanted,
+        key=jax.random.key(seed),
+        run=run,
+        part=part,
+        progress=lambda done: progress(f"attack {done:4.0%}", 0.0),
+    )
+    rounded = jnp.round(found.images * 255) / 255
+    rounded_class = classify(model, rounded)
+    reached = rounded_class != labels if wanted is None else rounded_class == wanted
+    result = {
+        "adversarial": found.images,
+        "adversarial_class": classify(model, found.images),
+        **{name: getattr(found, name) for name in ("success", *NORMS, "iterations", "forward", "backward")},
+        "rounded_class": rounded_class,
+        "rounded_success": found.success & reached,
+        "rounded_linf": jnp.max(jnp.abs(rounded - clean), axis=(1, 2, 3)),
+        "rounded_l2": jnp.sqrt(jnp.sum(jnp.square(rounded - clean), axis=(1, 2, 3))),
+    }
+    kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
+    kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
+    kept["labels"] = batch.labels[batch.mask]
+    kept["targets"] = (np.full(len(batch.mask), -1, np.int32) if targets is None else targets)[batch.mask]
+    return kept
+
+
+def parts(
+    run: Run,
+    network: Network,
+    params: Params,
+    source: Source,
+    pictures: Pictures,
+    chosen: Mapping[str, Attack],
+    *,
+    targeted: bool,
+    images: bool,
+    seed: int,
+    batch_size: int,
+    progress: Progress = silent,
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Every finished chunk, (name of the attack, arrays as `evaluate_batch` gives them but for the images).
+
+    The adversarial images are written before the chunk counts as finished.
+    """
+    positions = pictures.correct
+    size = chunk_size(pictures, batch_size)
+    for start in range(0, len(positions), size):
+        chunk = positions[start : start + size]
+        batch, targets = None, None
+        for name, attack in chosen.items():
+            part = f"{file_name(name)}-{start:06d}"
+            arrays = run.read_part(part)
+            if arrays is None:
+                progress(name, 0.0)
+                if batch is None:
+                    batch, targets = load_chunk(source, pictures, chunk, size)
+                arrays = evaluate_batch(
+                    network,
+                    params,
+                    attack,
+                    batch,
+                    targets if targeted else None,
+                    seed=seed,
+                    run=run,
+                    part=part,
+                    progress=lambda what, done, name=name: progress(f"{name}: {what}", done),
+                )
+                adversarial = arrays.pop("adversarial")
+                if images:
+                    progress(f"{name}: pictures", 0.0)
+                    _write_images(run.directory / "adversarial" / file_name(name), arrays, adversarial)
+                run.write_part(part, arrays)
+                run.remove_state(part)
+            yield name, arrays
+            progress(name, len(chunk) / len(chosen))
+
+
+def _write_images(folder: Path, arrays: Mapping[str, np.ndarray], adversarial: np.ndarray) -> None:
+    """NAME.npz with the float image and its classes, and NAME.png with 8 bits, for every success."""
+    for i, name in enumerate(arrays["ids"]):
+        if not arrays["success"][i]:
+            continue
+        with replacing(folder / f"{file_name(str(name))}.npz") as file:
+            fields = {key: arrays[key][i] for key in ("labels", "targets", "adversarial_class")}
+            np.savez(file, image=adversarial[i], id=name, **fields)  # type: ignore[arg-type]  # arrays by name
+        pixels = np.round(adversarial[i] * 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+        with replacing(folder / f"{file_name(str(name))}.png") as file:
+            file.write(buffer.getvalue())

@@ -1,0 +1,99 @@
+"""Tables of an evaluation: a row for every picture and attack, and the summary with its intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxinterp.network import Network
+from jaxinterp.robustness.compute import NORMS
+from jaxinterp.statistics import Estimate, proportion
+
+COLUMNS = (
+    *("id", "attack", "label", "label_name", "target", "target_name", "success", "adversarial_class"),
+    *(*NORMS, "first_success", "forward", "backward"),
+    *("rounded_success", "rounded_class", "rounded_linf", "rounded_l2"),
+)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+ALL = "all attacks together"
+
+
+def rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """One row for every picture of a chunk, with the columns `COLUMNS`; no target of an untargeted attack."""
+    for i, name in enumerate(arrays["ids"]):
+        target = int(arrays["targets"][i])
+        yield {
+            "id": str(name),
+            "attack": attack,
+            "label": int(arrays["labels"][i]),
+            "label_name": network.class_name(int(arrays["labels"][i])),
+            "target": target if target >= 0 else None,
+            "target_name": network.class_name(target) if target >= 0 else None,
+            "first_success": arrays["iterations"][i],
+            **{key: arrays[key][i] for key in COLUMNS if key in arrays},
+        }
+
+
+def summarise(
+    table: Sequence[Mapping[str, Any]], names: Sequence[str], *, labelled: int, correct: int
+) -> list[dict[str, Any]]:
+    """One row for every attack, and one for all together where there are several.
+
+    Args:
+        table: the rows of all pictures and attacks.
+        names: of the attacks.
+        labelled: how many pictures could be read.
+        correct: how many of them the network classifies correctly; these were attacked.
+
+    Returns:
+        For every attack: `success` among the attacked, `robust` the accuracy under attack among all that could be
+        read, both with exact 95 % intervals (Clopper and Pearson) and again after rounding to 8 bits; quantiles of
+        the norms of the successes; median passes. An attack together with others succeeds where one of them does.
+    """
+    summary = []
+    for name in [*names, ALL] if len(names) > 1 else names:
+        mine = [row for row in table if row["attack"] == name or name == ALL]
+        entry: dict[str, Any] = {"attack": name, "pictures": correct}
+        for key, success in (("", "success"), ("rounded_", "rounded_success")):
+            broken = len({row["id"] for row in mine if row[success]})
+            entry[f"{key}success"] = proportion(broken, correct)
+            # An attack that is targeted need not leave the label's decision region only where it succeeds, but a
+            # success always leaves it.
+            entry[f"{key}robust"] = proportion(correct - broken, labelled)
+        good = [row for row in mine if row["success"]]
+        if name != ALL:
+            for norm in NORMS:
+                values = [float(row[norm]) for row in good]
+                entry[norm] = [float(q) for q in np.quantile(values, QUANTILES)] if values else None
+            for passes in ("forward", "backward"):
+                entry[passes] = float(np.median([row[passes] for row in mine])) if mine else None
+        summary.append(entry)
+    return summary
+
+
+def as_json(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The summary with estimates as dicts."""
+
+    def plain(value):
+        if isinstance(value, Estimate):
+            return {"value": value.mean, "low": value.low, "high": value.high, "count": value.count}
+        return value
+
+    return [{key: plain(value) for key, value in row.items()} for row in summary]
+
+
+def lines(summary: Sequence[Mapping[str, Any]], *, clean: Estimate) -> Iterator[str]:
+    """The summary as lines of text."""
+    yield f"\naccuracy on clean pictures  {clean:.1%}"
+    for row in summary:
+        yield f"\n{row['attack']}"
+        yield f"  success           {row['success']:.1%}   after rounding to 8 bits {row['rounded_success']:.1%}"
+        yield f"  robust accuracy   {row['robust']:.1%}   after rounding to 8 bits {row['rounded_robust']:.1%}"
+        if row.get("forward") is not None:
+            yield f"  median passes     {row['forward']:.0f} forward, {row['backward']:.0f} backward"
+        if row.get("l2") is not None:
+            yield "  quantiles         " + "".join(f"{q:>11.0%}" for q in QUANTILES)
+            for norm in NORMS:
+                yield f"    {norm:<16}" + "".join(f"{value:>11.4g}" for value in row[norm])

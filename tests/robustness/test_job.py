@@ -1,0 +1,176 @@
+"""The evaluation on a small network with seeded weights: counts, rounding, resuming inside an attack, the command."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxinterp import attacks, models, robustness
+from jaxinterp.resumable import run_to_end
+from jaxinterp.robustness import tables
+from jaxinterp.runs import Run
+from jaxinterp.weights import checkpoint, seeded
+
+PICTURES = 5
+SPECS = ("pgd:eps=24/255,steps=5", "cw:steps=30,search_steps=3,initial_const=10,lr=0.05")
+
+
+@pytest.fixture(scope="module")
+def small_cnn(tmp_path_factory) -> Path:
+    """Checkpoints with one of the small network."""
+    root = tmp_path_factory.mktemp("ckpts")
+    params = seeded.params(models.shapes("small_cnn"))
+    source = {"file": "seeded", "sha256": "0", "known": False}
+    checkpoint.save(params, root / "small_cnn", name="small_cnn", classes=10, source=source)
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path, small_cnn, monkeypatch) -> Path:
+    """A folder of pictures; the network's own predictions are their labels."""
+    monkeypatch.setenv("JAXINTERP_CKPTS", str(small_cnn))
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(PICTURES):
+        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{'abcde'[i]}.png")
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "pictures"
+
+
+def evaluate(pictures: Path, out: Path, **more) -> robustness.Evaluated:
+    arguments = {"model": "small_cnn", "specs": SPECS, "batch_size": 2, "say": lambda line: None}
+    return robustness.evaluate([pictures], out=out, **{**arguments, **more})
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
+    found = evaluate(pictures, tmp_path / "out")
+    rows = read(tmp_path / "out" / "images.csv")
+    assert [(row["id"], row["attack"]) for row in rows] == [(f"{c}.png", a) for c in "abcde" for a in SPECS]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["clean_accuracy"] == pytest.approx({"value": 1, "low": 0.4782, "high": 1, "count": 5}, abs=1e-4)
+    network, params = models.network("small_cnn"), seeded.params(models.shapes("small_cnn"))
+    some = False
+    for entry in summary["attacks"][:2]:
+        mine = [row for row in rows if row["attack"] == entry["attack"]]
+        good = [row for row in mine if row["success"] == "true"]
+        assert entry["success"]["value"] == len(good) / PICTURES
+        assert entry["robust"]["value"] == pytest.approx(1 - len(good) / PICTURES)
+        if good:
+            assert entry["l2"][2] == pytest.approx(np.median([float(row["l2"]) for row in good]))
+        for row in mine:
+            stem = found.run.directory / "adversarial"
+            [png] = (
+                stem.glob(f"{row['attack'].partition(':')[0]}*/{row['id']}.png") if row["success"] == "true" else [None]
+            )
+            if png is None:
+                assert row["l2"] == "0.0"
+                continue
+            some = True
+            with np.load(png.with_suffix(".npz")) as stored:
+                image = stored["image"]
+                assert int(stored["labels"]) == int(row["label"])
+            clean = np.asarray(Image.open(pictures / row["id"]), np.float32) / 255
+            assert np.linalg.norm(image - clean) == pytest.approx(float(row["l2"]), rel=1e-4)
+            rounded = np.asarray(Image.open(png), np.float32) / 255
+            np.testing.assert_allclose(rounded, image, atol=0.5 / 255 + 1e-6)
+            classes = np.argmax(network.bind(params)(jnp.stack([image, rounded])), axis=1)
+            assert classes[0] == int(row["adversarial_class"]) != int(row["label"])
+            assert (row["rounded_success"] == "true") == (classes[1] != int(row["label"]))
+    assert some
+    together = summary["attacks"][2]
+    assert together["attack"] == tables.ALL
+    assert together["success"]["value"] == len({row["id"] for row in rows if row["success"] == "true"}) / PICTURES
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+
+
+def test_a_targeted_evaluation_reaches_its_targets(pictures, tmp_path):
+    found = evaluate(pictures, tmp_path / "out", targeted=True, specs=["pgd:eps=0.3,steps=10"], images=False)
+    assert any(row["success"] for row in found.rows)
+    for row in found.rows:
+        assert row["target"] != row["label"]
+        assert (row["adversarial_class"] == row["target"]) == row["success"]
+    assert not (tmp_path / "out" / "adversarial").exists()
+
+
+def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch):
+    """Stopped when its state was stored, in the third search step; the last bit is that of an uninterrupted run."""
+    model = models.network("small_cnn").bind(jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn"))))
+    images = jnp.asarray(np.random.default_rng(1).uniform(size=(3, 32, 32, 3)), jnp.float32)
+    labels = np.argmax(model(images), axis=1)
+    attack, key = attacks.CW(search_steps=5, steps=20, initial_const=1.0, lr=0.05), jax.random.key(0)
+    run = Run(tmp_path / "run", {})
+    write, stored = run.write_state, []
+
+    def stop(name, state):
+        write(name, state)
+        stored.append(state)
+        if np.all(np.asarray(state["state"].search)[~np.asarray(state["state"].done)] >= 2):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_state", stop)
+    arguments = {"key": key, "run": run, "part": "cw", "store_every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(attack, model, images, labels, None, **arguments)
+    steps_before = int(stored[-1]["steps"])
+    assert 0 < steps_before < attack.iterations
+    monkeypatch.setattr(run, "write_state", lambda name, state: stored.append(state))
+    result = run_to_end(attack, model, images, labels, None, **arguments)
+    assert all(int(state["steps"]) > steps_before for state in stored[len(stored) - 1 :])
+    whole = attacks.run(attack, model, images, labels, key=key)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(whole), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    assert np.asarray(result.success).any()
+
+    # A state of another shape is not taken for this one's.
+    assert run.read_state("cw", {"steps": np.zeros((), np.int64), "state": np.zeros(3)}) is None
+    run.remove_state("cw")
+    assert not list((tmp_path / "run" / "parts").iterdir())
+
+
+def test_a_killed_command_continues_to_the_same_tables(pictures, tmp_path):
+    environment = {
+        **os.environ,
+        **{"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+    }
+
+    def command(out):
+        options = [word for spec in SPECS for word in ("--attack", spec)]
+        return [
+            *(sys.executable, "-m", "jaxinterp", "attack", "--data", str(pictures), "--model", "small_cnn"),
+            *(*options, "--batch-size", "2", "--out", str(out)),
+        ]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(command(whole), env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "robust accuracy" in done.stdout
+    assert "broken.png: could not be read" in done.stdout
+
+    started = subprocess.Popen(command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(killed.glob("parts/pgd*.npz")) and time.monotonic() < deadline and started.poll() is None:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert not (killed / "images.csv").exists()
+    again = subprocess.run(command(killed), env=environment, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr[-2000:]
+    for name in ("images.csv", "summary.json", "config.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
