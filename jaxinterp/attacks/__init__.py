@@ -1,24 +1,47 @@
 """Attacks as pure functions: `run(CW(), model, images, labels, targets, key=key)` drives any of them."""
 
+from jaxinterp.attacks.apgd import APGD, APGDT
 from jaxinterp.attacks.attack import Attack, AttackResult
 from jaxinterp.attacks.chain import Chain
 from jaxinterp.attacks.cw import CW
 from jaxinterp.attacks.driver import advance, finish, finished, run, start
+from jaxinterp.attacks.fgsm import FGSM
 from jaxinterp.attacks.ifgsm import IFGSM
+from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
+from jaxinterp.attacks.spsa import SPSA
 from jaxinterp.attacks.square import Square
+from jaxinterp.attacks.transforms import (
+    TRANSFORMS,
+    DiverseInputs,
+    Nesterov,
+    ScaleInvariant,
+    TranslationInvariant,
+    VarianceTuning,
+)
 
-ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, Square)}
+ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, FGSM, APGD, APGDT, MIFGSM, SPSA, Square)}
 
 __all__ = [
+    "APGD",
+    "APGDT",
     "ATTACKS",
     "CW",
+    "FGSM",
     "IFGSM",
+    "MIFGSM",
     "PGD",
+    "SPSA",
+    "TRANSFORMS",
     "Attack",
     "AttackResult",
     "Chain",
+    "DiverseInputs",
+    "Nesterov",
+    "ScaleInvariant",
     "Square",
+    "TranslationInvariant",
+    "VarianceTuning",
     "advance",
     "finish",
     "finished",

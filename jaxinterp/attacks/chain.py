@@ -31,7 +31,7 @@ class ChainState:
 
     examples: Examples
     stages: tuple[Any, ...]
-    key: UInt[Array, "b n"]
+    keys: UInt[Array, "b n"]
     stage: Int[Array, " b"]
     iterations: Int[Array, " b"]  # the step in which the example first succeeded, or -1
     count: Int[Array, " b"]  # steps that it has taken, in all stages
@@ -82,7 +82,7 @@ class Chain:
         return ChainState(
             examples=Examples(images, labels, targets, support),
             stages=tuple(_waiting(self._attack(i), model, problem) for i in range(len(self.stages))),
-            key=jax.random.key_data(keys),
+            keys=jax.random.key_data(keys),
             stage=zeros,
             iterations=zeros - 1,
             count=zeros,
@@ -102,7 +102,7 @@ class Chain:
 
         def begin(inner):
             # Nobody pays for a stage, or keeps its states up to date, before the stage is reached.
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(jax.random.wrap_key_data(state.key))
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(jax.random.wrap_key_data(state.keys))
             new = attack.init(model, examples.images, examples.labels, examples.targets, keys, examples.support)
             return select(here & inner.done, new, inner)
 

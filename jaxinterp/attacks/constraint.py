@@ -77,13 +77,17 @@ def _soften(delta, original, eps):
 
 def _keep_largest(delta, original, eps):
     """The components whose move inside the box is the largest, at most eps of them; of a tie, the first ones."""
-    room = _room(delta, original)
-    flat = room.reshape(room.shape[0], -1)
-    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= eps, _largest(room))[:, None]
+    return jnp.where(largest(_room(delta, original), jnp.floor(eps)), delta, 0)
+
+
+def largest(magnitude: Float[Array, "b ..."], count: Float[Array, " b"]) -> Bool[Array, "b ..."]:
+    """Which components are among the `count` largest of their example; of a tie, the first ones; never zeros."""
+    flat = magnitude.reshape(magnitude.shape[0], -1)
+    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= count, _largest(magnitude))[:, None]
     above, ties = flat > t, (flat == t) & (flat > 0)
-    left = jnp.floor(eps)[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    left = count[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
     kept = above | (ties & (jnp.cumsum(ties, axis=1, dtype=jnp.int32) <= left))
-    return jnp.where(kept.reshape(delta.shape), delta, 0)
+    return kept.reshape(magnitude.shape)
 
 
 def _largest(magnitude):
@@ -107,28 +111,51 @@ def _smallest(holds: Callable[[Array], Array], upper: Float[Array, " b"]) -> Flo
     return lax.bitcast_convert_type(smallest, jnp.float32)
 
 
-def steepest(gradient: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:
-    """The direction of steepest ascent of unit length in the given norm; zero where the gradient is zero."""
-    if which == "linf":
-        return jnp.sign(gradient)
+def normalised(gradient: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:
+    """The gradient divided by its norm; zero where it is zero."""
     # Scaled first, so that squares of very small or large gradients neither vanish nor overflow.
-    largest = jnp.max(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
-    gradient = gradient / along(jnp.maximum(largest, _TINY), gradient)
-    return gradient / jnp.maximum(along(norm(gradient), gradient), _TINY)
+    gradient = gradient / along(jnp.maximum(_largest(jnp.abs(gradient)), _TINY), gradient)
+    return gradient / jnp.maximum(along(distance(gradient, which), gradient), _TINY)
+
+
+def steepest(gradient: Float[Array, "b h w c"], which: Literal["linf", "l2"]) -> Float[Array, "b h w c"]:
+    """The direction of steepest ascent of unit length in the given norm; zero where the gradient is zero."""
+    return jnp.sign(gradient) if which == "linf" else normalised(gradient, "l2")
+
+
+def sparse(gradient: Float[Array, "b h w c"], count: Float[Array, " b"]) -> Float[Array, "b h w c"]:
+    """A direction of ascent of unit length in L1: equal parts of the `count` components with the largest gradient.
+
+    The steepest one has a single component (count 1), but gets too slowly to the optimum, where the box limits how far
+    each may go (Tramer and Boneh 2019, arXiv 1904.13000, section 4).
+    """
+    return normalised(jnp.where(largest(jnp.abs(gradient), count), jnp.sign(gradient), 0), "l1")
+
+
+def movable(ascent: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """`ascent` without the components in which the box keeps the images from a step down."""
+    return jnp.where((images <= 0) & (ascent > 0) | (images >= 1) & (ascent < 0), 0, ascent)
 
 
 def random_in_ball(
     keys: Array, images: Float[Array, "b h w c"], eps: Float[Array, " b"], which: Norm
 ) -> Float[Array, "b h w c"]:
-    """A point uniform in the ball of radius `eps` around every image, from one key for each (box not applied)."""
+    """A point uniform in the ball of radius `eps` around every image, from one key for each (box not applied).
+
+    The radius of a uniform point in n dimensions is eps U^(1/n); its direction is that of normal components in L2 and
+    of Laplace-distributed ones in L1.
+    """
     shape = images.shape[1:]
     if which == "linf":
         return images + along(eps, images) * jax.vmap(lambda k: jax.random.uniform(k, shape, minval=-1.0))(keys)
+    if which == "l0":
+        raise ValueError("no uniform point of an L0 ball is defined")
+    draw = jax.random.laplace if which == "l1" else jax.random.normal
 
     def direction_and_radius(key):
         first, second = jax.random.split(key)
         radius = jax.random.uniform(second) ** (1.0 / images[0].size)
-        return jax.random.normal(first, shape), radius
+        return draw(first, shape), radius
 
     direction, radius = jax.vmap(direction_and_radius)(keys)
-    return images + steepest(direction, "l2") * along(eps * radius, images)
+    return images + normalised(direction, which) * along(eps * radius, images)

@@ -48,6 +48,32 @@ def margin(
     return -difference if targets is None else difference
 
 
+def dlr(logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Array, " b"] | None) -> Float[Array, " b"]:
+    """Difference of logits ratio, negative on success: a margin that no scaling of the logits changes.
+
+    (Z_y - max_{j != y} Z_j) / (Z_1 - Z_3), with Z_1 >= Z_2 >= ... the sorted logits; with targets
+    (max_{j != t} Z_j - Z_t) / (Z_1 - (Z_3 + Z_4) / 2). Croce and Hein (2020, arXiv 2003.01690, equations 6 and 7)
+    have Z_y in place of the maximum in the latter, which does not see a third class that stays above the target.
+    Where there are too few classes for a divisor, it is Z_1 - Z_3, or one.
+    """
+    return margin(logits, labels, targets) / _spread(logits, 3 if targets is None else 4)
+
+
+def dlr_of_rival(logits: Float[Array, "b k"], labels: Int[Array, " b"], rivals: Int[Array, " b"]) -> Float[Array, " b"]:
+    """(Z_y - Z_r) / (Z_1 - (Z_3 + Z_4) / 2), negative where the rival r exceeds the label (the same, equation 7)."""
+    return (_pick(logits, labels) - _pick(logits, rivals)) / _spread(logits, 4)
+
+
+def _spread(logits, lowest):
+    """Z_1 - (Z_3 + Z_4) / 2 where the `lowest` logit to use is the fourth, Z_1 - Z_3 where it is the third."""
+    classes = logits.shape[-1]
+    if classes == 2:
+        return jnp.ones_like(logits[:, 0])
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    first, third, last = (_pick(logits, order[:, i]) for i in (0, 2, min(lowest, classes) - 1))
+    return jnp.maximum(first - (third + last) / 2, 1e-12)
+
+
 def succeeded(
     logits: Float[Array, "b k"],
     labels: Int[Array, " b"],

@@ -1,8 +1,13 @@
-"""Attacks as text, for command lines and configs: `NAME` or `NAME:parameter=value,parameter=value`."""
+"""Attacks as text, for command lines and configs: `NAME` or `NAME:parameter=value,parameter=value`.
+
+A parameter made of parts takes their names, joined by `+`, each with parameters of its own in brackets where they
+differ from the defaults: `mifgsm:steps=20,transforms=ni+vmi(samples=5,beta=1)`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +17,8 @@ from jaxinterp.network import suggest
 
 def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Attack:
     """The attack that `text` names, such as `cw:steps=100,kappa=5` or `ifgsm:eps=4/255`.
+
+    An attack whose fields hold parts lists the parts of each by name in a class variable `parts`.
 
     Args:
         text: name of the attack, and parameters that differ from its defaults; numbers may be fractions.
@@ -25,14 +32,38 @@ def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mappin
     name = name.strip().lower()
     if name not in known:
         raise ValueError(f"unknown attack {name!r}{suggest(name, known)}")
-    fields = {field.name: field for field in dataclasses.fields(known[name])}
-    values = dict((presets or {}).get(name, {}))
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    return _build(known[name], rest, f"attack {name}", name, dict((presets or {}).get(name, {})))
+
+
+def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any]) -> Any:
+    """An attack or a part of one, from `values` and what `text` says."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    parts = getattr(kind, "parts", {})
+    for item in _split(text, ","):
         parameter, equals, value = (part.strip() for part in item.partition("="))
         if not equals or parameter not in fields:
-            raise ValueError(f"unknown parameter {parameter!r} of attack {name}{suggest(parameter, fields)}")
-        values[parameter] = _value(value, fields[parameter], f"{name}:{parameter}")
-    return known[name](**values)
+            raise ValueError(f"unknown parameter {parameter!r} of {whole}{suggest(parameter, fields)}")
+        if parameter in parts:
+            values[parameter] = tuple(
+                _part(part, parts[parameter], f"{name}:{parameter}") for part in _split(value, "+")
+            )
+        else:
+            values[parameter] = _value(value, fields[parameter], f"{name}:{parameter}")
+    return kind(**values)
+
+
+def _part(text: str, known: Mapping[str, type], whole: str) -> Any:
+    match = re.fullmatch(r"([^()]*)(?:\((.*)\))?", text)
+    name, inside = (match[1].strip().lower(), match[2] or "") if match else (text, "")
+    if name not in known:
+        raise ValueError(f"unknown part {name!r} of {whole}{suggest(name, known)}")
+    return _build(known[name], inside, name, f"{whole}={name}", {})
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """What stands between separators, except those in brackets."""
+    parts = re.split(rf"[{separator}](?![^(]*\))", text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parameters(attack: Attack) -> dict[str, Any]:
@@ -61,8 +92,13 @@ def _value(text: str, field: dataclasses.Field, name: str) -> Any:
 
 def describe(attack: Attack) -> str:
     """All hyper-parameters in a line, such as `eps=0.0314, steps=20`; those that are None are chosen by others."""
+    return ", ".join(f"{name}={_shown(v)}" for name, v in parameters(attack).items() if v not in (None, ()))
 
-    def shown(value: Any) -> str:
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_shown, value))
+    if not dataclasses.is_dataclass(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    return ", ".join(f"{name}={shown(v)}" for name, v in parameters(attack).items() if v is not None)
+    inside = ", ".join(f"{name}={_shown(v)}" for name, v in parameters(value).items())  # type: ignore[arg-type]  # a part
+    return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # of an attack has a name

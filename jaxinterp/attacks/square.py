@@ -42,7 +42,7 @@ class SquareState:
     images: Float[Array, "b h w c"]
     candidate: Float[Array, "b h w c"]
     loss: Float[Array, " b"]
-    key: UInt[Array, "b n"]
+    keys: UInt[Array, "b n"]
     eps: Float[Array, " b"]
     p: Float[Array, " b"]
     kappa: Float[Array, " b"]
@@ -107,7 +107,7 @@ class Square:
             images=start,
             candidate=images,
             loss=per_example(jnp.inf, images),
-            key=jax.random.key_data(keys),
+            keys=jax.random.key_data(keys),
             eps=eps,
             p=per_example(self.p, images),
             kappa=per_example(self.kappa, images),
@@ -146,7 +146,7 @@ class Square:
     def _propose(self, state: SquareState) -> Float[Array, "b h w c"]:
         """The best point so far with a new square, in ball and box and on the support."""
         original, (height, width) = state.examples.images, state.images.shape[1:3]
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.key), state.count)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.count)
         fraction = state.p / (1 << self._halvings(state.count - 2))
         side = jnp.round(jnp.sqrt(fraction * (height * width))).astype(jnp.int32)
         side = jnp.clip(side, 1, min(height, width))

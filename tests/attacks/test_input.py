@@ -87,7 +87,11 @@ BAD = {
     "const NaN": ({"attack": CW(initial_const=float("nan"))}, ValueError, "CW.initial_const must be"),
     "no steps": ({"attack": IFGSM(steps=0)}, ValueError, "IFGSM.steps must be at least 1, got 0"),
     "no search steps": ({"attack": CW(search_steps=0)}, ValueError, "CW.search_steps must be at least 1, got 0"),
-    "unknown norm": ({"attack": with_field(PGD(), "norm", "l7")}, ValueError, "norm must be one of linf, l2, got 'l7'"),
+    "unknown norm": (
+        {"attack": with_field(PGD(), "norm", "l7")},
+        ValueError,
+        "norm must be one of linf, l2, l1, got 'l7'",
+    ),
     "one logit": ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, r"model must map .* to logits \[3,K\], got \(3,\)"),
     "one class": ({"model": lambda x: x[:, 0, 0, :1]}, ValueError, r"model must have at least two classes.*\(3, 1\)"),
     "one row of logits": ({"model": lambda x: x[:1, 0, 0]}, ValueError, r"model must map .*\[3,K\], got \(1, 2\)"),

@@ -24,7 +24,7 @@ def test_presets_stand_behind_what_is_given():
     ("text", "message"),
     [
         ("cww", r"unknown attack 'cww'; did you mean 'cw'"),
-        ("deepfool", "unknown attack 'deepfool'; known: ifgsm, pgd, cw"),
+        ("voodoo", "unknown attack 'voodoo'; known: ifgsm, pgd, cw"),
         ("cw:stepz=3", "unknown parameter 'stepz' of attack cw; did you mean 'steps'"),
         ("cw:steps", "unknown parameter 'steps'"),
         ("cw:steps=many", "cw:steps must be a whole number, got 'many'"),
