@@ -19,16 +19,51 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from jaxinterp import Network
-from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD, Attack, AttackResult, advance, finish, finished, run, start
+from jaxinterp.attacks import (
+    ATTACKS,
+    CW,
+    DDN,
+    FAB,
+    FMN,
+    IFGSM,
+    PGD,
+    Attack,
+    AttackResult,
+    DeepFool,
+    advance,
+    finish,
+    finished,
+    run,
+    start,
+)
 
 CASES: dict[str, Any] = {
     "ifgsm": IFGSM(eps=0.03, steps=5),
     "pgd-linf": PGD(eps=0.03, steps=5),
     "pgd-l2": PGD(eps=0.5, norm="l2", steps=5),
     "cw": CW(lr=0.05, initial_const=0.3, search_steps=3, steps=15),
+    "ddn": DDN(initial_radius=0.5, gamma=0.1, steps=10),
+    "fmn-l0": FMN(norm="l0", gamma=0.3, steps=15),
+    "fmn-l1": FMN(norm="l1", steps=10),
+    "fmn-l2": FMN(norm="l2", steps=10),
+    "fmn-linf": FMN(norm="linf", steps=10),
+    "deepfool-l2": DeepFool(norm="l2", steps=10),
+    "deepfool-linf": DeepFool(norm="linf", steps=10),
+    "fab-l2": FAB(norm="l2", restarts=2, steps=4),
+    "fab-linf": FAB(norm="linf", candidates=3, steps=5),
+    "fab-l1": FAB(norm="l1", candidates=3, steps=8),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
-SWEEPS = {"ifgsm": "eps", "pgd-linf": "eps", "pgd-l2": "eps", "cw": "initial_const"}
+SWEEPS = {"ifgsm": "eps", "pgd-linf": "eps", "pgd-l2": "eps", "cw": "initial_const", "ddn": "initial_radius"}
+SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
+SWEEPS |= {case: "overshoot" for case in CASES if case.startswith("deepfool")}
+SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
+# Of attacks that look for the smallest perturbation, settings with which many pixels move.
+LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 are some seven units from the interior
+MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab"))}
+LARGER |= {case: {"kappa": 1.5} for case in MINIMAL}
+# Steps after which no attack has ended.
+FEW = {case: 1 if case.startswith("deepfool") else 4 for case in CASES}
 BATCH, SIDE, CLASSES = 8, 16, 5
 KEY = jax.random.key(3)
 
@@ -288,9 +323,7 @@ def test_pixels_at_zero_and_one_can_move(case):
     images = jnp.round(p.images)
     labels = jnp.argmax(p.model(images), axis=-1)
     p = p._replace(images=images, labels=labels)
-    # In the variable of C&W, 0 and 1 are some seven units away from the interior.
-    stronger = {"lr": 1.0, "initial_const": 10.0} if case == "cw" else {"eps": 8 * CASES[case].eps}
-    strong = dataclasses.replace(CASES[case], **stronger)
+    strong = dataclasses.replace(CASES[case], **(LARGER.get(case) or {"eps": 8 * CASES[case].eps}))
     result = attack_on(strong, p)
     assert np.asarray(result.success).all()
     assert_obeys(strong, p, result)
@@ -308,7 +341,7 @@ def test_an_adversarial_input_is_a_success(case, name):
     result = attack_on(case, p)
     assert np.asarray(result.success).all()
     assert_obeys(case, p, result)
-    if case == "cw":  # the nearest adversarial image is the input
+    if case == "cw" or case in MINIMAL:  # the nearest adversarial image is the input
         np.testing.assert_array_equal(result.images, p.images)
         np.testing.assert_array_equal(result.forward, 1)
         np.testing.assert_array_equal(result.backward, 0)
@@ -400,14 +433,14 @@ def test_run_is_jit_is_steps_is_chunks_is_resume(case, name, tmp_path):
     assert_same(finish(attack, state), expected)
 
     # Chunks, with the state stored and restored in the middle.
-    state = advance(attack, p.model, first, 4)
+    state = advance(attack, p.model, first, FEW[case])
     leaves, structure = jax.tree.flatten(state)
     assert not finished(state)
     np.savez(tmp_path / "state.npz", *map(np.asarray, leaves))
     with np.load(tmp_path / "state.npz") as stored:
         restored = jax.tree.unflatten(structure, [jnp.asarray(stored[f"arr_{i}"]) for i in range(len(leaves))])
     while not finished(restored):
-        restored = advance(attack, p.model, restored, 4)
+        restored = advance(attack, p.model, restored, FEW[case])
     assert_same(finish(attack, restored), expected)
     np.testing.assert_array_equal(restored.examples.labels, p.labels)
     if p.targets is not None:
@@ -550,6 +583,8 @@ def test_keys_decide_random_starts_and_nothing_else(case):
         return start(CASES[case], p.model, p.images, p.labels, key=jax.random.key(key), **kwargs)
 
     assert_same(state(0), state(0))
+    if getattr(CASES[case], "restarts", 1) > 1:
+        return  # keys are for later
     random = getattr(CASES[case], "random_start", False)
     if not random:
         assert_same(state(0), state(1))
