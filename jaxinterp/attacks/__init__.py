@@ -2,10 +2,15 @@
 
 from jaxinterp.attacks.apgd import APGD, APGDT
 from jaxinterp.attacks.attack import Attack, AttackResult
+from jaxinterp.attacks.autoattack import AutoAttack
 from jaxinterp.attacks.chain import Chain
 from jaxinterp.attacks.cw import CW
+from jaxinterp.attacks.ddn import DDN
+from jaxinterp.attacks.deepfool import DeepFool
 from jaxinterp.attacks.driver import advance, finish, finished, run, start
+from jaxinterp.attacks.fab import FAB
 from jaxinterp.attacks.fgsm import FGSM
+from jaxinterp.attacks.fmn import FMN
 from jaxinterp.attacks.ifgsm import IFGSM
 from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
@@ -20,14 +25,35 @@ from jaxinterp.attacks.transforms import (
     VarianceTuning,
 )
 
-ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, FGSM, APGD, APGDT, MIFGSM, SPSA, Square)}
+ATTACKS: dict[str, type] = {
+    attack.name: attack
+    for attack in (
+        IFGSM,
+        PGD,
+        CW,
+        FGSM,
+        APGD,
+        APGDT,
+        MIFGSM,
+        SPSA,
+        DDN,
+        FMN,
+        DeepFool,
+        FAB,
+        Square,
+        AutoAttack,
+    )
+}
 
 __all__ = [
     "APGD",
     "APGDT",
     "ATTACKS",
     "CW",
+    "DDN",
+    "FAB",
     "FGSM",
+    "FMN",
     "IFGSM",
     "MIFGSM",
     "PGD",
@@ -35,7 +61,9 @@ __all__ = [
     "TRANSFORMS",
     "Attack",
     "AttackResult",
+    "AutoAttack",
     "Chain",
+    "DeepFool",
     "DiverseInputs",
     "Nesterov",
     "ScaleInvariant",

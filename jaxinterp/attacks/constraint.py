@@ -18,7 +18,9 @@ from jaxinterp.attacks.attack import along, norm
 
 Norm = Literal["linf", "l2", "l1", "l0"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
-_TINY = 1e-30
+# <g, d> <= ||g||_dual ||d||: the dual norm of a slope is the change along the steepest direction of unit length.
+DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
+_TINY, _HUGE = 1e-30, 1e30
 
 
 def distance(delta: Float[Array, "b h w c"], which: Norm) -> Float[Array, " b"]:
@@ -57,6 +59,62 @@ def project(
     else:
         delta = delta * jnp.minimum(1.0, radius / jnp.maximum(along(norm(delta), images), _TINY))
     return jnp.where(delta == 0, original, jnp.clip(original + delta, 0.0, 1.0))
+
+
+def farthest(
+    original: Float[Array, "b h w c"], support: Bool[Array, "b h w c"] | None, which: Norm
+) -> Float[Array, " b"]:
+    """The distance of the farthest image of the box that differs from the original on the support only."""
+    reach = jnp.maximum(original, 1 - original)
+    return distance(reach if support is None else jnp.where(support, reach, 0), which)
+
+
+def to_hyperplane(
+    images: Float[Array, "b h w c"],
+    normal: Float[Array, "b h w c"],
+    gap: Float[Array, " b"],
+    which: Norm,
+    support: Bool[Array, "b h w c"] | None = None,
+) -> Float[Array, "b h w c"]:
+    """The smallest d with <normal, d> = gap and images + d in the box, changed on the support only (l2, linf, l1).
+
+    The solution of Croce and Hein (2020, arXiv 1907.02044, section 3.1 and appendix A): with the room that the box
+    leaves in the direction s = sign(gap normal), it is s min(t |normal|, room) in L2 and s min(t, room) in Linf for
+    the smallest t that bridges the gap; in L1 the components with the largest |normal| use up their room one after
+    the other. They sort the components; here t is bisected, as a sum is cheaper than a sort. Where the hyperplane
+    misses the box, the result is the corner of the box that comes nearest to it.
+
+    Args:
+        images: points of the box.
+        normal: normals of the hyperplanes, at most 1 in every component.
+        gap: what <normal, .> has to change by, of either sign.
+        which: the norm of d, not "l0".
+        support: where d may differ from zero.
+    """
+    slope, need = jnp.abs(normal), jnp.abs(gap)
+    direction = jnp.sign(normal) * along(jnp.sign(gap), normal)
+    room = jnp.where(direction > 0, 1 - images, images) * jnp.abs(direction)
+    if support is not None:
+        room = jnp.where(support, room, 0)
+    axes = tuple(range(1, images.ndim))
+    if which == "l1":
+        gain = slope * room
+
+        def above(t):
+            return jnp.sum(jnp.where(slope > along(t, slope), gain, 0), axis=axes)
+
+        t = _smallest(lambda t: above(t) <= need, _largest(slope))
+        last = slope == along(t, slope)
+        left = need - above(t)
+        part = jnp.clip(left / jnp.maximum(jnp.sum(jnp.where(last, gain, 0), axis=axes), _TINY), 0, 1)
+        return direction * jnp.where(slope > along(t, slope), room, jnp.where(last, along(part, room) * room, 0))
+
+    def size(t):
+        return jnp.minimum(along(t, slope) * slope if which == "l2" else along(t, slope), room)
+
+    enough = jnp.full_like(need, _HUGE if which == "l2" else 1.0)
+    t = _smallest(lambda t: jnp.sum(slope * size(t), axis=axes) >= need, enough)
+    return direction * size(t)
 
 
 def _room(delta, original):

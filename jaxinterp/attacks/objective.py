@@ -81,8 +81,36 @@ def succeeded(
     kappa: Float[Array, " b"] | Float[Array, ""] | float,
 ) -> Bool[Array, " b"]:
     """Whether the margin exceeds the confidence `kappa`, and by more than rounding; never for logits not finite."""
-    spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
-    return -margin(logits, labels, targets) > kappa + ROUNDING * spread
+    return -margin(logits, labels, targets) > kappa + ROUNDING * _spread(logits)
+
+
+def shortfall(
+    logits: Float[Array, "b k"],
+    labels: Int[Array, " b"],
+    targets: Int[Array, " b"] | None,
+    kappa: Float[Array, " b"] | Float[Array, ""] | float,
+) -> Float[Array, " b"]:
+    """What the margin lacks: negative exactly where `succeeded` is true, not a number for logits not finite."""
+    return margin(logits, labels, targets) + (kappa + ROUNDING * _spread(logits))
+
+
+def linearised(
+    model: Model, images: Float[Array, "b h w c"], support: Bool[Array, "b h w c"] | None = None
+) -> tuple[Float[Array, "b k"], Callable[[Array], Float[Array, "b h w c"]]]:
+    """Logits, and the backward pass that takes a covector of the logits [B,K] to a gradient on the support.
+
+    The backward pass can be called any number of times, or inside `lax.cond` where it may not be needed. Components
+    that are not finite become zero, so that a network which returns NaN leaves an image unchanged instead of
+    destroying it.
+    """
+    logits, transposed = jax.vjp(model, images)
+
+    def pull_back(by_logits):
+        (gradient,) = transposed(by_logits)
+        kept = jnp.isfinite(gradient) if support is None else jnp.isfinite(gradient) & support
+        return jnp.where(kept, gradient, 0)
+
+    return logits, pull_back
 
 
 def value_and_gradient(
@@ -90,13 +118,15 @@ def value_and_gradient(
 ) -> tuple[Float[Array, "b k"], Float[Array, " b"], Float[Array, "b h w c"]]:
     """Logits, objective(logits) [B] and the gradient of each example's objective with respect to its image.
 
-    No gradient with respect to parameters is computed. Components that are not finite become zero, so that a network
-    which returns NaN leaves an image unchanged instead of destroying it.
+    No gradient with respect to parameters is computed. Components that are not finite become zero.
     """
-    logits, pull_back = jax.vjp(model, images)
+    logits, pull_back = linearised(model, images)
     values, by_logits = jax.vjp(objective, logits)
-    (gradient,) = pull_back(by_logits(jnp.ones_like(values))[0])
-    return logits, values, jnp.where(jnp.isfinite(gradient), gradient, 0)
+    return logits, values, pull_back(by_logits(jnp.ones_like(values))[0])
+
+
+def _spread(logits):
+    return jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
 
 
 def _pick(logits, classes):

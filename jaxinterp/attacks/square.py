@@ -3,13 +3,15 @@
     while not adversarial:   x_new = P(x + square of random place and colour);   x <- x_new if L(x_new) < L(x)
 
 It sees logits only, no gradients. L is the margin of logits, and the side of the squares shrinks by a fixed schedule.
+The search in L1 is that in L2 with the other norm (Croce and Hein 2021, arXiv 2103.01208, section 4).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +20,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxinterp.attacks import objective
-from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
-from jaxinterp.attacks.constraint import project
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
+from jaxinterp.attacks.constraint import Norm, distance, project
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
 # Section 4.1 and the appendix: p is halved at these iterations out of 10,000.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _OUT_OF = 10_000
-_TILES = 5  # the L2 attack starts from a grid of 5 x 5 patterns
+_TILES = 5  # the L2 and L1 attacks start from a grid of 5 x 5 patterns
 _TINY = 1e-12
 
 
@@ -52,11 +54,11 @@ class SquareState:
 
 @pytree
 class Square:
-    """Random search in an Linf or L2 ball with forward passes only; an example ends at its first success.
+    """Random search in an Linf, L2 or L1 ball with forward passes only; an example ends at its first success.
 
     Algorithm 1 with the sampling distributions of Algorithms 2 (Linf) and 3 (L2). In Linf it starts from vertical
-    stripes of +-eps, and every square is filled with +-eps of one sign a channel. In L2 it starts from a grid of
-    patterns, and each proposal moves the norm of one window into a pattern in another. The loss is the margin of
+    stripes of +-eps, and every square is filled with +-eps of one sign a channel. In L2 and L1 it starts from a grid
+    of patterns, and each proposal moves the norm of one window into a pattern in another. The loss is the margin of
     logits, for labels or for targets. The input itself is judged first, which costs one more pass.
 
     Attributes:
@@ -64,19 +66,19 @@ class Square:
         p: fraction of the image that the first squares cover. The paper takes 0.05 (Linf) and 0.1 (L2) for ImageNet,
             AutoAttack 0.8.
         kappa: confidence, the margin of logits that counts as success.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         steps: number of perturbed images that are evaluated, at most.
         horizon: number of steps over which the schedule of p extends; None means `steps`. AutoAttack takes 10,000
             for its 5,000 steps.
     """
 
     name: ClassVar[str] = "square"
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2")}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2", "l1")}
 
     eps: Real = 8 / 255
     p: Real = 0.8
     kappa: Real = 0.0
-    norm: Literal["linf", "l2"] = static(default="linf")
+    norm: Norm = static(default="linf")
     steps: int = static(default=5000)
     horizon: int | None = static(default=None)
 
@@ -98,7 +100,7 @@ class Square:
             numbers = _draw(keys, math.prod(counts) * (1 + shape[2]))
             delta = jax.vmap(lambda u: _grid(u, shape))(numbers)
             delta = delta if support is None else jnp.where(support, delta, 0)
-            delta = delta / jnp.maximum(along(norm(delta), delta), _TINY)
+            delta = delta / along(jnp.maximum(distance(delta, self.norm), _TINY), delta)
         start = project(images + along(eps, images) * delta, images, eps, self.norm, support)
         zeros = jnp.zeros(images.shape[0], jnp.int32)
         return SquareState(
@@ -158,7 +160,8 @@ class Square:
             side = jnp.maximum(side, 3)
             side = jnp.minimum(side + 1 - side % 2, (min(height, width) + 1) // 2 * 2 - 1)
             numbers = _draw(keys, 5 + delta.shape[3])
-            delta = jax.vmap(_move_norm)(numbers, side, delta, state.eps, state.examples.support)
+            move = functools.partial(_move_norm, which=self.norm)
+            delta = jax.vmap(move)(numbers, side, delta, state.eps, state.examples.support)
         return project(original + delta, original, state.eps, self.norm, state.examples.support)
 
     def _halvings(self, iteration: Int[Array, " b"]) -> Int[Array, " b"]:
@@ -199,34 +202,36 @@ def _fill_square(numbers, side, delta, eps):
     return jnp.where(inside, eps * _signs(numbers[2:]), delta)
 
 
-def _move_norm(numbers, side, delta, eps, support):
+def _move_norm(numbers, side, delta, eps, support, *, which):
     """Algorithm 3: the norm in two windows, and what is left of eps, goes into a pattern in the first of them."""
+
+    def unit(part):
+        """Every channel by itself scaled to norm 1."""
+        return part / jnp.maximum(_root(jnp.sum(_power(part, which), axis=(0, 1)), which), _TINY)
+
     rows, columns, inside = _window(numbers[:2], side, delta.shape)
     other = _window(numbers[2:4], side, delta.shape)[2]
     pattern = jnp.where(inside, _pattern(rows, columns, side, numbers[4] < 0.5)[..., None], 0)
-    pattern = pattern / _norm(pattern) * _signs(numbers[5:])
-    old = jnp.where(inside, delta, 0)
-    pattern = pattern + old / _norm(old)
+    pattern = unit(pattern) * _signs(numbers[5:]) + unit(jnp.where(inside, delta, 0))
     if support is not None:
         pattern = jnp.where(support, pattern, 0)
-    size = jnp.sqrt(jnp.sum(_squares(delta)))
-    unused = jnp.maximum((eps - size) * (eps + size) / delta.shape[2], 0)
+    unused = (_power(eps, which) - jnp.sum(_power(delta, which))) / delta.shape[2]
     # Of every channel by itself, as in the paper; AutoAttack's program takes the norm of all channels here.
-    available = jnp.sum(_squares(jnp.where(inside | other, delta, 0)), axis=(0, 1)) + unused
-    # Divided, not multiplied, for the reason given below: the image will be added to it.
-    pattern = pattern / (_norm(pattern) / jnp.maximum(jnp.sqrt(available), _TINY))
+    available = jnp.sum(_power(jnp.where(inside | other, delta, 0), which), axis=(0, 1)) + jnp.maximum(unused, 0)
+    # Divided, not multiplied, for the reason given in _power: the image will be added to it.
+    pattern = unit(pattern) / (1 / jnp.maximum(_root(available, which), _TINY))
     return jnp.where(inside, pattern, jnp.where(other, 0, delta))
 
 
-def _norm(delta):
-    """Euclidean norm of every channel [c], not quite zero."""
-    return jnp.maximum(jnp.sqrt(jnp.sum(_squares(delta), axis=(0, 1))), _TINY)
-
-
-def _squares(delta):
+def _power(values, which):
+    """The terms of which a norm is the root of the sum."""
     # A product that is added to something may be rounded once or twice, as the compiler likes, and it decides by the
     # size of the batch. The maximum comes between.
-    return jnp.maximum(jnp.square(delta), 0)
+    return jnp.abs(values) if which == "l1" else jnp.maximum(jnp.square(values), 0)
+
+
+def _root(values, which):
+    return values if which == "l1" else jnp.sqrt(values)
 
 
 def _stripes(numbers, shape):

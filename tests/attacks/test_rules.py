@@ -24,13 +24,19 @@ from jaxinterp.attacks import (
     APGDT,
     ATTACKS,
     CW,
+    DDN,
+    FAB,
     FGSM,
+    FMN,
     IFGSM,
     MIFGSM,
     PGD,
     SPSA,
     Attack,
     AttackResult,
+    AutoAttack,
+    Chain,
+    DeepFool,
     DiverseInputs,
     Nesterov,
     ScaleInvariant,
@@ -68,8 +74,23 @@ CASES: dict[str, Any] = {
         steps=3,
     ),
     "spsa": SPSA(eps=0.06, lr=0.03, samples=16, chunk=8, steps=4),
+    "ddn": DDN(initial_radius=0.5, gamma=0.1, steps=10),
+    "fmn-l0": FMN(norm="l0", gamma=0.3, steps=15),
+    "fmn-l1": FMN(norm="l1", steps=10),
+    "fmn-l2": FMN(norm="l2", steps=10),
+    "fmn-linf": FMN(norm="linf", steps=10),
+    "deepfool-l2": DeepFool(norm="l2", steps=10),
+    "deepfool-linf": DeepFool(norm="linf", steps=10),
+    "fab-l2": FAB(norm="l2", restarts=2, steps=4),
+    "fab-linf": FAB(norm="linf", candidates=3, steps=5),
+    "fab-l1": FAB(norm="l1", candidates=3, steps=8),
     "square-linf": Square(eps=0.06, steps=40),
     "square-l2": Square(eps=2.0, norm="l2", steps=40),
+    "square-l1": Square(eps=20.0, norm="l1", steps=40),
+    "chain": Chain(
+        (PGD(norm="l2", steps=2), CW(lr=0.05, initial_const=1.0, search_steps=1, steps=15)), eps=0.3, norm="l2"
+    ),
+    "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, candidates=2, queries=20),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -86,11 +107,24 @@ SWEEPS = {
     "mifgsm": "eps",
     "mifgsm-chain": "eps",
     "spsa": "eps",
+    "ddn": "initial_radius",
     "square-linf": "eps",
     "square-l2": "eps",
+    "square-l1": "eps",
+    "chain": "eps",
+    "autoattack": "eps",
 }
+SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
+SWEEPS |= {case: "overshoot" for case in CASES if case.startswith("deepfool")}
+SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
 # Attacks that know the logits only.
-BLACK_BOX = {"spsa", "square-linf", "square-l2"}
+BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1"}
+# Of attacks that look for the smallest perturbation, settings with which many pixels move.
+LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 are some seven units from the interior
+MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab"))}
+LARGER |= {case: {"kappa": 1.5} for case in MINIMAL}
+# Steps after which no attack has ended.
+FEW = {case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack") else 4 for case in CASES}
 BATCH, SIDE, CLASSES = 8, 16, 5
 KEY = jax.random.key(3)
 
@@ -232,7 +266,7 @@ def each_attack(test):
 
 
 def test_every_attack_of_the_registry_is_tested():
-    assert {type(attack) for attack in CASES.values()} == set(ATTACKS.values())
+    assert {type(attack) for attack in CASES.values()} == {*ATTACKS.values(), Chain}
     assert CASES.keys() == SWEEPS.keys()
 
 
@@ -351,9 +385,7 @@ def test_pixels_at_zero_and_one_can_move(case):
     images = jnp.round(p.images)
     labels = jnp.argmax(p.model(images), axis=-1)
     p = p._replace(images=images, labels=labels)
-    # In the variable of C&W, 0 and 1 are some seven units away from the interior.
-    stronger = {"lr": 1.0, "initial_const": 10.0} if case == "cw" else {"eps": 8 * CASES[case].eps}
-    strong = dataclasses.replace(CASES[case], **stronger)
+    strong = dataclasses.replace(CASES[case], **(LARGER.get(case) or {"eps": 8 * CASES[case].eps}))
     result = attack_on(strong, p)
     assert np.asarray(result.success).all()
     assert_obeys(strong, p, result)
@@ -371,7 +403,7 @@ def test_an_adversarial_input_is_a_success(case, name):
     result = attack_on(case, p)
     assert np.asarray(result.success).all()
     assert_obeys(case, p, result)
-    if case == "cw":  # the nearest adversarial image is the input
+    if case == "cw" or case in MINIMAL:  # the nearest adversarial image is the input
         np.testing.assert_array_equal(result.images, p.images)
         np.testing.assert_array_equal(result.forward, 1)
         np.testing.assert_array_equal(result.backward, 0)
@@ -463,15 +495,14 @@ def test_run_is_jit_is_steps_is_chunks_is_resume(case, name, tmp_path):
     assert_same(finish(attack, state), expected)
 
     # Chunks, with the state stored and restored in the middle.
-    chunk = min(4, attack.iterations - 1)
-    state = advance(attack, p.model, first, chunk)
+    state = advance(attack, p.model, first, FEW[case])
     leaves, structure = jax.tree.flatten(state)
     assert not finished(state)
     np.savez(tmp_path / "state.npz", *map(np.asarray, leaves))
     with np.load(tmp_path / "state.npz") as stored:
         restored = jax.tree.unflatten(structure, [jnp.asarray(stored[f"arr_{i}"]) for i in range(len(leaves))])
     while not finished(restored):
-        restored = advance(attack, p.model, restored, chunk)
+        restored = advance(attack, p.model, restored, FEW[case])
     assert_same(finish(attack, restored), expected)
     np.testing.assert_array_equal(restored.examples.labels, p.labels)
     if p.targets is not None:
@@ -617,6 +648,8 @@ def test_keys_decide_random_starts_and_nothing_else(case):
 
     assert_same(state(0), state(0))
     random = getattr(CASES[case], "random_start", False)
+    if not random and getattr(CASES[case], "restarts", 1) > 1:
+        return  # keys are for later
     if not random and getattr(state(0), "keys", None) is not None:  # drawn from in every step
         drawn = [attack_on(case, p, key=jax.random.key(i)) for i in (0, 1)]
         assert (np.asarray(drawn[0].images) != drawn[1].images).any(axis=(1, 2, 3)).sum() > BATCH / 2

@@ -1,5 +1,7 @@
 """Square against a slow program for one image, against what is known by hand, and on models that it must beat."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,11 +78,11 @@ def test_schedule_halves_p_where_the_released_program_does(steps):
     np.testing.assert_array_equal(Square(steps=7, horizon=steps)._halvings(jnp.asarray(iterations)), actual)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_search_descends_the_margin_from_its_start_in_ball_and_box(norm):
     """Every iterate is the best point so far, its loss is its margin, and its size is eps where the box allows it."""
     model, images, labels, _ = linear(3)
-    eps = 0.05 if norm == "linf" else 0.3
+    eps = {"linf": 0.05, "l2": 0.3, "l1": 2.0}[norm]
     attack = Square(eps=eps, norm=norm, steps=60, kappa=1e6)
     state = advance(attack, model, start(attack, model, images, labels, key=KEY), 2)
     losses = [np.asarray(state.loss)]
@@ -98,21 +100,28 @@ def test_search_descends_the_margin_from_its_start_in_ball_and_box(norm):
         if norm == "linf":
             np.testing.assert_allclose(np.abs(delta), eps, atol=1e-6)
         else:
-            np.testing.assert_allclose(np.sqrt((delta**2).sum(axis=(1, 2, 3))), eps, rtol=1e-4)
+            order = 2 if norm == "l2" else 1
+            np.testing.assert_allclose(np.linalg.norm(delta.reshape(6, -1), order, axis=1), eps, rtol=1e-4)
     assert (np.diff(losses, axis=0) <= 0).all()
     assert (losses[-1] < losses[0] - 0.5).all()
     assert len(sizes) > 10
 
 
-def test_l2_proposals_move_norm_between_windows_and_change_nothing_else():
+@pytest.mark.parametrize("order", [2, 1])
+def test_proposals_move_norm_between_windows_and_change_nothing_else(order):
     rng = np.random.default_rng(0)
     delta = rng.normal(size=SHAPE).astype(np.float32)
-    size = np.linalg.norm(delta)
+
+    def norm(x):
+        return np.linalg.norm(x.ravel(), order)
+
+    size = norm(delta)
+    move = jax.jit(functools.partial(_move_norm, side=3, support=None, which=f"l{order}"))
     places = set()
     for numbers in jax.random.uniform(KEY, (8, 8)):
         for eps in (size, 1.5 * size):
-            moved = np.asarray(_move_norm(numbers, 3, jnp.asarray(delta), jnp.float32(eps), None))
-            np.testing.assert_allclose(np.linalg.norm(moved), eps, rtol=1e-5)
+            moved = np.asarray(move(numbers, delta=delta, eps=jnp.float32(eps)))
+            np.testing.assert_allclose(norm(moved), eps, rtol=1e-5)
         changed = (moved != delta).all(-1)
         zeroed = (moved == 0).all(-1)
         first = changed & ~zeroed
@@ -125,12 +134,12 @@ def test_l2_proposals_move_norm_between_windows_and_change_nothing_else():
         # Every channel: the old window and a pattern, both of unit norm, scaled to what is available to the channel.
         window = np.s_[rows[0] : rows[0] + 3, columns[0] : columns[0] + 3]
         pattern = np.concatenate([bumps(1, 3), -bumps(2, 3)])
-        pattern /= np.linalg.norm(pattern)
+        pattern /= norm(pattern)
         for c in range(3):
-            old = delta[window][..., c] / np.linalg.norm(delta[window][..., c])
-            free = np.linalg.norm(delta[changed][:, c]) ** 2 + (eps**2 - size**2) / 3
+            old = delta[window][..., c] / norm(delta[window][..., c])
+            free = norm(delta[changed][:, c]) ** order + (eps**order - size**order) / 3
             options = [old + sign * p for sign in (1, -1) for p in (pattern, pattern.T)]
-            options = [o / np.linalg.norm(o) * np.sqrt(free) for o in options]
+            options = [o / norm(o) * free ** (1 / order) for o in options]
             assert min(np.abs(o - moved[window][..., c]).max() for o in options) < 1e-4
     assert len(places) > 4
 
