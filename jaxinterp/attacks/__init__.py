@@ -11,6 +11,7 @@ from jaxinterp.attacks.driver import advance, finish, finished, run, start
 from jaxinterp.attacks.fab import FAB
 from jaxinterp.attacks.fgsm import FGSM
 from jaxinterp.attacks.fmn import FMN
+from jaxinterp.attacks.hopskipjump import HopSkipJump
 from jaxinterp.attacks.ifgsm import IFGSM
 from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
@@ -42,6 +43,7 @@ ATTACKS: dict[str, type] = {
         FAB,
         Square,
         AutoAttack,
+        HopSkipJump,
     )
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "Chain",
     "DeepFool",
     "DiverseInputs",
+    "HopSkipJump",
     "Nesterov",
     "ScaleInvariant",
     "Square",

@@ -38,6 +38,7 @@ from jaxinterp.attacks import (
     Chain,
     DeepFool,
     DiverseInputs,
+    HopSkipJump,
     Nesterov,
     ScaleInvariant,
     Square,
@@ -84,13 +85,15 @@ CASES: dict[str, Any] = {
     "fab-l2": FAB(norm="l2", restarts=2, steps=4),
     "fab-linf": FAB(norm="linf", candidates=3, steps=5),
     "fab-l1": FAB(norm="l1", candidates=3, steps=8),
-    "square-linf": Square(eps=0.06, steps=40),
+    "square-linf": Square(eps=0.1, steps=40),
     "square-l2": Square(eps=2.0, norm="l2", steps=40),
-    "square-l1": Square(eps=20.0, norm="l1", steps=40),
+    "square-l1": Square(eps=40.0, norm="l1", steps=40),
     "chain": Chain(
         (PGD(norm="l2", steps=2), CW(lr=0.05, initial_const=1.0, search_steps=1, steps=15)), eps=0.3, norm="l2"
     ),
     "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, candidates=2, queries=20),
+    "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=4),
+    "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=4),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -114,14 +117,15 @@ SWEEPS = {
     "chain": "eps",
     "autoattack": "eps",
 }
+SWEEPS |= {case: "gamma" for case in CASES if case.startswith("hopskipjump")}
 SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
 SWEEPS |= {case: "overshoot" for case in CASES if case.startswith("deepfool")}
 SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
 # Attacks that know the logits only.
-BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1"}
+BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1", "hopskipjump-l2", "hopskipjump-linf"}
 # Of attacks that look for the smallest perturbation, settings with which many pixels move.
 LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 are some seven units from the interior
-MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab"))}
+MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab", "hopskipjump"))}
 LARGER |= {case: {"kappa": 1.5} for case in MINIMAL}
 # Steps after which no attack has ended.
 FEW = {case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack") else 4 for case in CASES}
