@@ -100,5 +100,6 @@ def _shown(value: Any) -> str:
         return "+".join(map(_shown, value))
     if not dataclasses.is_dataclass(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
-    inside = ", ".join(f"{name}={_shown(v)}" for name, v in parameters(value).items())  # type: ignore[arg-type]  # a part
-    return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # of an attack has a name
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    inside = ", ".join(f"{name}={_shown(v)}" for name, v in fields.items())
+    return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # parts have names

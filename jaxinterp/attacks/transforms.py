@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ Answer = tuple[Array, Array, Memory]
 Ask = Callable[[Query, Memory], Answer]
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A frozen dataclass registered as a pytree; real parameters are leaves, those that give counts are static.
 
