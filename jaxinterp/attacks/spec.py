@@ -67,8 +67,21 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def parameters(attack: Attack) -> dict[str, Any]:
-    """Every hyper-parameter of an attack, for a config."""
+    """Every hyper-parameter of an attack."""
     return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]  # every attack is one
+
+
+def record(attack: Attack) -> dict[str, Any]:
+    """The attack's name and every hyper-parameter, as JSON holds them, for a config; parts by their names."""
+    return {"attack": attack.name, **_plain(attack)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [{"name": part.name, **_plain(part)} if dataclasses.is_dataclass(part) else part for part in value]  # type: ignore[attr-defined]  # parts have names
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
 
 def _value(text: str, field: dataclasses.Field, name: str) -> Any:

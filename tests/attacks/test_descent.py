@@ -483,7 +483,7 @@ def test_order_does_not_matter_to_what_is_not_drawn():
     smooth, ahead = TranslationInvariant(sigma=0.7, reach=1), Nesterov()
     wide = DiverseInputs(probability=1.0, smallest=0.5)
     results = [answer(chain, asked)[1] for chain in ((ahead, wide, smooth), (smooth, ahead, wide))]
-    np.testing.assert_allclose(*results, atol=1e-6)
+    np.testing.assert_allclose(results[0], results[1], atol=1e-6)
 
 
 def test_chains_that_make_no_sense_are_refused():

@@ -1,9 +1,11 @@
 """Attacks as text: defaults, presets, fractions, and errors that name what was meant."""
 
+import json
+
 import pytest
 
 from jaxinterp.attacks import ATTACKS, CW, IFGSM, MIFGSM, PGD, DiverseInputs, Nesterov, VarianceTuning
-from jaxinterp.attacks.spec import describe, from_spec, parameters
+from jaxinterp.attacks.spec import describe, from_spec, parameters, record
 
 
 def test_values_and_defaults():
@@ -55,4 +57,7 @@ def test_errors(text, message):
 def test_parameters_rebuild_the_attack_and_describe_it():
     for attack in (IFGSM(steps=3), PGD(norm="l2"), CW(kappa=2.0)):
         assert type(attack)(**parameters(attack)) == attack
+    assert record(IFGSM(steps=3)) == {"attack": "ifgsm", **parameters(IFGSM(steps=3))}
+    written = json.loads(json.dumps(record(MIFGSM(transforms=(VarianceTuning(samples=5), Nesterov())))))
+    assert written["transforms"] == [{"name": "vmi", "beta": 1.5, "samples": 5}, {"name": "ni"}]
     assert describe(IFGSM()) == "eps=0.03137, kappa=0, steps=20, stop_on_success=False"
