@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import descent, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example, select
-from jaxinterp.attacks.constraint import Norm, distance, project, random_in_ball, sparse, steepest
+from jaxinterp.attacks.constraint import distance, project, random_in_ball, sparse, steepest
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -103,7 +103,7 @@ class Search:
     Attributes:
         previous: the iterate before.
         best: the iterate with the lowest loss.
-        best_gradient: gradient there.
+        best_ascent: gradient there, in Linf and L2 its direction.
         best_loss: loss there.
         loss: of the iterate before.
         lowered: whether the step to the iterate lowered the loss.
@@ -113,7 +113,7 @@ class Search:
 
     previous: Float[Array, "b h w c"]
     best: Float[Array, "b h w c"]
-    best_gradient: Float[Array, "b h w c"]
+    best_ascent: Float[Array, "b h w c"]
     best_loss: Float[Array, " b"]
     loss: Float[Array, " b"]
     lowered: Bool[Array, " b"]
@@ -121,14 +121,14 @@ class Search:
     rivals: Int[Array, "b m"] | None
 
     def evaluated(
-        self, images: Float[Array, "b h w c"], loss: Float[Array, " b"], gradient: Float[Array, "b h w c"]
+        self, images: Float[Array, "b h w c"], loss: Float[Array, " b"], ascent: Float[Array, "b h w c"]
     ) -> Search:
-        """With the loss and its gradient at the iterate."""
-        best, best_gradient, best_loss = select(
-            loss < self.best_loss, (images, gradient, loss), (self.best, self.best_gradient, self.best_loss)
+        """With the loss and its ascent at the iterate."""
+        best, best_ascent, best_loss = select(
+            loss < self.best_loss, (images, ascent, loss), (self.best, self.best_ascent, self.best_loss)
         )
         return dataclasses.replace(
-            self, best=best, best_gradient=best_gradient, best_loss=best_loss, loss=loss, lowered=loss < self.loss
+            self, best=best, best_ascent=best_ascent, best_loss=best_loss, loss=loss, lowered=loss < self.loss
         )
 
 
@@ -167,8 +167,8 @@ class APGD:
     eps: Real = 8 / 255
     step_size: Real | None = None
     kappa: Real = 0.0
-    norm: Norm = static(default="linf")
-    loss: str = static(default="ce")
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
+    loss: Literal["ce", "dlr"] = static(default="ce")
     steps: int = static(default=100)
     restarts: int = static(default=1)
     random_start: bool = static(default=True)
@@ -224,7 +224,7 @@ class APGDT:
     eps: Real = 8 / 255
     step_size: Real | None = None
     kappa: Real = 0.0
-    norm: Norm = static(default="linf")
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
     classes: int = static(default=9)
     steps: int = static(default=100)
     restarts: int = static(default=1)
@@ -291,7 +291,7 @@ def _search(attack, images, size, rivals):
     return Search(
         previous=images,
         best=images,
-        best_gradient=jnp.zeros_like(images),
+        best_ascent=jnp.zeros_like(images),
         best_loss=jnp.full_like(size, jnp.inf),
         loss=jnp.full_like(size, -jnp.inf),
         lowered=jnp.zeros(size.shape, bool),
@@ -331,15 +331,16 @@ def _move(model, state, *, norm, steps, objective_of):
     logits, loss, gradient = objective.value_and_gradient(model, state.images, objective_of)
     if examples.support is not None:
         gradient = jnp.where(examples.support, gradient, 0)
-    search = search.evaluated(state.images, loss, gradient)
+    ascent = gradient if norm == "l1" else steepest(gradient, norm)
+    search = search.evaluated(state.images, loss, ascent)
 
     k = state.count % (steps + 1)
     if norm == "l1":
         rule, back = search.rule.update(k, steps, search, examples.images)
     else:
         rule, back = search.rule.update(k, steps, search)
-    x, gradient = select(back, (search.best, search.best_gradient), (state.images, gradient))
-    direction = sparse(gradient, rule.moved) if norm == "l1" else steepest(gradient, norm)
+    x, ascent = select(back, (search.best, search.best_ascent), (state.images, ascent))
+    direction = sparse(ascent, rule.moved) if norm == "l1" else ascent
 
     def inside(point):
         return project(point, examples.images, state.eps, norm, examples.support)

@@ -129,7 +129,7 @@ def _soften(delta, original, eps):
     def shrunk(t):
         return jnp.clip(magnitude - along(t, delta), 0, room)
 
-    t = _smallest(lambda t: jnp.sum(shrunk(t), axis=tuple(range(1, delta.ndim))) <= eps, _largest(magnitude))
+    t = _smallest(lambda t: jnp.sum(shrunk(t), axis=tuple(range(1, delta.ndim))) <= eps, eps.shape)
     return jnp.sign(delta) * shrunk(t)
 
 
@@ -141,19 +141,15 @@ def _keep_largest(delta, original, eps):
 def largest(magnitude: Float[Array, "b ..."], count: Float[Array, " b"]) -> Bool[Array, "b ..."]:
     """Which components are among the `count` largest of their example; of a tie, the first ones; never zeros."""
     flat = magnitude.reshape(magnitude.shape[0], -1)
-    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= count, _largest(magnitude))[:, None]
+    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= count, count.shape)[:, None]
     above, ties = flat > t, (flat == t) & (flat > 0)
     left = count[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
     kept = above | (ties & (jnp.cumsum(ties, axis=1, dtype=jnp.int32) <= left))
     return kept.reshape(magnitude.shape)
 
 
-def _largest(magnitude):
-    return jnp.max(magnitude, axis=tuple(range(1, magnitude.ndim)))
-
-
-def _smallest(holds: Callable[[Array], Array], upper: Float[Array, " b"]) -> Float[Array, " b"]:
-    """The smallest float t in [0, upper] for which the monotone `holds(t)` is true; it must be true at `upper`.
+def _smallest(holds: Callable[[Array], Array], shape: tuple[int, ...]) -> Float[Array, " b"]:
+    """The smallest float t >= 0, of the given shape, for which the monotone `holds(t)` is true; it must be in the end.
 
     Floats from 0 on are ordered as their bits are, so that 32 bisections of the bits find the very float.
     """
@@ -164,15 +160,15 @@ def _smallest(holds: Callable[[Array], Array], upper: Float[Array, " b"]) -> Flo
         good = holds(lax.bitcast_convert_type(middle, jnp.float32))
         return jnp.where(good, low, middle + 1), jnp.where(good, middle, high)
 
-    bits = lax.bitcast_convert_type(upper.astype(jnp.float32), jnp.int32)
-    _, smallest = lax.fori_loop(0, 32, halve, (jnp.zeros_like(bits), bits))
+    end = lax.bitcast_convert_type(jnp.full(shape, jnp.finfo(jnp.float32).max), jnp.int32)
+    _, smallest = lax.fori_loop(0, 32, halve, (jnp.zeros_like(end), end))
     return lax.bitcast_convert_type(smallest, jnp.float32)
 
 
 def normalised(gradient: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:
     """The gradient divided by its norm; zero where it is zero."""
     # Scaled first, so that squares of very small or large gradients neither vanish nor overflow.
-    gradient = gradient / along(jnp.maximum(_largest(jnp.abs(gradient)), _TINY), gradient)
+    gradient = gradient / along(jnp.maximum(distance(gradient, "linf"), _TINY), gradient)
     return gradient / jnp.maximum(along(distance(gradient, which), gradient), _TINY)
 
 
@@ -187,7 +183,9 @@ def sparse(gradient: Float[Array, "b h w c"], count: Float[Array, " b"]) -> Floa
     The steepest one has a single component (count 1), but gets too slowly to the optimum, where the box limits how far
     each may go (Tramer and Boneh 2019, arXiv 1904.13000, section 4).
     """
-    return normalised(jnp.where(largest(jnp.abs(gradient), count), jnp.sign(gradient), 0), "l1")
+    kept = largest(jnp.abs(gradient), count)
+    moved = jnp.sum(kept, axis=tuple(range(1, gradient.ndim)), dtype=jnp.int32)
+    return jnp.where(kept, jnp.sign(gradient), 0) / along(jnp.maximum(moved, 1), gradient)
 
 
 def movable(ascent: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, per_example
-from jaxinterp.attacks.constraint import Norm, movable, project, random_in_ball, sparse
+from jaxinterp.attacks.constraint import movable, project, random_in_ball, sparse
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -39,7 +39,7 @@ class PGD:
     step_size: Real | None = None
     kappa: Real = 0.0
     sparsity: Real = 0.01
-    norm: Norm = static(default="linf")
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
     steps: int = static(default=20)
     restarts: int = static(default=1)
     random_start: bool = static(default=True)

@@ -67,8 +67,21 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def parameters(attack: Attack) -> dict[str, Any]:
-    """Every hyper-parameter of an attack, for a config."""
+    """Every hyper-parameter of an attack."""
     return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]  # every attack is one
+
+
+def record(attack: Attack) -> dict[str, Any]:
+    """The attack's name and every hyper-parameter, as JSON holds them, for a config; parts by their names."""
+    return {"attack": attack.name, **_plain(attack)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [{"name": part.name, **_plain(part)} if dataclasses.is_dataclass(part) else part for part in value]  # type: ignore[attr-defined]  # parts have names
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
 
 def _value(text: str, field: dataclasses.Field, name: str) -> Any:
@@ -100,5 +113,6 @@ def _shown(value: Any) -> str:
         return "+".join(map(_shown, value))
     if not dataclasses.is_dataclass(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
-    inside = ", ".join(f"{name}={_shown(v)}" for name, v in parameters(value).items())  # type: ignore[arg-type]  # a part
-    return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # of an attack has a name
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    inside = ", ".join(f"{name}={_shown(v)}" for name, v in fields.items())
+    return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # parts have names

@@ -112,9 +112,8 @@ def _estimated(model, state, samples, chunk):
         return jax.random.rademacher(jax.random.fold_in(key, number), x.shape[1:], jnp.float32)
 
     def loss(points):  # [B,chunk,H,W,C] -> [B,chunk]
-        logits = model(points.reshape(-1, *x.shape[1:]))
-        repeated = (None if c is None else jnp.repeat(c, chunk) for c in (examples.labels, examples.targets))
-        return objective.margin(logits, *repeated).reshape(x.shape[0], chunk)
+        logits = model(points.reshape(-1, *x.shape[1:])).reshape(x.shape[0], chunk, -1)
+        return jax.vmap(objective.margin, (1, None, None), 1)(logits, examples.labels, examples.targets)
 
     def add(i, total):
         numbers = i * chunk + jnp.arange(chunk)

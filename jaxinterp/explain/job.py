@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jaxinterp import attacks, effect
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import coerce
-from jaxinterp.attacks.spec import from_spec, parameters
+from jaxinterp.attacks.spec import from_spec, record
 from jaxinterp.data import AnySource, Crop, Folder, Tfds, open_source
 from jaxinterp.explain import compute, page, tables
 from jaxinterp.explain.pictures import Pictures, Selection, survey
@@ -115,7 +115,7 @@ def explain(
             "command": "explain",
             "model": model,
             "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
-            "attacks": {name: {"attack": attack.name, **parameters(attack)} for name, attack in chosen.items()},
+            "attacks": {name: record(attack) for name, attack in chosen.items()},
             "cell": cell,
             "seed": seed,
             "batch_size": batch_size,
