@@ -56,15 +56,15 @@ def dlr(logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Arra
     have Z_y in place of the maximum in the latter, which does not see a third class that stays above the target.
     Where there are too few classes for a divisor, it is Z_1 - Z_3, or one.
     """
-    return margin(logits, labels, targets) / _spread(logits, 3 if targets is None else 4)
+    return margin(logits, labels, targets) / _dlr_scale(logits, 3 if targets is None else 4)
 
 
 def dlr_of_rival(logits: Float[Array, "b k"], labels: Int[Array, " b"], rivals: Int[Array, " b"]) -> Float[Array, " b"]:
     """(Z_y - Z_r) / (Z_1 - (Z_3 + Z_4) / 2), negative where the rival r exceeds the label (the same, equation 7)."""
-    return (_pick(logits, labels) - _pick(logits, rivals)) / _spread(logits, 4)
+    return (_pick(logits, labels) - _pick(logits, rivals)) / _dlr_scale(logits, 4)
 
 
-def _spread(logits, lowest):
+def _dlr_scale(logits, lowest):
     """Z_1 - (Z_3 + Z_4) / 2 where the `lowest` logit to use is the fourth, Z_1 - Z_3 where it is the third."""
     classes = logits.shape[-1]
     if classes == 2:
