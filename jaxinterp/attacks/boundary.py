@@ -77,7 +77,7 @@ def lacking(
 ) -> Float[Array, " b"]:
     """What the difference of two logits lacks for a success that is twice as safe from rounding as it must be."""
     spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
-    return kappa + 2 * objective.ROUNDING * spread - (_pick(logits, winning) - _pick(logits, losing))
+    return kappa + 2 * objective.ROUNDING * spread - (objective.pick(logits, winning) - objective.pick(logits, losing))
 
 
 def _rivals(logits, examples, candidates):
@@ -94,7 +94,3 @@ def pair(logits: Float[Array, "b k"], examples: Examples) -> tuple[Int[Array, " 
     """The class that has to lose and the one that has to win, at the boundary with the largest logits."""
     (rival,) = _rivals(logits, examples, 1)
     return (examples.labels, rival) if examples.targets is None else (rival, examples.targets)
-
-
-def _pick(logits, classes):
-    return jnp.take_along_axis(logits, classes[:, None], axis=-1)[:, 0]

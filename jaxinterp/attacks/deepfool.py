@@ -1,10 +1,12 @@
 """DeepFool (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599, algorithm 2 and section 2.3).
 
-    r_{i+1} = r_i + |f_l| / ||w_l||_2^2 w_l          (L2)
-    r_{i+1} = r_i + |f_l| / ||w_l||_1 sign(w_l)      (Linf)
-    l = argmin |f_l| / ||w_l||_q,  x_i = x_0 + (1 + overshoot) r_i
+    r = |f_l| / ||w_l||_2^2 w_l          (L2)
+    r = |f_l| / ||w_l||_1 sign(w_l)      (Linf)
+    l = argmin |f_l| / ||w_l||_q,  x <- x + (1 + overshoot) r
 
-with f_l = Z_l - Z_y and w_l its gradient, both at x_i: a step to the nearest of the linearised boundaries.
+with f_l = Z_l - Z_y and w_l its gradient, both at x: a step to the nearest of the linearised boundaries. The paper
+knows no box. Here r is the shortest step that stays in it: the same one where the box is not in the way, while clipping
+the paper's step at pixels of 0 and 1 would take many more.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import boundary, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
-from jaxinterp.attacks.constraint import DUAL, Norm, distance
+from jaxinterp.attacks.constraint import Norm, to_hyperplane
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
 
 @pytree
 class DeepFoolState:
-    """Every example's perturbation before the overshoot; `count` is the number of evaluations so far."""
+    """Every example's iterate; `count` is the number of evaluations so far."""
 
     examples: Examples
     record: Record
-    perturbation: Float[Array, "b h w c"]
+    images: Float[Array, "b h w c"]
     overshoot: Float[Array, " b"]
     kappa: Float[Array, " b"]
     count: Int[Array, " b"]
@@ -40,13 +42,13 @@ class DeepFoolState:
 class DeepFool:
     """A small perturbation in L2 or Linf, by steps to the nearest linearised boundary until the first success.
 
-        r <- r + |f| / ||w||_2^2 w,  x = x_0 + (1 + overshoot) r      (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599)
+        x <- x + (1 + overshoot) |f| / ||w||_2^2 w      (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599)
 
     A step costs one forward pass and a backward pass for every candidate, or one with a target. An example without a
     slope in any direction stops.
 
     Attributes:
-        overshoot: relative length that is added to the perturbation, so that it crosses the boundary.
+        overshoot: relative length that is added to every step, so that it crosses the boundary.
         kappa: confidence, the margin of logits that counts as success; the boundaries are moved by it.
         norm: "l2" or "linf".
         candidates: how many rivals of the label are considered without a target: those with the largest logits at the
@@ -76,7 +78,7 @@ class DeepFool:
         return DeepFoolState(
             examples=Examples(images, labels, targets, support),
             record=Record.start(images),
-            perturbation=jnp.zeros_like(images),
+            images=images,
             overshoot=per_example(self.overshoot, images),
             kappa=per_example(self.kappa, images),
             count=zeros,
@@ -86,30 +88,24 @@ class DeepFool:
     @canonical
     def step(self, model, state: DeepFoolState) -> DeepFoolState:
         """Judges the iterate, and steps to the nearest boundary where it is no success; the last call only judges."""
-        examples, active = state.examples, ~state.done
-        # The original leaves the box alone; here both the iterate and the sum of the steps are clipped to it.
-        x = jnp.clip(examples.images + along(1 + state.overshoot, state.perturbation) * state.perturbation, 0, 1)
+        examples, active, x = state.examples, ~state.done, state.images
         logits, pull_back = objective.linearised(model, x, examples.support)
         found = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
         moves = active & ~found & (state.count < self.steps)
 
         def to_the_boundary():
             near = boundary.nearest(pull_back, logits, examples, state.kappa, self.candidates, self.norm)
-            direction = near.normal if self.norm == "l2" else jnp.sign(near.normal)
-            size = distance(near.normal, DUAL[self.norm])
-            length = near.gap / (jnp.square(size) if self.norm == "l2" else size)
-            slopes = jnp.isfinite(near.distance)
-            moved = state.perturbation + along(jnp.where(slopes, length, 0), x) * direction
-            return jnp.clip(examples.images + moved, 0, 1) - examples.images, slopes
+            step = to_hyperplane(x, near.normal, near.gap, self.norm, examples.support)
+            return jnp.clip(x + along(1 + state.overshoot, x) * step, 0, 1), jnp.isfinite(near.distance)
 
-        moved, slopes = lax.cond(jnp.any(moves), to_the_boundary, lambda: (state.perturbation, jnp.zeros_like(moves)))
+        moved, slopes = lax.cond(jnp.any(moves), to_the_boundary, lambda: (x, jnp.zeros_like(moves)))
         backward = moves * boundary.passes(logits, examples, self.candidates)
         return dataclasses.replace(
             state,
             record=state.record.update(
                 images=x, found=found, better=found, iteration=state.count, forward=active, backward=backward
             ),
-            perturbation=select(moves, moved, state.perturbation),
+            images=select(moves, moved, x),
             count=state.count + active.astype(jnp.int32),
             done=~(moves & slopes),
         )

@@ -25,6 +25,7 @@ from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
 _SEARCH = 3  # steps of the final search
+_BEYOND = 0.01  # of the rest of the segment
 _REACH = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # of the authors' program
 _TINY = 1e-30
 
@@ -199,7 +200,9 @@ class FAB:
         inside = boundary.lacking(state.inner_logits, losing, winning, state.kappa)
         outside = -boundary.lacking(state.best_logits, losing, winning, state.kappa)
         part = inside / (inside + outside)
-        part = state.inner + (1 - state.inner) * jnp.where((part > 0) & (part <= 1), part, 1)
+        part = jnp.where((part >= 0) & (part <= 1), part, 1)
+        # A little farther than in the paper: where it is linear, that point fails or succeeds by rounding.
+        part = state.inner + (1 - state.inner) * (part + _BEYOND * (1 - part))
         between = x0 + along(part, x0) * (state.record.best - x0)
         searches = ~state.done & (state.count >= total)
         return dataclasses.replace(

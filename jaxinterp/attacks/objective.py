@@ -25,7 +25,7 @@ def log_odds(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Ar
     attacks which normalise the gradient are not stopped by confident networks.
     """
     others = jnp.where(_one_hot(logits, classes), -jnp.inf, logits)
-    return jax.nn.logsumexp(others, axis=-1) - _pick(logits, classes)
+    return jax.nn.logsumexp(others, axis=-1) - pick(logits, classes)
 
 
 def likelihood(
@@ -44,7 +44,7 @@ def margin(
     """
     chosen = labels if targets is None else targets
     others = jnp.max(jnp.where(_one_hot(logits, chosen), -jnp.inf, logits), axis=-1)
-    difference = others - _pick(logits, chosen)
+    difference = others - pick(logits, chosen)
     return -difference if targets is None else difference
 
 
@@ -129,7 +129,8 @@ def _spread(logits):
     return jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
 
 
-def _pick(logits, classes):
+def pick(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
+    """The logit of the given class of every example."""
     return jnp.sum(jnp.where(_one_hot(logits, classes), logits, 0), axis=-1)
 
 

@@ -127,6 +127,7 @@ BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1", "hopskipjump-l2", 
 LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 are some seven units from the interior
 MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab", "hopskipjump"))}
 LARGER |= {case: {"kappa": 1.5} for case in MINIMAL}
+LARGER["ddn"]["initial_radius"] = 2.0
 # Steps after which no attack has ended.
 FEW = {case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack") else 4 for case in CASES}
 BATCH, SIDE, CLASSES = 8, 16, 5
