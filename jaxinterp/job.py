@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jaxinterp import attacks
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import coerce
-from jaxinterp.attacks.spec import from_spec, parameters
+from jaxinterp.attacks.spec import from_spec, record
 from jaxinterp.data import AnySource, Crop, Folder, Tfds, open_source
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures, Selection, left_out, survey
@@ -113,7 +113,7 @@ def begin(
             "command": command,
             "model": model,
             "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
-            "attacks": {name: {"attack": attack.name, **parameters(attack)} for name, attack in chosen.items()},
+            "attacks": {name: record(attack) for name, attack in chosen.items()},
             **config,
             "seed": seed,
             "batch_size": batch_size,

@@ -18,7 +18,9 @@ from jaxinterp.attacks.attack import along, norm
 
 Norm = Literal["linf", "l2", "l1", "l0"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
-_TINY = 1e-30
+# <g, d> <= ||g||_dual ||d||: the dual norm of a slope is the change along the steepest direction of unit length.
+DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
+_TINY, _HUGE = 1e-30, 1e30
 
 
 def distance(delta: Float[Array, "b h w c"], which: Norm) -> Float[Array, " b"]:
@@ -59,6 +61,62 @@ def project(
     return jnp.where(delta == 0, original, jnp.clip(original + delta, 0.0, 1.0))
 
 
+def farthest(
+    original: Float[Array, "b h w c"], support: Bool[Array, "b h w c"] | None, which: Norm
+) -> Float[Array, " b"]:
+    """The distance of the farthest image of the box that differs from the original on the support only."""
+    reach = jnp.maximum(original, 1 - original)
+    return distance(reach if support is None else jnp.where(support, reach, 0), which)
+
+
+def to_hyperplane(
+    images: Float[Array, "b h w c"],
+    normal: Float[Array, "b h w c"],
+    gap: Float[Array, " b"],
+    which: Norm,
+    support: Bool[Array, "b h w c"] | None = None,
+) -> Float[Array, "b h w c"]:
+    """The smallest d with <normal, d> = gap and images + d in the box, changed on the support only (l2, linf, l1).
+
+    The solution of Croce and Hein (2020, arXiv 1907.02044, section 3.1 and appendix A): with the room that the box
+    leaves in the direction s = sign(gap normal), it is s min(t |normal|, room) in L2 and s min(t, room) in Linf for
+    the smallest t that bridges the gap; in L1 the components with the largest |normal| use up their room one after
+    the other. They sort the components; here t is bisected, as a sum is cheaper than a sort. Where the hyperplane
+    misses the box, the result is the corner of the box that comes nearest to it.
+
+    Args:
+        images: points of the box.
+        normal: normals of the hyperplanes, at most 1 in every component.
+        gap: what <normal, .> has to change by, of either sign.
+        which: the norm of d, not "l0".
+        support: where d may differ from zero.
+    """
+    slope, need = jnp.abs(normal), jnp.abs(gap)
+    direction = jnp.sign(normal) * along(jnp.sign(gap), normal)
+    room = jnp.where(direction > 0, 1 - images, images) * jnp.abs(direction)
+    if support is not None:
+        room = jnp.where(support, room, 0)
+    axes = tuple(range(1, images.ndim))
+    if which == "l1":
+        gain = slope * room
+
+        def above(t):
+            return jnp.sum(jnp.where(slope > along(t, slope), gain, 0), axis=axes)
+
+        t = _smallest(lambda t: above(t) <= need, _largest(slope))
+        last = slope == along(t, slope)
+        left = need - above(t)
+        part = jnp.clip(left / jnp.maximum(jnp.sum(jnp.where(last, gain, 0), axis=axes), _TINY), 0, 1)
+        return direction * jnp.where(slope > along(t, slope), room, jnp.where(last, along(part, room) * room, 0))
+
+    def size(t):
+        return jnp.minimum(along(t, slope) * slope if which == "l2" else along(t, slope), room)
+
+    enough = jnp.full_like(need, _HUGE if which == "l2" else 1.0)
+    t = _smallest(lambda t: jnp.sum(slope * size(t), axis=axes) >= need, enough)
+    return direction * size(t)
+
+
 def _room(delta, original):
     """How far every component may move in its direction before it meets the box."""
     return jnp.minimum(jnp.abs(delta), jnp.where(delta > 0, 1 - original, original))
@@ -71,27 +129,27 @@ def _soften(delta, original, eps):
     def shrunk(t):
         return jnp.clip(magnitude - along(t, delta), 0, room)
 
-    t = _smallest(lambda t: jnp.sum(shrunk(t), axis=tuple(range(1, delta.ndim))) <= eps, _largest(magnitude))
+    t = _smallest(lambda t: jnp.sum(shrunk(t), axis=tuple(range(1, delta.ndim))) <= eps, eps.shape)
     return jnp.sign(delta) * shrunk(t)
 
 
 def _keep_largest(delta, original, eps):
     """The components whose move inside the box is the largest, at most eps of them; of a tie, the first ones."""
-    room = _room(delta, original)
-    flat = room.reshape(room.shape[0], -1)
-    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= eps, _largest(room))[:, None]
+    return jnp.where(largest(_room(delta, original), jnp.floor(eps)), delta, 0)
+
+
+def largest(magnitude: Float[Array, "b ..."], count: Float[Array, " b"]) -> Bool[Array, "b ..."]:
+    """Which components are among the `count` largest of their example; of a tie, the first ones; never zeros."""
+    flat = magnitude.reshape(magnitude.shape[0], -1)
+    t = _smallest(lambda t: jnp.sum(flat > t[:, None], axis=1, dtype=jnp.int32) <= count, count.shape)[:, None]
     above, ties = flat > t, (flat == t) & (flat > 0)
-    left = jnp.floor(eps)[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    left = count[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
     kept = above | (ties & (jnp.cumsum(ties, axis=1, dtype=jnp.int32) <= left))
-    return jnp.where(kept.reshape(delta.shape), delta, 0)
+    return kept.reshape(magnitude.shape)
 
 
-def _largest(magnitude):
-    return jnp.max(magnitude, axis=tuple(range(1, magnitude.ndim)))
-
-
-def _smallest(holds: Callable[[Array], Array], upper: Float[Array, " b"]) -> Float[Array, " b"]:
-    """The smallest float t in [0, upper] for which the monotone `holds(t)` is true; it must be true at `upper`.
+def _smallest(holds: Callable[[Array], Array], shape: tuple[int, ...]) -> Float[Array, " b"]:
+    """The smallest float t >= 0, of the given shape, for which the monotone `holds(t)` is true; it must be in the end.
 
     Floats from 0 on are ordered as their bits are, so that 32 bisections of the bits find the very float.
     """
@@ -102,33 +160,58 @@ def _smallest(holds: Callable[[Array], Array], upper: Float[Array, " b"]) -> Flo
         good = holds(lax.bitcast_convert_type(middle, jnp.float32))
         return jnp.where(good, low, middle + 1), jnp.where(good, middle, high)
 
-    bits = lax.bitcast_convert_type(upper.astype(jnp.float32), jnp.int32)
-    _, smallest = lax.fori_loop(0, 32, halve, (jnp.zeros_like(bits), bits))
+    end = lax.bitcast_convert_type(jnp.full(shape, jnp.finfo(jnp.float32).max), jnp.int32)
+    _, smallest = lax.fori_loop(0, 32, halve, (jnp.zeros_like(end), end))
     return lax.bitcast_convert_type(smallest, jnp.float32)
 
 
-def steepest(gradient: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:
-    """The direction of steepest ascent of unit length in the given norm; zero where the gradient is zero."""
-    if which == "linf":
-        return jnp.sign(gradient)
+def normalised(gradient: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:
+    """The gradient divided by its norm; zero where it is zero."""
     # Scaled first, so that squares of very small or large gradients neither vanish nor overflow.
-    largest = jnp.max(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
-    gradient = gradient / along(jnp.maximum(largest, _TINY), gradient)
-    return gradient / jnp.maximum(along(norm(gradient), gradient), _TINY)
+    gradient = gradient / along(jnp.maximum(distance(gradient, "linf"), _TINY), gradient)
+    return gradient / jnp.maximum(along(distance(gradient, which), gradient), _TINY)
+
+
+def steepest(gradient: Float[Array, "b h w c"], which: Literal["linf", "l2"]) -> Float[Array, "b h w c"]:
+    """The direction of steepest ascent of unit length in the given norm; zero where the gradient is zero."""
+    return jnp.sign(gradient) if which == "linf" else normalised(gradient, "l2")
+
+
+def sparse(gradient: Float[Array, "b h w c"], count: Float[Array, " b"]) -> Float[Array, "b h w c"]:
+    """A direction of ascent of unit length in L1: equal parts of the `count` components with the largest gradient.
+
+    The steepest one has a single component (count 1), but gets too slowly to the optimum, where the box limits how far
+    each may go (Tramer and Boneh 2019, arXiv 1904.13000, section 4).
+    """
+    kept = largest(jnp.abs(gradient), count)
+    moved = jnp.sum(kept, axis=tuple(range(1, gradient.ndim)), dtype=jnp.int32)
+    return jnp.where(kept, jnp.sign(gradient), 0) / along(jnp.maximum(moved, 1), gradient)
+
+
+def movable(ascent: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """`ascent` without the components in which the box keeps the images from a step down."""
+    return jnp.where((images <= 0) & (ascent > 0) | (images >= 1) & (ascent < 0), 0, ascent)
 
 
 def random_in_ball(
     keys: Array, images: Float[Array, "b h w c"], eps: Float[Array, " b"], which: Norm
 ) -> Float[Array, "b h w c"]:
-    """A point uniform in the ball of radius `eps` around every image, from one key for each (box not applied)."""
+    """A point uniform in the ball of radius `eps` around every image, from one key for each (box not applied).
+
+    The radius of a uniform point in n dimensions is eps U^(1/n); its direction is that of normal components in L2 and
+    of Laplace-distributed ones in L1.
+    """
     shape = images.shape[1:]
     if which == "linf":
         return images + along(eps, images) * jax.vmap(lambda k: jax.random.uniform(k, shape, minval=-1.0))(keys)
+    if which == "l0":
+        raise ValueError("no uniform point of an L0 ball is defined")
+    draw = jax.random.laplace if which == "l1" else jax.random.normal
 
     def direction_and_radius(key):
         first, second = jax.random.split(key)
         radius = jax.random.uniform(second) ** (1.0 / images[0].size)
-        return jax.random.normal(first, shape), radius
+        return draw(first, shape), radius
 
     direction, radius = jax.vmap(direction_and_radius)(keys)
-    return images + steepest(direction, "l2") * along(eps * radius, images)
+    return images + normalised(direction, which) * along(eps * radius, images)

@@ -1,29 +1,39 @@
-"""Steps of fixed size along the gradient inside a ball: what I-FGSM, PGD and their relatives share.
+"""Runs of steps that lower a loss inside a ball: what FGSM, PGD, APGD and their relatives share.
 
-    x_{k+1} = P(x_k - a D(grad L(x_k)))
+    x_{k+1} = P(x_k - a D_k)
 
-with D the direction of steepest descent in the ball's norm and P the projection onto ball, box and support. K steps
-cost K forward and backward passes and one more forward pass that judges the last iterate.
+with D_k a direction of unit length, for instance that of steepest descent in the ball's norm, and P the projection
+onto ball, box and support. A run of K steps costs K forward and backward passes and one more forward pass that judges
+the last iterate, unless a step asks for more gradients. It can be followed by other runs from new starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxinterp.attacks import objective
+from jaxinterp.attacks import constraint, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Record, along, per_example, select
-from jaxinterp.attacks.constraint import Norm, project, steepest
+from jaxinterp.attacks.constraint import Norm, project
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
 
 @pytree
 class DescentState:
-    """Iterate and settings of every example; `count` is the number of evaluations so far."""
+    """Iterate and settings of every example.
+
+    Attributes:
+        count: number of iterates judged so far, K + 1 in every run.
+        keys: data of random keys, where anything is drawn after the start.
+        memory: whatever else a move depends on, with the example as first axis.
+    """
 
     examples: Examples
     record: Record
@@ -33,6 +43,12 @@ class DescentState:
     kappa: Float[Array, " b"]
     count: Int[Array, " b"]
     done: Bool[Array, " b"]
+    keys: UInt32[Array, "b n"] | None = None
+    memory: Any = ()
+
+
+# The logits at `state.images`, the next images, and what to remember.
+Move = Callable[[Model, DescentState], tuple[Float[Array, "b k"], Float[Array, "b h w c"], Any]]
 
 
 def default_step_size(eps: float | Array, steps: int) -> float | Array:
@@ -45,60 +61,113 @@ def start(
     images: Float[Array, "b h w c"],
     *,
     eps: float | Array,
-    step_size: float | Array | None,
+    step_size: float | Array,
     kappa: float | Array,
-    steps: int,
+    keys: Array | None = None,
+    memory: Any = (),
 ) -> DescentState:
-    """The state at the starting point `images`; `step_size=None` means the default for `eps` and `steps`."""
+    """The state at the starting point `images`."""
     return DescentState(
         examples=examples,
         record=Record.start(examples.images),
         images=images,
         eps=per_example(eps, images),
-        step_size=per_example(default_step_size(eps, steps) if step_size is None else step_size, images),
+        step_size=per_example(step_size, images),
         kappa=per_example(kappa, images),
         count=jnp.zeros(images.shape[0], jnp.int32),
         done=jnp.zeros(images.shape[0], bool),
+        keys=None if keys is None else jax.random.key_data(keys),
+        memory=memory,
     )
 
 
-def step(model: Model, state: DescentState, *, which: Norm, steps: int, stop_on_success: bool = False) -> DescentState:
-    """Judges the iterate and moves on; the call number `steps` (from 0) only judges."""
+def gradient(model: Model, state: DescentState) -> tuple[Float[Array, "b k"], Float[Array, "b h w c"]]:
+    """Logits and the gradient of `objective.likelihood` at the iterate."""
+    examples = state.examples
+    logits, _, gradient = objective.value_and_gradient(
+        model, state.images, lambda logits: objective.likelihood(logits, examples.labels, examples.targets)
+    )
+    return logits, gradient if examples.support is None else jnp.where(examples.support, gradient, 0)
+
+
+def towards(state: DescentState, direction: Float[Array, "b h w c"], which: Norm) -> Float[Array, "b h w c"]:
+    """P(x - a D), a step against the ascending `direction` and back into ball, box and support."""
+    moved = state.images - along(state.step_size, direction) * direction
+    return project(moved, state.examples.images, state.eps, which, state.examples.support)
+
+
+def steepest(which: Literal["linf", "l2"]) -> Move:
+    """The step of steepest descent."""
+
+    def move(model, state):
+        logits, ascent = gradient(model, state)
+        return logits, towards(state, constraint.steepest(ascent, which), which), state.memory
+
+    return move
+
+
+def step(
+    model: Model,
+    state: DescentState,
+    move: Move,
+    *,
+    steps: int,
+    runs: int = 1,
+    stop_on_success: bool = False,
+    forward: int = 1,
+    backward: int = 1,
+) -> DescentState:
+    """Judges the iterate and moves on; the last call of a run only judges.
+
+    An example is done after the first run in which it succeeded, or the last one. Starting the next run is the
+    caller's part: see `restart`.
+
+    Args:
+        model: images -> logits.
+        state: the state before the step.
+        move: where to go, unless the iterate is the last of its run.
+        steps: number of steps K in a run.
+        runs: number of runs.
+        stop_on_success: an example is done at its first success.
+        forward: forward passes of a move, among them the one that judges.
+        backward: backward passes of a move.
+    """
     examples, active = state.examples, ~state.done
 
-    def judge_and_move(x):
-        logits, _, gradient = objective.value_and_gradient(
-            model, x, lambda logits: objective.likelihood(logits, examples.labels, examples.targets)
-        )
-        if examples.support is not None:
-            gradient = jnp.where(examples.support, gradient, 0)
-        moved = x - along(state.step_size, x) * steepest(gradient, which)
-        return logits, project(moved, examples.images, state.eps, which, examples.support)
+    def judge(model, state):
+        return model(state.images), state.images, state.memory
 
-    def judge(x):
-        return model(x), x
-
-    moves = active & (state.count < steps)
-    logits, moved = lax.cond(jnp.any(moves), judge_and_move, judge, state.images)
+    moves = active & (state.count % (steps + 1) < steps)
+    logits, images, memory = lax.cond(jnp.any(moves), move, judge, model, state)
     found = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
     record = state.record.update(
         images=state.images,
         found=found,
         better=found,  # the latest success: it has had the most steps
         iteration=state.count,
-        forward=active,
-        backward=moves,
+        forward=jnp.where(moves, forward, active),
+        backward=jnp.where(moves, backward, 0),
     )
-    done = ~moves
+    count = state.count + active
+    done = ~active | ((count % (steps + 1) == 0) & (record.success | (count >= runs * (steps + 1))))
     if stop_on_success:
         done = done | found
-    return dataclasses.replace(
-        state,
-        record=record,
-        images=select(active & ~done, moved, state.images),
-        count=state.count + active.astype(jnp.int32),
-        done=done,
-    )
+    images, memory = select(moves & ~done, (images, memory), (state.images, state.memory))
+    return dataclasses.replace(state, record=record, images=images, memory=memory, count=count, done=done)
+
+
+def restart(state: DescentState, begin: Callable[[Array], tuple[Float[Array, "b h w c"], Any]], *, steps: int):
+    """Puts the examples at the beginning of a run where `begin(keys)` says: images and memory, from fresh keys."""
+    begins = ~state.done & (state.count % (steps + 1) == 0)
+    now = state.images, state.memory
+    images, memory = lax.cond(jnp.any(begins), lambda: select(begins, begin(keys_of(state)), now), lambda: now)
+    return dataclasses.replace(state, images=images, memory=memory)
+
+
+def keys_of(state: DescentState) -> Array:
+    """One key for every example, folded from its own and the number of iterates it has judged."""
+    assert state.keys is not None
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.count)
 
 
 def result(state: DescentState) -> AttackResult:

@@ -264,11 +264,15 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 def by_example(attack: Attack, batch: int) -> Attack:
     """The attack with leaves [B], so that one number and one an example are the same program, on any devices.
 
+    Leaves that are images [B,H,W,C] stay as they are.
+
     Raises:
         ValueError: a leaf is neither one number nor one for every example.
     """
 
     def spread(path, leaf):
+        if leaf.ndim == 4 and leaf.shape[0] == batch:
+            return leaf
         if leaf.shape not in ((), (batch,)):
             name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}")

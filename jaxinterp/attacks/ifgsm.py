@@ -44,15 +44,16 @@ class IFGSM:
             Examples(images, labels, targets, support),
             images,
             eps=self.eps,
-            step_size=self.step_size,
+            step_size=descent.default_step_size(self.eps, self.steps) if self.step_size is None else self.step_size,
             kappa=self.kappa,
-            steps=self.steps,
         )
 
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One signed step."""
-        return descent.step(model, state, which="linf", steps=self.steps, stop_on_success=self.stop_on_success)
+        return descent.step(
+            model, state, descent.steepest("linf"), steps=self.steps, stop_on_success=self.stop_on_success
+        )
 
     @canonical
     def result(self, state: descent.DescentState) -> AttackResult:

@@ -25,7 +25,7 @@ def log_odds(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Ar
     attacks which normalise the gradient are not stopped by confident networks.
     """
     others = jnp.where(_one_hot(logits, classes), -jnp.inf, logits)
-    return jax.nn.logsumexp(others, axis=-1) - _pick(logits, classes)
+    return jax.nn.logsumexp(others, axis=-1) - pick(logits, classes)
 
 
 def likelihood(
@@ -44,8 +44,34 @@ def margin(
     """
     chosen = labels if targets is None else targets
     others = jnp.max(jnp.where(_one_hot(logits, chosen), -jnp.inf, logits), axis=-1)
-    difference = others - _pick(logits, chosen)
+    difference = others - pick(logits, chosen)
     return -difference if targets is None else difference
+
+
+def dlr(logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Array, " b"] | None) -> Float[Array, " b"]:
+    """Difference of logits ratio, negative on success: a margin that no scaling of the logits changes.
+
+    (Z_y - max_{j != y} Z_j) / (Z_1 - Z_3), with Z_1 >= Z_2 >= ... the sorted logits; with targets
+    (max_{j != t} Z_j - Z_t) / (Z_1 - (Z_3 + Z_4) / 2). Croce and Hein (2020, arXiv 2003.01690, equations 6 and 7)
+    have Z_y in place of the maximum in the latter, which does not see a third class that stays above the target.
+    Where there are too few classes for a divisor, it is Z_1 - Z_3, or one.
+    """
+    return margin(logits, labels, targets) / _dlr_scale(logits, 3 if targets is None else 4)
+
+
+def dlr_of_rival(logits: Float[Array, "b k"], labels: Int[Array, " b"], rivals: Int[Array, " b"]) -> Float[Array, " b"]:
+    """(Z_y - Z_r) / (Z_1 - (Z_3 + Z_4) / 2), negative where the rival r exceeds the label (the same, equation 7)."""
+    return (pick(logits, labels) - pick(logits, rivals)) / _dlr_scale(logits, 4)
+
+
+def _dlr_scale(logits, lowest):
+    """Z_1 - (Z_3 + Z_4) / 2 where the `lowest` logit to use is the fourth, Z_1 - Z_3 where it is the third."""
+    classes = logits.shape[-1]
+    if classes == 2:
+        return jnp.ones_like(logits[:, 0])
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    first, third, last = (pick(logits, order[:, i]) for i in (0, 2, min(lowest, classes) - 1))
+    return jnp.maximum(first - (third + last) / 2, 1e-12)
 
 
 def succeeded(
@@ -58,8 +84,36 @@ def succeeded(
 
     A logit of -inf is a class that the model rules out: it takes part in nothing.
     """
-    spread = jnp.max(logits, axis=-1) - jnp.min(jnp.where(logits == -jnp.inf, jnp.inf, logits), axis=-1)
-    return -margin(logits, labels, targets) > kappa + ROUNDING * spread
+    return -margin(logits, labels, targets) > kappa + ROUNDING * _spread(logits)
+
+
+def shortfall(
+    logits: Float[Array, "b k"],
+    labels: Int[Array, " b"],
+    targets: Int[Array, " b"] | None,
+    kappa: Float[Array, " b"] | Float[Array, ""] | float,
+) -> Float[Array, " b"]:
+    """What the margin lacks: negative exactly where `succeeded` is true, not a number for logits not finite."""
+    return margin(logits, labels, targets) + (kappa + ROUNDING * _spread(logits))
+
+
+def linearised(
+    model: Model, images: Float[Array, "b h w c"], support: Bool[Array, "b h w c"] | None = None
+) -> tuple[Float[Array, "b k"], Callable[[Array], Float[Array, "b h w c"]]]:
+    """Logits, and the backward pass that takes a covector of the logits [B,K] to a gradient on the support.
+
+    The backward pass can be called any number of times, or inside `lax.cond` where it may not be needed. Components
+    that are not finite become zero, so that a network which returns NaN leaves an image unchanged instead of
+    destroying it.
+    """
+    logits, transposed = jax.vjp(model, images)
+
+    def pull_back(by_logits):
+        (gradient,) = transposed(by_logits)
+        kept = jnp.isfinite(gradient) if support is None else jnp.isfinite(gradient) & support
+        return jnp.where(kept, gradient, 0)
+
+    return logits, pull_back
 
 
 def value_and_gradient(
@@ -67,16 +121,19 @@ def value_and_gradient(
 ) -> tuple[Float[Array, "b k"], Float[Array, " b"], Float[Array, "b h w c"]]:
     """Logits, objective(logits) [B] and the gradient of each example's objective with respect to its image.
 
-    No gradient with respect to parameters is computed. Components that are not finite become zero, so that a network
-    which returns NaN leaves an image unchanged instead of destroying it.
+    No gradient with respect to parameters is computed. Components that are not finite become zero.
     """
-    logits, pull_back = jax.vjp(model, images)
+    logits, pull_back = linearised(model, images)
     values, by_logits = jax.vjp(objective, logits)
-    (gradient,) = pull_back(by_logits(jnp.ones_like(values))[0])
-    return logits, values, jnp.where(jnp.isfinite(gradient), gradient, 0)
+    return logits, values, pull_back(by_logits(jnp.ones_like(values))[0])
 
 
-def _pick(logits, classes):
+def _spread(logits):
+    return jnp.max(logits, axis=-1) - jnp.min(jnp.where(logits == -jnp.inf, jnp.inf, logits), axis=-1)
+
+
+def pick(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
+    """The logit of the given class of every example."""
     return jnp.sum(jnp.where(_one_hot(logits, classes), logits, 0), axis=-1)
 
 

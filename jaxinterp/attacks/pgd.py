@@ -1,70 +1,101 @@
-"""PGD, projected gradient descent from a random start (Madry et al. 2018, arXiv 1706.06083)."""
+"""PGD, projected gradient descent from random starts (Madry et al. 2018, arXiv 1706.06083)."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, per_example
-from jaxinterp.attacks.constraint import Norm, project, random_in_ball
+from jaxinterp.attacks.constraint import movable, project, random_in_ball, sparse
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
 
 @pytree
 class PGD:
-    """Steepest descent of cross-entropy in an Linf or L2 ball, from a point uniform in the ball.
+    """Steepest descent of cross-entropy in an Linf, L2 or L1 ball, from points uniform in the ball.
 
-    The latest iterate that succeeded is returned.
+    In L1 a step moves a small part of the components by equal amounts (SLIDE, Tramer and Boneh 2019, arXiv
+    1904.13000, section 4). The latest iterate that succeeded is returned.
 
     Attributes:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
         step_size: length of a step in the ball's norm; None means 2.5 eps / steps.
         kappa: confidence, the margin of logits that counts as success.
-        norm: "linf" or "l2".
-        steps: number of steps K.
-        random_start: start at a random point instead of the original image.
+        sparsity: the part of all components that a step in L1 moves.
+        norm: "linf", "l2" or "l1".
+        steps: number of steps K of a run.
+        restarts: number of runs. An example that has succeeded starts no further one.
+        random_start: start the first run, too, at a random point instead of the original image.
         stop_on_success: stop an example at its first success.
     """
 
     name: ClassVar[str] = "pgd"
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2")}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2", "l1")}
 
     eps: Real = 8 / 255
     step_size: Real | None = None
     kappa: Real = 0.0
-    norm: Norm = static(default="linf")
+    sparsity: Real = 0.01
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
     steps: int = static(default=20)
+    restarts: int = static(default=1)
     random_start: bool = static(default=True)
     stop_on_success: bool = static(default=False)
 
     @property
     def iterations(self) -> int:
-        """K steps, and one that judges the last iterate."""
-        return self.steps + 1
+        """In every run K steps, and one that judges the last iterate."""
+        return self.restarts * (self.steps + 1)
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> descent.DescentState:
         """Starts at a random point of the ball, on the support and in the box."""
-        start = images
-        if self.random_start:
-            eps = per_example(self.eps, images)
-            start = project(random_in_ball(keys, images, eps, self.norm), images, eps, self.norm, support)
-        return descent.start(
+        state = descent.start(
             Examples(images, labels, targets, support),
-            start,
+            images,
             eps=self.eps,
-            step_size=self.step_size,
+            step_size=descent.default_step_size(self.eps, self.steps) if self.step_size is None else self.step_size,
             kappa=self.kappa,
-            steps=self.steps,
+            keys=keys,
+            memory=jnp.maximum(jnp.ceil(per_example(self.sparsity, images) * images[0].size), 1),
         )
+        return self._begin(state) if self.random_start else state
 
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One step of steepest descent."""
-        return descent.step(model, state, which=self.norm, steps=self.steps, stop_on_success=self.stop_on_success)
+        state = descent.step(
+            model,
+            state,
+            _sparse if self.norm == "l1" else descent.steepest(self.norm),
+            steps=self.steps,
+            runs=self.restarts,
+            stop_on_success=self.stop_on_success,
+        )
+        return self._begin(state) if self.restarts > 1 else state
 
     @canonical
     def result(self, state: descent.DescentState) -> AttackResult:
         """The latest iterate that succeeded."""
         return descent.result(state)
+
+    def _begin(self, state: descent.DescentState) -> descent.DescentState:
+        """Random starts for the examples that begin a run."""
+        images, support = state.examples.images, state.examples.support
+
+        def begin(keys):
+            start = random_in_ball(keys, images, state.eps, self.norm)
+            return project(start, images, state.eps, self.norm, support), state.memory
+
+        return descent.restart(state, begin, steps=self.steps)
+
+
+def _sparse(model, state):
+    """A step by equal parts of as many components as `state.memory` says."""
+    logits, ascent = descent.gradient(model, state)
+    # The box is in the way of components at 0 and 1: without them, no part of the step is lost.
+    direction = sparse(movable(ascent, state.images), state.memory)
+    return logits, descent.towards(state, direction, "l1"), state.memory

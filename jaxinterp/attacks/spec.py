@@ -1,9 +1,14 @@
-"""Attacks as text, for command lines and configs: `NAME` or `NAME:parameter=value,parameter=value`."""
+"""Attacks as text, for command lines and configs: `NAME` or `NAME:parameter=value,parameter=value`.
+
+A parameter made of parts takes their names, joined by `+`, each with parameters of its own in brackets where they
+differ from the defaults: `mifgsm:steps=20,transforms=ni+vmi(samples=5,beta=1)`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +19,8 @@ from jaxinterp.network import suggest
 
 def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Attack:
     """The attack that `text` names, such as `cw:steps=100,kappa=5` or `ifgsm:eps=4/255`.
+
+    An attack whose fields hold parts lists the parts of each by name in a class variable `parts`.
 
     Args:
         text: name of the attack, and parameters that differ from its defaults; numbers may be fractions.
@@ -27,19 +34,56 @@ def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mappin
     name = name.strip().lower()
     if name not in known:
         raise ValueError(f"unknown attack {name!r}{suggest(name, known)}")
-    fields = {field.name: field for field in dataclasses.fields(known[name])}
-    values = dict((presets or {}).get(name, {}))
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    return _build(known[name], rest, f"attack {name}", name, dict((presets or {}).get(name, {})))
+
+
+def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any]) -> Any:
+    """An attack or a part of one, from `values` and what `text` says."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    parts = getattr(kind, "parts", {})
+    for item in _split(text, ","):
         parameter, equals, value = (part.strip() for part in item.partition("="))
         if not equals or parameter not in fields:
-            raise ValueError(f"unknown parameter {parameter!r} of attack {name}{suggest(parameter, fields)}")
-        values[parameter] = _value(value, fields[parameter], f"{name}:{parameter}")
-    return known[name](**values)
+            raise ValueError(f"unknown parameter {parameter!r} of {whole}{suggest(parameter, fields)}")
+        if parameter in parts:
+            values[parameter] = tuple(
+                _part(part, parts[parameter], f"{name}:{parameter}") for part in _split(value, "+")
+            )
+        else:
+            values[parameter] = _value(value, fields[parameter], f"{name}:{parameter}")
+    return kind(**values)
+
+
+def _part(text: str, known: Mapping[str, type], whole: str) -> Any:
+    match = re.fullmatch(r"([^()]*)(?:\((.*)\))?", text)
+    name, inside = (match[1].strip().lower(), match[2] or "") if match else (text, "")
+    if name not in known:
+        raise ValueError(f"unknown part {name!r} of {whole}{suggest(name, known)}")
+    return _build(known[name], inside, name, f"{whole}={name}", {})
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """What stands between separators, except those in brackets."""
+    parts = re.split(rf"[{separator}](?![^(]*\))", text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def parameters(attack: Attack) -> dict[str, Any]:
-    """Every hyper-parameter of an attack, for a config."""
+    """Every hyper-parameter of an attack."""
     return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]  # every attack is one
+
+
+def record(attack: Attack) -> dict[str, Any]:
+    """The attack's name and every hyper-parameter, as JSON holds them, for a config; parts by their names."""
+    return {"attack": attack.name, **_plain(attack)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [{"name": part.name, **_plain(part)} if dataclasses.is_dataclass(part) else part for part in value]  # type: ignore[attr-defined]  # parts have names
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
 
 def _value(text: str, field: dataclasses.Field, name: str) -> Any:
@@ -63,11 +107,17 @@ def _value(text: str, field: dataclasses.Field, name: str) -> Any:
 
 def describe(attack: Attack) -> str:
     """All hyper-parameters in a line, such as `eps=0.0314, steps=20`; those that are None are chosen by others."""
-    return ", ".join(f"{name}={_shown(v)}" for name, v in parameters(attack).items() if v is not None)
+    return ", ".join(f"{name}={_shown(v)}" for name, v in parameters(attack).items() if v not in (None, ()))
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):
+        return "+".join(map(_shown, value))
+    if not dataclasses.is_dataclass(value):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    inside = ", ".join(f"{name}={_shown(v)}" for name, v in fields.items())
+    return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # parts have names
 
 
 def explain(known: Mapping[str, type]) -> Iterator[str]:

@@ -105,7 +105,11 @@ BAD = {
     "too few ids": ({"ids": [1, 2]}, ValueError, r"ids must have shape \[3\]"),
     "ids of text": ({"ids": ["a", "b", "c"]}, TypeError, "ids must be integers"),
     "ids of 64 bits": ({"ids": [0, 1, 2**40]}, ValueError, "ids must be from 0 to"),
-    "unknown norm": ({"attack": with_field(PGD(), "norm", "l7")}, ValueError, "norm must be one of linf, l2, got 'l7'"),
+    "unknown norm": (
+        {"attack": with_field(PGD(), "norm", "l7")},
+        ValueError,
+        "norm must be one of linf, l2, l1, got 'l7'",
+    ),
     "one logit": ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, r"model must map .* to logits \[3,K\], got \(3,\)"),
     "one class": ({"model": lambda x: x[:, 0, 0, :1]}, ValueError, r"model must have at least two classes.*\(3, 1\)"),
     "one row of logits": ({"model": lambda x: x[:1, 0, 0]}, ValueError, r"model must map .*\[3,K\], got \(1, 2\)"),

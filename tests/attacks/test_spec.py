@@ -1,12 +1,13 @@
 """Attacks as text: defaults, presets, fractions, and errors that name what was meant."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 
-from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD
-from jaxinterp.attacks.spec import describe, explain, from_spec, parameters
+from jaxinterp.attacks import ATTACKS, CW, IFGSM, MIFGSM, PGD, DiverseInputs, Nesterov, VarianceTuning
+from jaxinterp.attacks.spec import describe, explain, from_spec, parameters, record
 
 
 def test_values_and_defaults():
@@ -23,17 +24,31 @@ def test_presets_stand_behind_what_is_given():
     assert from_spec("cw:steps=9", ATTACKS, presets) == CW(steps=9, initial_const=1.0)
 
 
+def test_parts_by_name_with_parameters_in_brackets():
+    assert from_spec("mifgsm:transforms=ni", ATTACKS) == MIFGSM(transforms=(Nesterov(),))
+    text = "mifgsm:transforms= vmi(samples=5, beta=3/2) + NI+di(smallest=0.8) , steps=7"
+    attack = MIFGSM(transforms=(VarianceTuning(samples=5), Nesterov(), DiverseInputs(smallest=0.8)), steps=7)
+    assert from_spec(text, ATTACKS) == attack
+    assert "transforms=vmi(beta=1.5, samples=5)+ni+di(probability=0.5, smallest=0.8), steps=7" in describe(attack)
+    assert "transforms" not in describe(MIFGSM())
+    assert from_spec("mifgsm:transforms=", ATTACKS) == MIFGSM()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("cww", r"unknown attack 'cww'; did you mean 'cw'"),
-        ("deepfool", "unknown attack 'deepfool'; known: ifgsm, pgd, cw"),
+        ("voodoo", "unknown attack 'voodoo'; known: ifgsm, pgd, cw"),
         ("cw:stepz=3", "unknown parameter 'stepz' of attack cw; did you mean 'steps'"),
         ("cw:steps", "unknown parameter 'steps'"),
         ("cw:steps=many", "cw:steps must be a whole number, got 'many'"),
         ("cw:steps=1.5", "whole number"),
         ("ifgsm:eps=1/0", "ifgsm:eps must be a number"),
         ("ifgsm:stop_on_success=maybe", "true or false"),
+        ("mifgsm:transforms=ni+dii", "unknown part 'dii' of mifgsm:transforms; did you mean 'di'"),
+        ("mifgsm:transforms=vmi(sample=5)", "unknown parameter 'sample' of vmi; did you mean 'samples'"),
+        ("mifgsm:transforms=vmi(samples=x)", "mifgsm:transforms=vmi:samples must be a whole number, got 'x'"),
+        ("mifgsm:transforms=si+vmi", "vmi must come before"),
     ],
 )
 def test_errors(text, message):
@@ -44,6 +59,9 @@ def test_errors(text, message):
 def test_parameters_rebuild_the_attack_and_describe_it():
     for attack in (IFGSM(steps=3), PGD(norm="l2"), CW(kappa=2.0)):
         assert type(attack)(**parameters(attack)) == attack
+    assert record(IFGSM(steps=3)) == {"attack": "ifgsm", **parameters(IFGSM(steps=3))}
+    written = json.loads(json.dumps(record(MIFGSM(transforms=(VarianceTuning(samples=5), Nesterov())))))
+    assert written["transforms"] == [{"name": "vmi", "beta": 1.5, "samples": 5}, {"name": "ni"}]
     assert describe(IFGSM()) == "eps=0.03137, kappa=0, steps=20, stop_on_success=False"
 
 

@@ -1,0 +1,352 @@
+"""APGD, projected gradient descent that chooses its step sizes (Croce and Hein 2020, arXiv 2003.01690, section 3).
+
+    z = P(x_k - a D(grad L(x_k)))
+    x_{k+1} = P(x_k + 3/4 (z - x_k) + 1/4 (x_k - x_{k-1}))
+
+In Linf and L2 the step size a is halved, and the search goes back to the best point, at checkpoints where there was
+too little progress. In L1 a step moves a number of components that follows from the sparsity of the best point, and
+there is no momentum (Croce and Hein 2021, arXiv 2103.01208, algorithm 1). Every example has checkpoints, step size,
+best point and restarts of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxinterp.attacks import descent, objective
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example, select
+from jaxinterp.attacks.constraint import distance, project, random_in_ball, sparse, steepest
+from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
+
+_ALPHA = 0.75  # the share of the gradient in a step; the rest is momentum
+_RHO = 0.75  # the share of steps between checkpoints that must lower the loss
+
+
+@pytree
+class Halving:
+    """Step size and progress since the last checkpoint, in Linf and L2.
+
+    Attributes:
+        size: step size a.
+        lowered: steps since the checkpoint that lowered the loss.
+        checked: number of the step at the checkpoint.
+        best_loss: the lowest loss at the checkpoint.
+        halved: whether a was halved there.
+    """
+
+    size: Float[Array, " b"]
+    lowered: Int[Array, " b"]
+    checked: Int[Array, " b"]
+    best_loss: Float[Array, " b"]
+    halved: Bool[Array, " b"]
+
+    @classmethod
+    def start(cls, size: Float[Array, " b"]) -> Halving:
+        """Before the first step."""
+        zeros = jnp.zeros(size.shape, jnp.int32)
+        return cls(size, zeros, zeros, jnp.full_like(size, -jnp.inf), zeros.astype(bool))
+
+    def update(self, k: Int[Array, " b"], steps: int, search: Search) -> tuple[Halving, Bool[Array, " b"]]:
+        """The rule after k steps of `steps`, and who goes back to the best point."""
+        lowered = self.lowered + search.lowered
+        due = jnp.any(k[:, None] == jnp.asarray(checkpoints(steps)), axis=1)
+        too_few = lowered < _RHO * (k - self.checked)
+        stuck = ~self.halved & (search.best_loss == self.best_loss)
+        halve = due & (too_few | stuck)
+        checked = Halving(jnp.where(halve, self.size / 2, self.size), jnp.zeros_like(k), k, search.best_loss, halve)
+        return select(due, checked, dataclasses.replace(self, lowered=lowered)), halve
+
+
+@pytree
+class Sparsity:
+    """Step size and number of components that a step moves, in L1.
+
+    Attributes:
+        size: step size a, between its start and a tenth of it.
+        largest: step size at the start.
+        moved: number of components that a step moves.
+        changed: number of components in which the best point at the last checkpoint differed from the original.
+    """
+
+    size: Float[Array, " b"]
+    largest: Float[Array, " b"]
+    moved: Float[Array, " b"]
+    changed: Float[Array, " b"]
+
+    @classmethod
+    def start(cls, size: Float[Array, " b"], components: int) -> Sparsity:
+        """Before the first step: a fifth of all components."""
+        return cls(size, size, jnp.full_like(size, components // 5), jnp.full_like(size, components))
+
+    def update(
+        self, k: Int[Array, " b"], steps: int, search: Search, original: Float[Array, "b h w c"]
+    ) -> tuple[Sparsity, Bool[Array, " b"]]:
+        """The rule after k steps of `steps`, and who goes back to the best point."""
+        due = (k > 0) & (k % max(int(0.04 * steps), 1) == 0)
+        changed = distance(search.best - original, "l0")
+        sparser = changed < 0.95 * self.changed
+        size = jnp.where(sparser, self.largest, jnp.maximum(self.size / 1.5, self.largest / 10))
+        checked = Sparsity(size, self.largest, jnp.maximum(jnp.floor(changed / 1.5), 1), changed)
+        return select(due, checked, self), due & sparser
+
+
+@pytree
+class Search:
+    """What APGD remembers in a run, beside the iterate.
+
+    Attributes:
+        previous: the iterate before.
+        best: the iterate with the lowest loss.
+        best_ascent: gradient there, in Linf and L2 its direction.
+        best_loss: loss there.
+        loss: of the iterate before.
+        lowered: whether the step to the iterate lowered the loss.
+        rule: how step sizes are chosen.
+        rivals: classes to be reached one after the other, a run or more for each.
+    """
+
+    previous: Float[Array, "b h w c"]
+    best: Float[Array, "b h w c"]
+    best_ascent: Float[Array, "b h w c"]
+    best_loss: Float[Array, " b"]
+    loss: Float[Array, " b"]
+    lowered: Bool[Array, " b"]
+    rule: Halving | Sparsity
+    rivals: Int[Array, "b m"] | None
+
+    def evaluated(
+        self, images: Float[Array, "b h w c"], loss: Float[Array, " b"], ascent: Float[Array, "b h w c"]
+    ) -> Search:
+        """With the loss and its ascent at the iterate."""
+        best, best_ascent, best_loss = select(
+            loss < self.best_loss, (images, ascent, loss), (self.best, self.best_ascent, self.best_loss)
+        )
+        return dataclasses.replace(
+            self, best=best, best_ascent=best_ascent, best_loss=best_loss, loss=loss, lowered=loss < self.loss
+        )
+
+
+@functools.cache
+def checkpoints(steps: int) -> tuple[int, ...]:
+    """Numbers of steps after which progress is judged: ceil(p_j K), p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)."""
+    # In whole hundredths, so that a product which is a whole number is not rounded up.
+    before, now, found = 0, 22, []
+    while now <= 100:
+        found.append(-(-now * steps // 100))
+        before, now = now, now + max(now - before - 3, 6)
+    return tuple(sorted(set(found)))
+
+
+@pytree
+class APGD:
+    """Descent of cross-entropy or of the difference of logits ratio, in an Linf, L2 or L1 ball.
+
+    The latest iterate that succeeded is returned.
+
+    Attributes:
+        eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
+        step_size: the first step size, in the ball's norm; None means 2 eps, in L1 eps.
+        kappa: confidence, the margin of logits that counts as success.
+        norm: "linf", "l2" or "l1".
+        loss: "ce", cross-entropy, or "dlr", the difference of logits ratio.
+        steps: number of steps K of a run.
+        restarts: number of runs. An example that has succeeded starts no further one.
+        random_start: start the first run, too, at a point uniform in the ball instead of the original image.
+        stop_on_success: stop an example at its first success.
+    """
+
+    name: ClassVar[str] = "apgd"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2", "l1"), "loss": ("ce", "dlr")}
+
+    eps: Real = 8 / 255
+    step_size: Real | None = None
+    kappa: Real = 0.0
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
+    loss: Literal["ce", "dlr"] = static(default="ce")
+    steps: int = static(default=100)
+    restarts: int = static(default=1)
+    random_start: bool = static(default=True)
+    stop_on_success: bool = static(default=False)
+
+    @property
+    def iterations(self) -> int:
+        """In every run K steps, and one that judges the last iterate."""
+        return self.restarts * (self.steps + 1)
+
+    @canonical
+    def init(self, model, images, labels, targets, keys, support=None) -> descent.DescentState:
+        """Starts at a random point of the ball, on the support and in the box."""
+        return _start(self, Examples(images, labels, targets, support), keys, rivals=None)
+
+    @canonical
+    def step(self, model, state: descent.DescentState) -> descent.DescentState:
+        """One step for every example, at its own place in its own search."""
+        examples = state.examples
+        loss = objective.likelihood if self.loss == "ce" else objective.dlr
+        return _step(
+            self, model, state, lambda logits: loss(logits, examples.labels, examples.targets), runs=self.restarts
+        )
+
+    @canonical
+    def result(self, state: descent.DescentState) -> AttackResult:
+        """The latest iterate that succeeded."""
+        return descent.result(state)
+
+
+@pytree
+class APGDT:
+    """APGD on the difference of logits ratio towards one rival class after the other.
+
+    The rivals are those with the largest logits of the original image; any class but the label is a success. Where
+    targets are given, only these are attacked. The latest iterate that succeeded is returned.
+
+    Attributes:
+        eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
+        step_size: the first step size, in the ball's norm; None means 2 eps, in L1 eps.
+        kappa: confidence, the margin of logits that counts as success.
+        norm: "linf", "l2" or "l1".
+        classes: number of rivals.
+        steps: number of steps K of a run.
+        restarts: number of runs for every rival. An example that has succeeded starts no further one.
+        random_start: start the first run, too, at a point uniform in the ball instead of the original image.
+        stop_on_success: stop an example at its first success.
+    """
+
+    name: ClassVar[str] = "apgdt"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2", "l1")}
+
+    eps: Real = 8 / 255
+    step_size: Real | None = None
+    kappa: Real = 0.0
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
+    classes: int = static(default=9)
+    steps: int = static(default=100)
+    restarts: int = static(default=1)
+    random_start: bool = static(default=True)
+    stop_on_success: bool = static(default=False)
+
+    @property
+    def iterations(self) -> int:
+        """At most this many: there may be fewer rivals, and given targets have one run each."""
+        return self.classes * self.restarts * (self.steps + 1)
+
+    @canonical
+    def init(self, model, images, labels, targets, keys, support=None) -> descent.DescentState:
+        """Ranks the rivals; an image that is adversarial already is done."""
+        examples = Examples(images, labels, targets, support)
+        if targets is not None:
+            return _start(self, examples, keys, rivals=None)
+        logits = model(images)
+        others = jnp.where(jnp.arange(logits.shape[1]) == labels[:, None], -jnp.inf, logits)
+        rivals = jnp.argsort(others, axis=1, descending=True)[:, : min(self.classes, logits.shape[1] - 1)]
+        state = _start(self, examples, keys, rivals=rivals.astype(jnp.int32))
+        already = objective.succeeded(logits, labels, targets, state.kappa)
+        record = state.record.update(
+            images=images,
+            found=already,
+            better=already,
+            iteration=state.count,
+            forward=jnp.ones_like(already),
+            backward=jnp.zeros_like(already),
+        )
+        return dataclasses.replace(state, record=record, done=already)
+
+    @canonical
+    def step(self, model, state: descent.DescentState) -> descent.DescentState:
+        """One step for every example, towards its own rival."""
+        examples, rivals = state.examples, state.memory.rivals
+        if rivals is None:
+            loss, runs = lambda logits: objective.dlr(logits, examples.labels, examples.targets), self.restarts
+        else:
+            runs = rivals.shape[1] * self.restarts
+            # The last run's rival for those that are done.
+            place = jnp.minimum(state.count // (self.steps + 1), runs - 1) // self.restarts
+            rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
+            loss = lambda logits: objective.dlr_of_rival(logits, examples.labels, rival)  # noqa: E731
+        return _step(self, model, state, loss, runs=runs)
+
+    @canonical
+    def result(self, state: descent.DescentState) -> AttackResult:
+        """The latest iterate that succeeded."""
+        return descent.result(state)
+
+
+def _start(attack: APGD | APGDT, examples: Examples, keys: Any, rivals: Any) -> descent.DescentState:
+    first = (1 if attack.norm == "l1" else 2) * attack.eps if attack.step_size is None else attack.step_size
+    state = descent.start(examples, examples.images, eps=attack.eps, step_size=first, kappa=attack.kappa, keys=keys)
+    search = _search(attack, examples.images, per_example(first, examples.images), rivals)
+    state = dataclasses.replace(state, memory=search)
+    return _begin(attack, state) if attack.random_start else state
+
+
+def _search(attack, images, size, rivals):
+    """The memory at the start of a run."""
+    rule = Sparsity.start(size, images[0].size) if attack.norm == "l1" else Halving.start(size)
+    return Search(
+        previous=images,
+        best=images,
+        best_ascent=jnp.zeros_like(images),
+        best_loss=jnp.full_like(size, jnp.inf),
+        loss=jnp.full_like(size, -jnp.inf),
+        lowered=jnp.zeros(size.shape, bool),
+        rule=rule,
+        rivals=rivals,
+    )
+
+
+def _begin(attack: APGD | APGDT, state: descent.DescentState) -> descent.DescentState:
+    """A random start for the examples that begin a run."""
+    original, support = state.examples.images, state.examples.support
+
+    # The authors' program scales the random direction to the surface of the ball in Linf and L2.
+    def begin(keys):
+        start = random_in_ball(keys, original, state.eps, attack.norm)
+        start = project(start, original, state.eps, attack.norm, support)
+        return start, _search(attack, start, state.step_size, state.memory.rivals)
+
+    return descent.restart(state, begin, steps=attack.steps)
+
+
+def _step(attack: APGD | APGDT, model, state: descent.DescentState, loss, *, runs: int) -> descent.DescentState:
+    state = descent.step(
+        model,
+        state,
+        functools.partial(_move, norm=attack.norm, steps=attack.steps, objective_of=loss),
+        steps=attack.steps,
+        runs=runs,
+        stop_on_success=attack.stop_on_success,
+    )
+    return _begin(attack, state) if runs > 1 else state
+
+
+def _move(model, state, *, norm, steps, objective_of):
+    """Algorithm 1, from the iterate x_k to the next."""
+    examples, search = state.examples, state.memory
+    logits, loss, gradient = objective.value_and_gradient(model, state.images, objective_of)
+    if examples.support is not None:
+        gradient = jnp.where(examples.support, gradient, 0)
+    ascent = gradient if norm == "l1" else steepest(gradient, norm)
+    search = search.evaluated(state.images, loss, ascent)
+
+    k = state.count % (steps + 1)
+    if norm == "l1":
+        rule, back = search.rule.update(k, steps, search, examples.images)
+    else:
+        rule, back = search.rule.update(k, steps, search)
+    x, ascent = select(back, (search.best, search.best_ascent), (state.images, ascent))
+    direction = sparse(ascent, rule.moved) if norm == "l1" else ascent
+
+    def inside(point):
+        return project(point, examples.images, state.eps, norm, examples.support)
+
+    moved = inside(x - along(rule.size, x) * direction)
+    if norm != "l1":
+        alpha = along(jnp.where(k == 0, 1.0, _ALPHA), x)
+        moved = inside(x + alpha * (moved - x) + (1 - alpha) * (x - search.previous))
+    return logits, moved, dataclasses.replace(search, previous=x, rule=rule)

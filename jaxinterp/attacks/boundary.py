@@ -1,0 +1,96 @@
+"""The decision boundaries of a network, linearised at an image: what DeepFool and FAB step to.
+
+Between the class a that has to lose and the class b that has to win, the boundary is where Z_b - Z_a = kappa, to first
+order the hyperplane <normal, d> = gap with normal = grad(Z_b - Z_a) and gap = kappa - (Z_b - Z_a), at the distance
+|gap| / ||normal||_q, q the dual of the norm in which d is measured. Without a target, a is the label and b one of its
+rivals; with one, a is the largest other class and b the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxinterp.attacks import objective
+from jaxinterp.attacks.attack import Examples, along, select
+from jaxinterp.attacks.constraint import DUAL, Norm, distance
+from jaxinterp.pytree import pytree
+
+_TINY = 1e-30
+
+
+@pytree
+class Boundary:
+    """A hyperplane <normal, d> = gap for every example, scaled so that the largest |component| of the normal is 1.
+
+    `distance` is infinite where the network has no slope there; normal and gap are then zero.
+    """
+
+    normal: Float[Array, "b h w c"]
+    gap: Float[Array, " b"]
+    distance: Float[Array, " b"]
+
+
+def passes(logits: Float[Array, "b k"], examples: Examples, candidates: int) -> int:
+    """How many backward passes `nearest` makes."""
+    return 1 if examples.targets is not None else min(candidates, logits.shape[-1] - 1)
+
+
+def nearest(
+    pull_back: Callable[[Array], Float[Array, "b h w c"]],
+    logits: Float[Array, "b k"],
+    examples: Examples,
+    kappa: Float[Array, " b"],
+    candidates: int,
+    which: Norm,
+) -> Boundary:
+    """The nearest boundary, of those with the `candidates` rivals whose logits are the largest.
+
+    The backward passes run one after the other: together they would need `candidates` times the memory, and a batch
+    gives the machine enough to do.
+    """
+    axes = tuple(range(1, examples.images.ndim))
+    rivals = _rivals(logits, examples, candidates)
+
+    def consider(i, best):
+        losing, winning = (
+            (rivals[i], examples.targets) if examples.targets is not None else (examples.labels, rivals[i])
+        )
+        normal = pull_back(jax.nn.one_hot(winning, logits.shape[-1]) - jax.nn.one_hot(losing, logits.shape[-1]))
+        largest = jnp.max(jnp.abs(normal), axis=axes)
+        scale = 1 / jnp.maximum(largest, _TINY)
+        normal, gap = normal * along(scale, normal), scale * lacking(logits, losing, winning, kappa)
+        away = jnp.abs(gap) / distance(normal, DUAL[which])
+        new = Boundary(normal, gap, away)
+        return select(jnp.isfinite(away) & (away < best.distance), new, best)
+
+    none = Boundary(jnp.zeros_like(examples.images), jnp.zeros_like(kappa), jnp.full_like(kappa, jnp.inf))
+    return lax.fori_loop(0, passes(logits, examples, candidates), consider, none)
+
+
+def lacking(
+    logits: Float[Array, "b k"], losing: Int[Array, " b"], winning: Int[Array, " b"], kappa: Float[Array, " b"]
+) -> Float[Array, " b"]:
+    """What the difference of two logits lacks for a success that is twice as safe from rounding as it must be."""
+    spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
+    return kappa + 2 * objective.ROUNDING * spread - (objective.pick(logits, winning) - objective.pick(logits, losing))
+
+
+def _rivals(logits, examples, candidates):
+    """The largest classes other than label or target, [candidates,B] (one with targets), the largest first."""
+    if examples.targets is None:
+        chosen, count = examples.labels, candidates
+    else:
+        chosen, count = examples.targets, 1
+    others = jnp.where(jnp.arange(logits.shape[-1]) == chosen[:, None], -jnp.inf, logits)
+    return jnp.argsort(others, axis=-1, descending=True)[:, :count].T
+
+
+def pair(logits: Float[Array, "b k"], examples: Examples) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
+    """The class that has to lose and the one that has to win, at the boundary with the largest logits."""
+    (rival,) = _rivals(logits, examples, 1)
+    return (examples.labels, rival) if examples.targets is None else (rival, examples.targets)

@@ -1,0 +1,169 @@
+"""Attacks one after the other as one attack: what the first does not break, the next one tries.
+
+The usual way to measure robustness at a budget: cheap attacks come first, and an image that one of them breaks costs
+the others nothing (Croce and Hein 2020, arXiv 2003.01690, section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int, UInt
+
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, per_example, select
+from jaxinterp.attacks.constraint import NORMS, Norm
+from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
+
+
+@pytree
+class ChainState:
+    """The states of all stages, and the stage that every example is in.
+
+    In the state of a stage an example is done before it begins the stage and again when it has left it, so that steps
+    of the stage pass it by.
+    """
+
+    examples: Examples
+    stages: tuple[Any, ...]
+    keys: UInt[Array, "b n"]
+    stage: Int[Array, " b"]
+    iterations: Int[Array, " b"]  # the step in which the example first succeeded, or -1
+    count: Int[Array, " b"]  # steps that it has taken, in all stages
+    done: Bool[Array, " b"]
+
+
+@pytree
+class Chain:
+    """Attacks in stages: an example enters the next stage when a stage ends without success.
+
+    A step is a step of the earliest stage that any unfinished example is in; examples in later stages wait for it
+    and stay as they are. An example begins a stage, and pays for its first passes, only when it gets there. Each stage
+    draws from a key of its own.
+
+    Without `eps` every stage runs to its own end. With it the chain asks for any success within the budget: an example
+    is done at the first one.
+
+    Attributes:
+        stages: the attacks, in their order.
+        eps: radius of the ball, in place of that of every stage that has one, and the largest distance at which a
+            success of a minimum-norm attack counts; None leaves all as they are.
+        kappa: confidence, the margin of logits that counts as success, in place of that of every stage.
+        norm: the norm of `eps`: "linf", "l2", "l1" or "l0".
+    """
+
+    name: ClassVar[str] = "chain"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": NORMS}
+
+    stages: tuple[Any, ...]
+    eps: Real | None = None
+    kappa: Real = 0.0
+    norm: Norm = static(default="linf")
+
+    @property
+    def iterations(self) -> int:
+        """Those of all stages."""
+        return sum(attack.iterations for attack in self.stages)
+
+    def init(self, model, images, labels, targets, keys, support=None) -> ChainState:
+        """Nobody has begun the first stage; no pass is made.
+
+        Raises:
+            ValueError: no stages, or one whose norm is not that of `eps`.
+        """
+        self._check()
+        problem = images, labels, targets, keys, support
+        zeros = jnp.zeros(images.shape[0], jnp.int32)
+        return ChainState(
+            examples=Examples(images, labels, targets, support),
+            stages=tuple(_waiting(self._attack(i), model, problem) for i in range(len(self.stages))),
+            keys=jax.random.key_data(keys),
+            stage=zeros,
+            iterations=zeros - 1,
+            count=zeros,
+            done=zeros.astype(bool),
+        )
+
+    def step(self, model, state: ChainState) -> ChainState:
+        """One step of the earliest stage that has unfinished examples."""
+        last = len(self.stages) - 1
+        earliest = jnp.min(jnp.where(state.done, last, state.stage))
+        return lax.switch(earliest, [functools.partial(self._step, i, model) for i in range(last + 1)], state)
+
+    def _step(self, i: int, model: Any, state: ChainState) -> ChainState:
+        """One step of stage i for the examples that are in it."""
+        attack, examples = self._attack(i), state.examples
+        here = ~state.done & (state.stage == i)
+
+        def begin(inner):
+            # Nobody pays for a stage, or keeps its states up to date, before the stage is reached.
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(jax.random.wrap_key_data(state.keys))
+            new = attack.init(model, examples.images, examples.labels, examples.targets, keys, examples.support)
+            return select(here & inner.done, new, inner)
+
+        inner = state.stages[i]
+        inner = lax.cond(jnp.any(here & inner.done), begin, lambda inner: inner, inner)
+        inner = lax.cond(jnp.all(inner.done), lambda inner: inner, lambda inner: attack.step(model, inner), inner)
+        found = here & self._succeeded(i, attack.result(inner))
+        if self.eps is not None:
+            inner = dataclasses.replace(inner, done=inner.done | found)
+        left = here & inner.done
+        return dataclasses.replace(
+            state,
+            stages=(*state.stages[:i], inner, *state.stages[i + 1 :]),
+            stage=state.stage + (left & ~found & (i + 1 < len(self.stages))),
+            iterations=jnp.where(found & (state.iterations < 0), state.count, state.iterations),
+            count=state.count + here,
+            done=state.done | (left & (found | (i + 1 == len(self.stages)))),
+        )
+
+    @canonical
+    def result(self, state: ChainState) -> AttackResult:
+        """What the stage found that succeeded, and the passes of all stages."""
+        record = Record.start(state.examples.images)
+        for i, inner in enumerate(state.stages):
+            result = self._attack(i).result(inner)
+            found = self._succeeded(i, result)
+            record = record.update(
+                images=result.images,
+                found=found,
+                better=found,
+                iteration=state.iterations,
+                forward=result.forward,
+                backward=result.backward,
+            )
+        return record.result(state.examples.images)
+
+    def _attack(self, i: int) -> Any:
+        """The attack of stage i, at the chain's confidence and radius."""
+        attack = self.stages[i]
+        radius = {} if self.eps is None or not hasattr(attack, "eps") else {"eps": self.eps}
+        return dataclasses.replace(attack, kappa=self.kappa, **radius)
+
+    def _succeeded(self, i: int, result: AttackResult) -> Bool[Array, " b"]:
+        """Success within eps. Attacks that have a radius keep to it themselves."""
+        if self.eps is None or hasattr(self.stages[i], "eps"):
+            return result.success
+        distance = getattr(result, self.norm)
+        return result.success & (distance <= per_example(self.eps, distance))
+
+    def _check(self) -> None:
+        if not self.stages:
+            raise ValueError("Chain.stages must hold at least one attack, got none")
+        for i, attack in enumerate(self.stages):
+            if self.eps is not None and getattr(attack, "norm", self.norm) != self.norm:
+                raise ValueError(
+                    f"Chain.stages[{i}] must have the chain's norm {self.norm!r}, as eps is given, got {attack.norm!r}"
+                )
+
+
+def _waiting(attack: Any, model: Any, problem: tuple[Any, ...]) -> Any:
+    """The state of a stage that no example has begun: nothing found, nothing paid, done."""
+    shapes = jax.eval_shape(lambda *problem: attack.init(model, *problem), *problem)
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return dataclasses.replace(empty, done=jnp.ones_like(empty.done))

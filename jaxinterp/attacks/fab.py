@@ -1,0 +1,234 @@
+"""FAB, the fast adaptive boundary attack (Croce and Hein 2020, arXiv 1907.02044, algorithm 1).
+
+    d = proj_p(x; pi, box),  d_0 = proj_p(x_0; pi, box)       pi the nearest of the linearised boundaries
+    a = min(||d||_p / (||d||_p + ||d_0||_p), alpha_max)
+    x <- proj_box((1 - a) (x + eta d) + a (x_0 + eta d_0))
+    x <- (1 - beta) x_0 + beta x                               after a success
+
+from x_0 and from random starts; then three steps of a search between x_0 and the nearest success.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jaxinterp.attacks import boundary, objective
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
+from jaxinterp.attacks.constraint import Norm, distance, to_hyperplane
+from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
+
+_SEARCH = 3  # steps of the final search
+_BEYOND = 0.01  # of the rest of the segment
+_REACH = {"linf": 0.3, "l2": 1.0, "l1": 5.0}  # of the authors' program
+_TINY = 1e-30
+
+
+@pytree
+class FABState:
+    """Every example's iterate, nearest success and place in the search; `count` is the number of iterations so far."""
+
+    examples: Examples
+    record: Record
+    best: Float[Array, " b"]  # norm of the nearest success
+    best_logits: Float[Array, "b k"]
+    inner: Float[Array, " b"]  # part of the way to the nearest success up to which there is none
+    inner_logits: Float[Array, "b k"]
+    part: Float[Array, " b"]  # of the way to the nearest success, where the final search looks next
+    images: Float[Array, "b h w c"]
+    alpha_max: Float[Array, " b"]
+    beta: Float[Array, " b"]
+    eta: Float[Array, " b"]
+    reach: Float[Array, " b"]
+    kappa: Float[Array, " b"]
+    key: UInt[Array, "b n"] | None
+    count: Int[Array, " b"]
+    done: Bool[Array, " b"]
+
+
+@pytree
+class FAB:
+    """The smallest perturbation in L2, Linf or L1, by projections onto linearised boundaries inside the box.
+
+        x <- (1 - a) (x + eta d) + a (x_0 + eta d_0)      (Croce and Hein 2020, arXiv 1907.02044)
+
+    with d and d_0 the shortest ways from x and x_0 to the nearest linearised boundary. An iteration costs two forward
+    passes and a backward pass for every candidate, or one with a target.
+
+    Attributes:
+        alpha_max: largest bias a towards the original.
+        beta: after a success, the iterate goes back to this part of its distance from the original.
+        eta: extrapolation beyond the boundary.
+        reach: a restart begins at half this distance from the original, or half the distance of the nearest success
+            where that is less; None means 0.3 in Linf, 1 in L2, 5 in L1.
+        kappa: confidence, the margin of logits that counts as success; the boundaries are moved by it.
+        norm: "l2", "linf" or "l1".
+        candidates: how many rivals of the label are considered without a target: those with the largest logits at the
+            current iterate. (The authors' program takes all, at a backward pass for each class.)
+        restarts: number of starts; the first is at the original.
+        steps: iterations after every start.
+    """
+
+    name: ClassVar[str] = "fab"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("l2", "linf", "l1")}
+
+    alpha_max: Real = 0.1
+    beta: Real = 0.9
+    eta: Real = 1.05
+    reach: Real | None = None
+    kappa: Real = 0.0
+    norm: Norm = static(default="l2")
+    candidates: int = static(default=10)
+    restarts: int = static(default=1)
+    steps: int = static(default=100)
+
+    @property
+    def iterations(self) -> int:
+        """All iterations of all starts, and the final search."""
+        return self.restarts * self.steps + _SEARCH
+
+    @canonical
+    def init(self, model, images, labels, targets, keys, support=None) -> FABState:
+        """Starts at the original."""
+        zeros = jnp.zeros(images.shape[0], jnp.int32)
+        logits = jnp.zeros(jax.eval_shape(model, images).shape)
+        return FABState(
+            examples=Examples(images, labels, targets, support),
+            record=Record.start(images),
+            best=per_example(jnp.inf, images),
+            best_logits=logits,
+            inner=per_example(0.0, images),
+            inner_logits=logits,
+            part=per_example(0.0, images),
+            images=images,
+            alpha_max=per_example(self.alpha_max, images),
+            beta=per_example(self.beta, images),
+            eta=per_example(self.eta, images),
+            reach=per_example(_REACH[self.norm] if self.reach is None else self.reach, images),
+            kappa=per_example(self.kappa, images),
+            key=jax.random.key_data(keys) if self.restarts > 1 else None,
+            count=zeros,
+            done=zeros.astype(bool),
+        )
+
+    @canonical
+    def step(self, model, state: FABState) -> FABState:
+        """One iteration of the algorithm, or one step of the final search, for each example by its own count."""
+        examples, active, x = state.examples, ~state.done, state.images
+        start, searching = state.count == 0, state.count >= self.restarts * self.steps
+        logits, pull_back = objective.linearised(model, x, examples.support)
+        # The original judges an iterate before the backward step only. Its logits after it are here without another
+        # pass, and it may still be a success, and then a nearer one.
+        state, found = self._judge(state, x, logits, active)
+        state = self._narrow(state, logits, active & (searching | start), found)
+        moves = active & ~searching & ~(start & found)
+
+        def iterate():
+            near = boundary.nearest(pull_back, logits, examples, state.kappa, self.candidates, self.norm)
+            moved = self._towards(near, state)
+            return moved, model(moved), jnp.isfinite(near.distance)
+
+        moved, logits, slopes = lax.cond(jnp.any(moves), iterate, lambda: (x, logits, jnp.zeros_like(moves)))
+        state, found_moved = self._judge(
+            state, moved, logits, moves, backward=moves * boundary.passes(logits, examples, self.candidates)
+        )
+        back = examples.images + along(state.beta, x) * (moved - examples.images)
+        state = dataclasses.replace(state, images=select(moves, select(found_moved, back, moved), x))
+        # Without a slope all further iterations from this start would be the same.
+        left = jnp.where(moves & ~slopes, self.steps - state.count % self.steps, 1)
+        state = dataclasses.replace(
+            state,
+            count=state.count + active * left,
+            done=state.done | (start & found),
+        )
+        return self._next_start(state, moves)
+
+    def _judge(self, state: FABState, images, logits, who, backward=None) -> tuple[FABState, Bool[Array, " b"]]:
+        """The state with the images of `who` taken into account, at a forward pass each; and which are successes."""
+        examples = state.examples
+        found = who & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+        size = distance(images - examples.images, self.norm)
+        better = found & (size < state.best)
+        record = state.record.update(
+            images=images,
+            found=found,
+            better=better,
+            iteration=state.count,
+            forward=who,
+            backward=jnp.zeros_like(who) if backward is None else backward,
+        )
+        best, best_logits = select(better, (size, logits), (state.best, state.best_logits))
+        return dataclasses.replace(state, record=record, best=best, best_logits=best_logits), found
+
+    def _towards(self, near: boundary.Boundary, state: FABState) -> Float[Array, "b h w c"]:
+        """The next iterate, from the nearest boundary at this one."""
+        x, x0, support = state.images, state.examples.images, state.examples.support
+        delta = x - x0
+        gap_0 = near.gap + jnp.sum(near.normal * delta, axis=tuple(range(1, x.ndim)))
+        # One bisection for both: they do not depend on each other.
+        twice = jax.vmap(lambda images, gap: to_hyperplane(images, near.normal, gap, self.norm, support))
+        d, d_0 = twice(jnp.stack([x, x0]), jnp.stack([near.gap, gap_0]))
+        size, size_0 = distance(d, self.norm), distance(d_0, self.norm)
+        alpha = along(jnp.minimum(size / jnp.maximum(size + size_0, _TINY), state.alpha_max), x)
+        eta = along(state.eta, x)
+        # The formula of the paper, written so that a component that no projection moves stays the very same.
+        return jnp.clip(x0 + (1 - alpha) * (delta + eta * d) + alpha * eta * d_0, 0, 1)
+
+    def _narrow(self, state: FABState, logits, who, found) -> FABState:
+        """The segment of the final search: its outer end is the nearest success, a new one or the same."""
+        inner = jnp.where(found, state.inner / jnp.maximum(state.part, _TINY), state.part)
+        inner_logits = select(found, state.inner_logits, logits)
+        inner, inner_logits = select(who, (inner, inner_logits), (state.inner, state.inner_logits))
+        return dataclasses.replace(state, inner=inner, inner_logits=inner_logits)
+
+    def _next_start(self, state: FABState, moves: Bool[Array, " b"]) -> FABState:
+        """A random start for examples whose iterations from the last one have ended, or a point of the final search."""
+        x0, total = state.examples.images, self.restarts * self.steps
+        images = state.images
+        if state.key is not None:
+            begins = moves & (state.count % self.steps == 0) & (state.count < total)
+            random = lax.cond(jnp.any(begins), lambda: self._random(state), lambda: images)
+            images = select(begins, random, images)
+        # Where the difference of logits of the classes at the outer end would be zero if it were linear on the segment.
+        losing, winning = boundary.pair(state.best_logits, state.examples)
+        inside = boundary.lacking(state.inner_logits, losing, winning, state.kappa)
+        outside = -boundary.lacking(state.best_logits, losing, winning, state.kappa)
+        part = inside / (inside + outside)
+        part = jnp.where((part >= 0) & (part <= 1), part, 1)
+        # A little farther than in the paper: where it is linear, that point fails or succeeds by rounding.
+        part = state.inner + (1 - state.inner) * (part + _BEYOND * (1 - part))
+        between = x0 + along(part, x0) * (state.record.best - x0)
+        searches = ~state.done & (state.count >= total)
+        return dataclasses.replace(
+            state,
+            images=select(searches, between, images),
+            part=jnp.where(searches, part, state.part),
+            done=state.done | (searches & (~state.record.success | (state.count >= total + _SEARCH))),
+        )
+
+    def _random(self, state: FABState) -> Float[Array, "b h w c"]:
+        """Points at half the reach from the originals, in the box and on the support."""
+        assert state.key is not None
+        x0, support = state.examples.images, state.examples.support
+
+        def direction(key_data, count):
+            key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
+            shape = x0.shape[1:]
+            return jax.random.uniform(key, shape, minval=-1.0) if self.norm == "linf" else jax.random.normal(key, shape)
+
+        delta = jax.vmap(direction)(state.key, state.count)
+        if support is not None:
+            delta = jnp.where(support, delta, 0)
+        length = jnp.minimum(state.best, state.reach) / 2 / jnp.maximum(distance(delta, self.norm), _TINY)
+        return jnp.clip(x0 + along(length, x0) * delta, 0, 1)
+
+    @canonical
+    def result(self, state: FABState) -> AttackResult:
+        """The nearest success."""
+        return state.record.result(state.examples.images)

@@ -1,0 +1,136 @@
+"""Chain against the same attacks run by hand one after the other, with other keys and on what is left."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from jaxinterp.attacks import CW, PGD, Chain, Square, advance, finish, run, start
+from jaxinterp.attacks.driver import by_example, coerce, example_keys
+
+SHAPE = (6, 5, 3)
+KEY = jax.random.key(0)
+BATCH = 6
+WEAK = 0.005  # a radius at which PGD breaks some of the images
+
+
+def problem():
+    """A linear model, images whose margins differ, and their labels."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(np.prod(SHAPE), 3)).astype(np.float32)
+    images = rng.uniform(0.35, 0.65, size=(BATCH, *SHAPE)).astype(np.float32)
+    bias = (-images.reshape(BATCH, -1).mean(0) @ weights).astype(np.float32)
+    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    logits = np.asarray(model(jnp.asarray(images)))
+    return model, jnp.asarray(images), jnp.asarray(logits.argmax(1))
+
+
+def alone(attack, stage):
+    """The result of an attack with the keys of the given stage."""
+    model, images, labels = problem()
+    attack = by_example(coerce(attack), BATCH)
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(example_keys(KEY, images))
+    return finish(attack, advance(attack, model, attack.init(model, images, labels, None, keys)))
+
+
+def pick(condition, *results):
+    """Rows of the first result where the condition holds, of the second elsewhere."""
+    return jax.tree.map(lambda a, b: np.where(np.reshape(condition, (-1, *[1] * (a.ndim - 1))), a, b), *results)
+
+
+def test_stages_take_what_is_left_and_passes_add_up():
+    weak, strong = PGD(eps=WEAK, steps=3), PGD(eps=0.2, steps=4)
+    never = Square(eps=0.0, steps=5)
+    model, images, labels = problem()
+    result = run(Chain((never, weak, strong, never)), model, images, labels, key=KEY)
+    zero, one, two = alone(never, 0), alone(weak, 1), alone(strong, 2)
+    assert 0 < np.sum(one.success) < BATCH
+    assert np.all(two.success)
+    expected = pick(one.success, one, two)
+    for field in ("images", "success", "l0", "l1", "l2", "linf"):
+        np.testing.assert_array_equal(getattr(result, field), getattr(expected, field))
+    np.testing.assert_array_equal(zero.forward, 6)
+    later = np.where(one.success, 0, np.asarray(two.forward))
+    np.testing.assert_array_equal(result.forward, 6 + np.asarray(one.forward) + later)
+    np.testing.assert_array_equal(result.backward, 3 + np.where(one.success, 0, 4))
+    before = np.where(one.success, 6, 6 + 4)
+    np.testing.assert_array_equal(result.iterations, before + np.asarray(expected.iterations))
+
+
+def test_a_minimum_norm_stage_counts_within_the_radius_only():
+    cw = CW(lr=0.02, initial_const=0.1, search_steps=3, steps=40)
+    model, images, labels = problem()
+    nearest = run(cw, model, images, labels, key=KEY)
+    assert np.all(nearest.success)
+    eps = float(np.sort(nearest.l2)[2:4].mean())
+    result = run(Chain((cw,), eps=eps, norm="l2"), model, images, labels, key=KEY)
+    np.testing.assert_array_equal(result.success, np.asarray(nearest.l2) <= eps)
+    failed = ~np.asarray(result.success)
+    assert failed.sum() == 3
+    np.testing.assert_array_equal(np.asarray(result.images)[failed], np.asarray(images)[failed])
+    assert (np.asarray(result.l2) <= eps).all()
+    # Any success within the radius will do: no time is spent on a nearer one.
+    np.testing.assert_array_equal(np.asarray(result.forward)[failed], np.asarray(nearest.forward)[failed])
+    found = np.asarray(result.iterations)[~failed]
+    np.testing.assert_array_equal(np.asarray(result.forward)[~failed], 1 + found + 1)
+    # Without a radius, the nearest success is asked for.
+    whole = run(Chain((cw,)), model, images, labels, key=KEY)
+    for field in ("images", "success", "l2", "forward", "backward", "iterations"):
+        np.testing.assert_array_equal(getattr(whole, field), getattr(nearest, field))
+
+
+def test_a_stage_is_begun_and_paid_for_when_it_is_reached():
+    """C&W's first pass, which judges the input, is made when the stage before has failed."""
+    model, images, labels = problem()
+    chain = Chain((PGD(steps=3), CW(search_steps=1, steps=5)), eps=0.0, norm="linf")
+    state = start(chain, model, images, labels, key=KEY)
+    forward = [np.asarray(finish(chain, state).forward)]
+    for _ in range(5):
+        state = advance(chain, model, state, 1)
+        forward.append(np.asarray(finish(chain, state).forward))
+    np.testing.assert_array_equal(np.transpose(forward)[0], [0, 1, 2, 3, 4, 6])
+    assert (np.array(forward) == np.array(forward)[:, :1]).all()
+
+
+def test_an_example_in_a_later_stage_waits_and_stays_as_it_is():
+    model, images, labels = problem()
+    chain = Chain((PGD(eps=0.0, steps=3), Square(eps=0.001, steps=20)))
+    first = start(chain, model, images, labels, key=KEY)
+    ahead = advance(chain, model, first, 9)
+    mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:3], b[3:]]), first, ahead)
+    for steps in range(1, 5):
+        later = advance(chain, model, mixed, steps)
+        np.testing.assert_array_equal(later.stage, [int(steps > 3)] * 3 + [1] * 3)
+        for old, new in zip(jax.tree.leaves(mixed), jax.tree.leaves(later), strict=True):
+            np.testing.assert_array_equal(old[3:], new[3:])
+
+
+def test_confidence_and_radius_are_those_of_the_chain():
+    model, images, labels = problem()
+    stages = (PGD(eps=9.0, kappa=5.0, steps=3), Square(eps=9.0, steps=20))
+    result = run(Chain(stages, eps=0.02, kappa=0.1), model, images, labels, key=KEY)
+    same = run(Chain((PGD(steps=3), Square(steps=20)), eps=0.02, kappa=0.1), model, images, labels, key=KEY)
+    assert np.any(result.success)
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_chain_can_be_a_stage():
+    model, images, labels = problem()
+    flat = Chain((PGD(eps=0.0, steps=2), PGD(eps=0.5, norm="l2", steps=3, random_start=False)))
+    nested = Chain((flat,))
+    one, two = (run(chain, model, images, labels, key=KEY) for chain in (flat, nested))
+    assert np.any(one.success)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bad_chains_are_refused():
+    model, images, labels = problem()
+    with pytest.raises(ValueError, match="at least one attack"):
+        run(Chain(()), model, images, labels, key=KEY)
+    with pytest.raises(ValueError, match=r"stages\[1\] must have the chain's norm 'linf'.*'l2'"):
+        run(Chain((PGD(), PGD(norm="l2")), eps=0.1), model, images, labels, key=KEY)
+    with pytest.raises(ValueError, match=r"PGD\.steps must be at least 1"):
+        run(Chain((PGD(steps=0),)), model, images, labels, key=KEY)
