@@ -242,13 +242,13 @@ def _checked(attack: Any) -> Any:
                 if isinstance(part, bool) or not isinstance(part, int | np.integer):
                     raise TypeError(f"{whole} must be a whole number, got {part!r}")
                 if not 1 <= part < 2**31:
-                    raise ValueError(f"{whole} must be at least 1{' and below 2**31' * (part > 0)}, got {part}")
+                    raise ValueError(f"{whole} must be at least 1{' and below 2**31' if part > 0 else ''}, got {part}")
             elif part is None and field.default is not None and not static:
                 raise TypeError(f"{whole} must be a number, or one for every example, got None")
         if not static and not isinstance(value, tuple | Tracer | None) and not dataclasses.is_dataclass(value):
             array = _numbers(value, whole)
             changed |= {field.name: jnp.asarray(array)} if isinstance(value, list) else {}
-    return dataclasses.replace(attack, **changed) if changed else attack
+    return dataclasses.replace(attack, **changed) if changed else attack  # type: ignore[type-var]  # a dataclass then
 
 
 def _numbers(value: Any, name: str) -> np.ndarray:
