@@ -20,7 +20,7 @@ Norm = Literal["linf", "l2", "l1", "l0"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
 # <g, d> <= ||g||_dual ||d||: the dual norm of a slope is the change along the steepest direction of unit length.
 DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
-_TINY, _HUGE = 1e-30, 1e30
+_TINY = 1e-30
 
 
 def distance(delta: Float[Array, "b h w c"], which: Norm) -> Float[Array, " b"]:
@@ -103,7 +103,7 @@ def to_hyperplane(
         def above(t):
             return jnp.sum(jnp.where(slope > along(t, slope), gain, 0), axis=axes)
 
-        t = _smallest(lambda t: above(t) <= need, _largest(slope))
+        t = _smallest(lambda t: above(t) <= need, need.shape)
         last = slope == along(t, slope)
         left = need - above(t)
         part = jnp.clip(left / jnp.maximum(jnp.sum(jnp.where(last, gain, 0), axis=axes), _TINY), 0, 1)
@@ -112,8 +112,7 @@ def to_hyperplane(
     def size(t):
         return jnp.minimum(along(t, slope) * slope if which == "l2" else along(t, slope), room)
 
-    enough = jnp.full_like(need, _HUGE if which == "l2" else 1.0)
-    t = _smallest(lambda t: jnp.sum(slope * size(t), axis=axes) >= need, enough)
+    t = _smallest(lambda t: jnp.sum(slope * size(t), axis=axes) >= need, need.shape)
     return direction * size(t)
 
 

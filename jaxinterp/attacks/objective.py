@@ -61,7 +61,7 @@ def dlr(logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Arra
 
 def dlr_of_rival(logits: Float[Array, "b k"], labels: Int[Array, " b"], rivals: Int[Array, " b"]) -> Float[Array, " b"]:
     """(Z_y - Z_r) / (Z_1 - (Z_3 + Z_4) / 2), negative where the rival r exceeds the label (the same, equation 7)."""
-    return (_pick(logits, labels) - _pick(logits, rivals)) / _dlr_scale(logits, 4)
+    return (pick(logits, labels) - pick(logits, rivals)) / _dlr_scale(logits, 4)
 
 
 def _dlr_scale(logits, lowest):
@@ -70,7 +70,7 @@ def _dlr_scale(logits, lowest):
     if classes == 2:
         return jnp.ones_like(logits[:, 0])
     order = jnp.argsort(logits, axis=-1, descending=True)
-    first, third, last = (_pick(logits, order[:, i]) for i in (0, 2, min(lowest, classes) - 1))
+    first, third, last = (pick(logits, order[:, i]) for i in (0, 2, min(lowest, classes) - 1))
     return jnp.maximum(first - (third + last) / 2, 1e-12)
 
 
