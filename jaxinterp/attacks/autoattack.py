@@ -7,12 +7,11 @@ An image is robust when none of them breaks it. The version in L1 follows Croce 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxinterp.attacks.apgd import APGD, APGDT
 from jaxinterp.attacks.attack import AttackResult, Real
 from jaxinterp.attacks.chain import Chain, ChainState
-from jaxinterp.attacks.constraint import Norm
 from jaxinterp.attacks.fab import FAB
 from jaxinterp.attacks.square import Square
 from jaxinterp.pytree import pytree, static
@@ -41,7 +40,7 @@ class AutoAttack:
 
     eps: Real = 8 / 255
     kappa: Real = 0.0
-    norm: Norm = static(default="linf")
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
     steps: int = static(default=100)
     restarts: int | None = static(default=None)
     classes: int | None = static(default=None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
-from jaxinterp.attacks.constraint import Norm, distance, steepest
+from jaxinterp.attacks.constraint import distance, steepest
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -107,7 +107,7 @@ class HopSkipJump:
     starts: Float[Array, "b h w c"] | None = None
     gamma: Real = 1.0
     kappa: Real = 0.0
-    norm: Norm = static(default="l2")
+    norm: Literal["l2", "linf"] = static(default="l2")
     steps: int = static(default=40)
     evaluations: int = static(default=100)
     max_evaluations: int = static(default=10_000)

@@ -1,5 +1,7 @@
 """AutoAttack on a linear model whose nearest adversarial points are known, and the attacks it is made of."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,8 @@ def test_succeeds_just_outside_the_optimum_and_not_inside(norm):
 
 
 def test_the_standard_version_is_that_of_the_paper():
-    for norm, restarts, classes in (("linf", 1, 9), ("l2", 1, 9), ("l1", 5, 5)):
+    standard: dict[Literal["linf", "l2", "l1"], tuple[int, int]] = {"linf": (1, 9), "l2": (1, 9), "l1": (5, 5)}
+    for norm, (restarts, classes) in standard.items():
         attack = AutoAttack(eps=0.3, kappa=1.0, norm=norm)
         chain = attack.chain
         ce, targeted, fab, square = chain.stages
