@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
-from jaxinterp.attacks.constraint import Norm, distance, project
+from jaxinterp.attacks.constraint import distance, project
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -78,7 +78,7 @@ class Square:
     eps: Real = 8 / 255
     p: Real = 0.8
     kappa: Real = 0.0
-    norm: Norm = static(default="linf")
+    norm: Literal["linf", "l2", "l1"] = static(default="linf")
     steps: int = static(default=5000)
     horizon: int | None = static(default=None)
 
@@ -92,12 +92,13 @@ class Square:
         """Stripes, or a grid of patterns, on the support and in the box. No pass is made."""
         eps = per_example(self.eps, images)
         shape = images.shape[1:]
+        first = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
         if self.norm == "linf":
-            numbers = _draw(keys, shape[1] * shape[2])
+            numbers = _draw(first, shape[1] * shape[2])
             delta = jax.vmap(lambda u: _stripes(u, shape))(numbers)
         else:
             _, *counts = _tiles(shape)
-            numbers = _draw(keys, math.prod(counts) * (1 + shape[2]))
+            numbers = _draw(first, math.prod(counts) * (1 + shape[2]))
             delta = jax.vmap(lambda u: _grid(u, shape))(numbers)
             delta = delta if support is None else jnp.where(support, delta, 0)
             delta = delta / along(jnp.maximum(distance(delta, self.norm), _TINY), delta)
