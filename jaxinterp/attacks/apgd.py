@@ -278,6 +278,7 @@ class APGDT:
 
 
 def _start(attack: APGD | APGDT, examples: Examples, keys: Any, rivals: Any) -> descent.DescentState:
+    """The state before the first step."""
     first = (1 if attack.norm == "l1" else 2) * attack.eps if attack.step_size is None else attack.step_size
     state = descent.start(examples, examples.images, eps=attack.eps, step_size=first, kappa=attack.kappa, keys=keys)
     search = _search(attack, examples.images, per_example(first, examples.images), rivals)
@@ -314,6 +315,7 @@ def _begin(attack: APGD | APGDT, state: descent.DescentState) -> descent.Descent
 
 
 def _step(attack: APGD | APGDT, model, state: descent.DescentState, loss, *, runs: int) -> descent.DescentState:
+    """One step down `loss(logits)`, and new starts for those that begin another run."""
     state = descent.step(
         model,
         state,

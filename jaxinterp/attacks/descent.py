@@ -156,7 +156,9 @@ def step(
     return dataclasses.replace(state, record=record, images=images, memory=memory, count=count, done=done)
 
 
-def restart(state: DescentState, begin: Callable[[Array], tuple[Float[Array, "b h w c"], Any]], *, steps: int):
+def restart(
+    state: DescentState, begin: Callable[[Array], tuple[Float[Array, "b h w c"], Any]], *, steps: int
+) -> DescentState:
     """Puts the examples at the beginning of a run where `begin(keys)` says: images and memory, from fresh keys."""
     begins = ~state.done & (state.count % (steps + 1) == 0)
     now = state.images, state.memory

@@ -79,7 +79,7 @@ class MIFGSM:
             step_size=self.eps / self.steps if self.step_size is None else self.step_size,
             kappa=self.kappa,
             keys=keys if chain else None,
-            memory=Momentum(0 * images, per_example(self.decay, images), chain, chains.init(chain, images)),
+            memory=Momentum(jnp.zeros_like(images), per_example(self.decay, images), chain, chains.init(chain, images)),
         )
 
     @canonical
@@ -104,6 +104,7 @@ class MIFGSM:
 
 
 def _move(model, state):
+    """Logits at the iterate, the next images, and the momentum that led there."""
     momentum, x = state.memory, state.images
     if momentum.transforms:
         logits, gradient, chain = _through_chain(model, state)

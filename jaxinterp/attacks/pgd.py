@@ -60,6 +60,7 @@ class PGD:
             step_size=descent.default_step_size(self.eps, self.steps) if self.step_size is None else self.step_size,
             kappa=self.kappa,
             keys=keys,
+            # How many components a step in L1 moves.
             memory=jnp.maximum(jnp.ceil(per_example(self.sparsity, images) * images[0].size), 1),
         )
         return self._begin(state) if self.random_start else state

@@ -94,6 +94,7 @@ class SPSA:
 
 
 def _move(model, state, *, samples, chunk):
+    """Logits at the iterate, the next images, and the moments that led there."""
     estimate = state.memory
     logits = model(state.images)
     gradient = _estimated(model, state, samples, chunk)

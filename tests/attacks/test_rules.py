@@ -121,8 +121,9 @@ SWEEPS |= {case: "gamma" for case in CASES if case.startswith("hopskipjump")}
 SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
 SWEEPS |= {case: "overshoot" for case in CASES if case.startswith("deepfool")}
 SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
-# Attacks that know the logits only.
+# Attacks that know the logits only, and those that show the network other images than perturbed ones.
 BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1", "hopskipjump-l2", "hopskipjump-linf"}
+TRANSFORMING = {"mifgsm-chain"}
 # Of attacks that look for the smallest perturbation, settings with which many pixels move.
 LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 are some seven units from the interior
 MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab", "hopskipjump"))}
@@ -473,6 +474,8 @@ def test_logits_that_are_not_numbers_leave_a_finite_result(case):
     result = attack_on(case, p._replace(model=Partial(fails, p.model), images=images))
     assert not np.asarray(result.success)[sick].any()
     np.testing.assert_array_equal(np.asarray(result.images)[sick], np.asarray(images)[sick])
+    if case in TRANSFORMING:  # to the others, too, it shows dark rows
+        return
     # Its neighbours are attacked as if it were not there.
     np.testing.assert_array_equal(np.asarray(result.success)[~sick], np.asarray(expected.success)[~sick])
     np.testing.assert_allclose(np.asarray(result.l2)[~sick], np.asarray(expected.l2)[~sick], rtol=1e-5)
