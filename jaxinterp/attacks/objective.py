@@ -55,7 +55,7 @@ def succeeded(
     kappa: Float[Array, " b"] | Float[Array, ""] | float,
 ) -> Bool[Array, " b"]:
     """Whether the margin exceeds the confidence `kappa`, and by more than rounding; never for logits not finite."""
-    return -margin(logits, labels, targets) > kappa + ROUNDING * _spread(logits)
+    return -margin(logits, labels, targets) > kappa + ROUNDING * spread(logits)
 
 
 def shortfall(
@@ -65,7 +65,7 @@ def shortfall(
     kappa: Float[Array, " b"] | Float[Array, ""] | float,
 ) -> Float[Array, " b"]:
     """What the margin lacks: negative exactly where `succeeded` is true, not a number for logits not finite."""
-    return margin(logits, labels, targets) + (kappa + ROUNDING * _spread(logits))
+    return margin(logits, labels, targets) + (kappa + ROUNDING * spread(logits))
 
 
 def linearised(
@@ -99,7 +99,8 @@ def value_and_gradient(
     return logits, values, pull_back(by_logits(jnp.ones_like(values))[0])
 
 
-def _spread(logits):
+def spread(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
+    """The largest difference of logits."""
     return jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
 
 
