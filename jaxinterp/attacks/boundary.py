@@ -76,8 +76,11 @@ def lacking(
     logits: Float[Array, "b k"], losing: Int[Array, " b"], winning: Int[Array, " b"], kappa: Float[Array, " b"]
 ) -> Float[Array, " b"]:
     """What the difference of two logits lacks for a success that is twice as safe from rounding as it must be."""
-    spread = jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
-    return kappa + 2 * objective.ROUNDING * spread - (objective.pick(logits, winning) - objective.pick(logits, losing))
+    return (
+        kappa
+        + 2 * objective.ROUNDING * objective.spread(logits)
+        - (objective.pick(logits, winning) - objective.pick(logits, losing))
+    )
 
 
 def _rivals(logits, examples, candidates):

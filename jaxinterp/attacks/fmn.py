@@ -133,9 +133,12 @@ class FMN:
         # As the authors' program does: no ball needs to reach beyond the box.
         radius = jnp.minimum(radius, farthest(examples.images, examples.support, self.norm))
         length = cosine(state.step_size, state.final_step_size, state.count, self.steps)
-        # The original projects onto the ball alone and clips afterwards. In L1 and L0 `project` finds the nearest
-        # point of ball and box together.
+        # The original projects onto the ball and clips afterwards, which loses a part of the ball where the gradient
+        # points out of the box. In L1 and L0 `project` finds the nearest point of both; in L2 clipping comes first,
+        # as the ball then only scales towards the original; in Linf the order does not matter.
         moved = x - along(length, x) * steepest(gradient, "l2")
+        if self.norm == "l2":
+            moved = jnp.clip(moved, 0, 1)
         moved = project(moved, examples.images, radius, self.norm, examples.support)
         return dataclasses.replace(
             state,

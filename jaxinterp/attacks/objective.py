@@ -84,7 +84,7 @@ def succeeded(
 
     A logit of -inf is a class that the model rules out: it takes part in nothing.
     """
-    return -margin(logits, labels, targets) > kappa + ROUNDING * _spread(logits)
+    return -margin(logits, labels, targets) > kappa + ROUNDING * spread(logits)
 
 
 def shortfall(
@@ -94,7 +94,7 @@ def shortfall(
     kappa: Float[Array, " b"] | Float[Array, ""] | float,
 ) -> Float[Array, " b"]:
     """What the margin lacks: negative exactly where `succeeded` is true, not a number for logits not finite."""
-    return margin(logits, labels, targets) + (kappa + ROUNDING * _spread(logits))
+    return margin(logits, labels, targets) + (kappa + ROUNDING * spread(logits))
 
 
 def linearised(
@@ -128,7 +128,8 @@ def value_and_gradient(
     return logits, values, pull_back(by_logits(jnp.ones_like(values))[0])
 
 
-def _spread(logits):
+def spread(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
+    """The largest difference of logits, classes ruled out by -inf left aside."""
     return jnp.max(logits, axis=-1) - jnp.min(jnp.where(logits == -jnp.inf, jnp.inf, logits), axis=-1)
 
 
