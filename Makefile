@@ -32,7 +32,7 @@ demo: weights
 	$(BIN)/jaxinterp explain --model efficientnet_lite0 --attack ifgsm --attack cw --cell 14 $(DEMO_ARGS) --out $(DEMO_OUT)
 
 test: weights
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 lint: env
 	$(BIN)/ruff check .

@@ -20,8 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-parity", action="store_true", help="also compare with PyTorch, which must be installed")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests/parity unless it is asked for."""
+    """Keeps tests that share compiled programs on one worker, and skips tests/parity unless it is asked for.
+
+    Those are the tests of a file; in the rules of all attacks, those of an attack.
+    """
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        case = callspec.params.get("case") if callspec and item.path.name == "test_rules.py" else None
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{case}" if case else str(item.path)))
     if config.getoption("--run-parity"):
         return
     skip = pytest.mark.skip(reason="comparisons with PyTorch run with --run-parity (make parity)")

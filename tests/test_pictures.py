@@ -10,9 +10,8 @@ from PIL import Image
 from jaxinterp import explain, models
 from jaxinterp import job as jobs
 from jaxinterp import pictures as seen
-from jaxinterp.explain import compute
 from jaxinterp.explain.page import figure_path
-from jaxinterp.runs import Run
+from jaxinterp.runs import Run, file_name
 from jaxinterp.weights import checkpoint, seeded
 
 
@@ -91,4 +90,4 @@ def test_attacks_and_pictures_whose_names_are_cut_off_have_figures_of_their_own(
     paths = [figure_path(run, attack, picture) for attack in names for picture in ("a b", "a_b", "x" * 99, "x" * 98)]
     assert len(set(paths)) == len(paths)
     assert len({path.parent for path in paths}) == len(names)
-    assert compute.safe_name("pgd") == "pgd"
+    assert file_name("pgd") == "pgd"
