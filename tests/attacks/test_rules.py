@@ -19,16 +19,36 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from jaxinterp import Network
-from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD, Attack, AttackResult, advance, finish, finished, run, start
+from jaxinterp.attacks import (
+    ATTACKS,
+    CW,
+    EAD,
+    IFGSM,
+    PGD,
+    Attack,
+    AttackResult,
+    advance,
+    finish,
+    finished,
+    run,
+    start,
+)
 
 CASES: dict[str, Any] = {
     "ifgsm": IFGSM(eps=0.03, steps=5),
     "pgd-linf": PGD(eps=0.03, steps=5),
     "pgd-l2": PGD(eps=0.5, norm="l2", steps=5),
     "cw": CW(lr=0.05, initial_const=0.3, search_steps=3, steps=15),
+    "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
-SWEEPS = {"ifgsm": "eps", "pgd-linf": "eps", "pgd-l2": "eps", "cw": "initial_const"}
+SWEEPS = {
+    "ifgsm": "eps",
+    "pgd-linf": "eps",
+    "pgd-l2": "eps",
+    "cw": "initial_const",
+    "ead": "initial_const",
+}
 BATCH, SIDE, CLASSES = 8, 16, 5
 KEY = jax.random.key(3)
 
