@@ -22,8 +22,6 @@ NAME/moments/NODE [mean, std, max |.|]; float32, but the gradient float64. Sampl
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import time
 from pathlib import Path
@@ -37,8 +35,7 @@ import tyro
 
 from jaxinterp import models
 from jaxinterp.weights import seeded
-
-_STUBS = torch.library.Library("torchvision", "FRAGMENT")  # what it declares lasts as long as it does
+from jaxinterp.weights.validation import torchvision_models
 
 
 def image_size(name: str) -> int:
@@ -58,7 +55,7 @@ def original(name: str) -> Any:
         else:
             more = {"transform_input": True, "aux_logits": False} if name in ("inception_v3", "googlenet") else {}
             more |= {"init_weights": False} if more or name.startswith("vgg") else {}
-            network = getattr(torchvision().models, name)(weights=None, **more)
+            network = getattr(torchvision_models(), name)(weights=None, **more)
     state = {
         key: torch.from_numpy(seeded.tensor(key, tuple(value.shape))).double()
         if value.is_floating_point()
@@ -67,17 +64,6 @@ def original(name: str) -> Any:
     }
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
-
-
-@functools.cache
-def torchvision() -> Any:
-    """The package torchvision, with stubs of the compiled operators where these do not fit the build of torch."""
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError:
-        for operator in ("nms", "qnms"):
-            _STUBS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return importlib.import_module("torchvision")
 
 
 def run(name: str, network: Any, images: Any, nodes: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:

@@ -8,8 +8,10 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
   runs many times slower. Explicit transposes around the convolution restore the fast path.
 * Reproducibility. A product or a sum with few rows is computed in another order than one with many, so an example's
   result would depend on the size of the batch it came in. Rows and columns of matrix products are padded to multiples
-  of 64 and convolutions that have few output pixels get more examples, from which on the order is fixed; reductions
-  become trees of elementwise operations. All of this is small beside the convolutions.
+  of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
+  from which on the order is fixed; the gradient of one with strides is computed without the zeros between positions,
+  that with respect to an image, whose channels are very few, as a matrix product; reductions become trees of
+  elementwise operations. All of this is small beside the convolutions, or faster than them.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
 batch size, so results there agree to rounding only.
@@ -18,6 +20,7 @@ batch size, so results there agree to rounding only.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -33,13 +36,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 # and by whether it has more than ten tiles of (on most processors) five or six neighbouring rows.
 _SIDE = 64
 _ROWS, _TILES, _TILE = 48, 12, 6
+_IMAGE = 4  # output channels that an image has at most
+_COLUMNS = 32  # output channels of a convolution, from which on incomplete tiles of rows follow the same order
 
 
 def canonical(function: F) -> F:
     """Returns `function`, rewritten as above where the default backend is the CPU.
 
-    It computes the same values (convolutions bit for bit, unless they have so few output pixels that they are padded)
-    and can be jitted, vmapped and put into loops like the original. Arguments are pytrees; leaves that are not arrays
+    It computes the same values up to rounding (convolutions bit for bit, unless they are small enough to be padded) and
+    can be jitted, vmapped and put into loops like the original. Arguments are pytrees; leaves that are not arrays
     or numbers are taken as they are.
     """
 
@@ -122,12 +127,103 @@ def _convolution(eqn, lhs, rhs):
     to_out = (out_spec[0], *out_spec[2:], out_spec[1])
     p["dimension_numbers"] = lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
     lhs, rhs = _transpose(lhs, to_lhs), _transpose(rhs, to_rhs)
-    batch, (*others, last_size) = lhs.shape[0], [eqn.outvars[0].aval.shape[axis] for axis in to_out[1:-1]] or [1]
-    rows, tiles = math.prod(others) * last_size, math.prod(others) * -(-last_size // _TILE)
+    shape = tuple(eqn.outvars[0].aval.shape[axis] for axis in to_out)
+    plain = all(size == 1 for size in (p["feature_group_count"], *p["window_strides"], *p["rhs_dilation"]))
+    if plain and rank == 4 and 0 not in shape and shape[-1] <= _IMAGE and math.prod(rhs.shape[:2]) > 1:
+        out = _by_tap(eqn, lhs, rhs, p, shape)
+    elif plain and rank == 4 and 0 not in shape and math.prod(p["lhs_dilation"]) > 1:
+        out = _by_phase(eqn, lhs, rhs, p, shape)
+    else:
+        out = _enough(eqn, lhs, rhs, p, shape)
+    return _transpose(out, tuple(sorted(range(rank), key=to_out.__getitem__)))
+
+
+def _enough(eqn, lhs, rhs, p, shape):
+    """A convolution with enough rows (positions of examples) and output channels."""
+    batch, (*others, size) = shape[0], shape[1:-1] or (1,)
+    rows, tiles = math.prod(others) * size, math.prod(others) * -(-size // _TILE)
     if batch and rows:
         lhs = _pad(lhs, 0, max(batch, -(-_ROWS // rows), -(-_TILES // tiles)))
-    out = lax.slice_in_dim(eqn.primitive.bind(lhs, rhs, **p), 0, batch)
-    return _transpose(out, tuple(sorted(range(rank), key=to_out.__getitem__)))
+    if p["feature_group_count"] == 1:
+        rhs = _pad(rhs, rhs.ndim - 1, max(shape[-1], _COLUMNS))
+    return lax.slice(eqn.primitive.bind(lhs, rhs, **p), [0] * len(shape), shape)
+
+
+# The gradient of a convolution with stride s is a convolution of a dilated input: input position i contributes through
+# tap t of the kernel to output position s i + low - t. Outputs whose position has the same rest modulo s, a phase, see
+# the same taps, t = first, first + s, ..., and no zeros between the dilated positions.
+
+
+def _phases(stride, taps, low):
+    """For each phase the tap `first`, how many there are, and the input position where output 0 meets it."""
+    for phase in range(stride):
+        first = (low - phase) % stride
+        yield first, len(range(first, taps, stride)), (first - low + phase) // stride
+
+
+def _interleave(parts, shape):
+    """Outputs by phase of rows and of columns, [s_h][s_w] arrays [B,h,w,C], as one of `shape`."""
+    (sh, sw), (batch, rows, columns, channels) = (len(parts), len(parts[0])), parts[0][0].shape
+    whole = jnp.stack([jnp.stack(row, axis=3) for row in parts], axis=2) if sh * sw > 1 else parts[0][0]
+    return lax.slice(lax.reshape(whole, (batch, rows * sh, columns * sw, channels)), [0] * 4, shape)
+
+
+def _by_phase(eqn, lhs, rhs, p, shape):
+    """A convolution of a dilated input as one convolution for each phase."""
+    (sh, sw), (kh, kw) = p["lhs_dilation"], rhs.shape[:2]
+    size = (-(-shape[1] // sh), -(-shape[2] // sw))
+    undilated = {**p, "lhs_dilation": (1, 1)}
+    empty = jnp.zeros((shape[0], *size, shape[3]), eqn.outvars[0].aval.dtype)
+
+    def phase(of_rows, of_columns):
+        sides = list(zip((of_rows, of_columns), lhs.shape[1:3], size, strict=True))
+        if 0 in (of_rows[1], of_columns[1]):
+            return empty
+        # Output 0 to `length` - 1 read input positions `start` to `start + length + taps - 2`.
+        pads = [(-start, start + length + taps - 1 - given) for (_, taps, start), given, length in sides]
+        x = lax.pad(
+            lhs, jnp.zeros((), lhs.dtype), ((0, 0, 0), *((min(a, 0), min(b, 0), 0) for a, b in pads), (0, 0, 0))
+        )
+        kernel = rhs[of_rows[0] :: sh, of_columns[0] :: sw]
+        padding = tuple((max(a, 0), max(b, 0)) for a, b in pads)
+        return _enough(eqn, x, kernel, {**undilated, "padding": padding}, empty.shape)
+
+    by_row, by_column = (
+        list(_phases(*side)) for side in zip((sh, sw), (kh, kw), (low for low, _ in p["padding"]), strict=True)
+    )
+    return _interleave([[phase(r, c) for c in by_column] for r in by_row], shape)
+
+
+def _by_tap(eqn, lhs, rhs, p, shape):
+    """A convolution with few output channels as one matrix product with all taps, and a sum of its shifted columns.
+
+    A convolution computes its output channels in groups of 16 or 32, of which an image would fill three.
+    """
+    (kh, kw, channels, out_channels), (sh, sw) = rhs.shape, p["lhs_dilation"]
+    batch, height, width, _ = lhs.shape
+    rows, columns = batch * height * width, kh * kw * out_channels
+    flat = _pad(lax.reshape(lhs, (rows, channels)), 0, -(-rows // _SIDE) * _SIDE)
+    taps = lax.reshape(lax.transpose(rhs, (2, 0, 1, 3)), (channels, columns))
+    taps = _pad(taps, 1, -(-columns // _SIDE) * _SIDE)
+    product = lax.dot(flat, taps, precision=p["precision"], preferred_element_type=eqn.outvars[0].aval.dtype)
+    product = lax.reshape(lax.slice(product, (0, 0), (rows, columns)), (batch, height, width, kh, kw, out_channels))
+    size = (-(-shape[1] // sh), -(-shape[2] // sw))
+    zero = jnp.zeros((), product.dtype)
+
+    def phase(of_rows, of_columns):
+        (first_row, row_taps, top), (first_column, column_taps, left) = of_rows, of_columns
+        total = jnp.zeros((batch, *size, out_channels), product.dtype)
+        for i, j in itertools.product(range(row_taps), range(column_taps)):
+            tap = product[:, :, :, first_row + i * sh, first_column + j * sw]
+            above, before = -top - i, -left - j
+            pads = ((above, size[0] - height - above, 0), (before, size[1] - width - before, 0))
+            total = total + lax.pad(tap, zero, ((0, 0, 0), *pads, (0, 0, 0)))
+        return total
+
+    by_row, by_column = (
+        list(_phases(*side)) for side in zip((sh, sw), (kh, kw), (low for low, _ in p["padding"]), strict=True)
+    )
+    return _interleave([[phase(r, c) for c in by_column] for r in by_row], shape)
 
 
 def _transpose(x, permutation):

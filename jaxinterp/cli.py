@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
 import platform
 import sys
@@ -145,6 +147,7 @@ def validate(
         out: Record the comparison, with versions and machine, in this JSON file.
     """
     import dataclasses
+    import importlib.metadata
     import json
 
     from jaxinterp.runs import machine, replacing
@@ -162,7 +165,8 @@ def validate(
         record.append({"network": name, "comparisons": [{**dataclasses.asdict(c), "passed": c.passed} for c in found]})
     if out is not None:
         with replacing(out) as file:
-            whole = {"against": against or "references", "machine": machine(), "networks": record}
+            original = {"torch": importlib.metadata.version("torch")} if against else {}
+            whole = {"against": against or "references", "machine": machine() | original, "networks": record}
             file.write((json.dumps(whole, indent=1) + "\n").encode())
     if failed:
         raise ValueError(f"differs from its original: {', '.join(failed)}")
@@ -171,6 +175,9 @@ def validate(
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
     commands = {"explain": explain, "convert": convert, "models": models, "validate": validate}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of a picture's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(
@@ -207,10 +214,15 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# What befalls a disk while results are written to it.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}; what was finished is kept, and the same command continues from there"
+        kept = "; what was finished is kept, and the same command continues from there"
+        return f"{error.strerror}{where}{kept if error.errno in _DISK else ''}"
     if isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"
     return str(error)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import enum
 import functools
-from typing import Any
+import operator
+from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxinterp.attacks.driver import check
@@ -25,6 +27,9 @@ from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model
 from jaxinterp.pytree import pytree
 from jaxinterp.sharding import mesh_of, on_mesh
+
+Cell: TypeAlias = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
+"""A cell's side in pixels, or its height and width; whole numbers of any type."""
 
 # Cells in one forward pass: enough to fill the machine.
 _CHUNK = {"cpu": 16}
@@ -74,21 +79,29 @@ class Effect:
     forward: Int[Array, " b"]
 
 
-def grid(height: int, width: int, cell: int | tuple[int, int]) -> tuple[int, int]:
+def _sides(cell: Cell) -> tuple[int, int]:
+    try:
+        height, width = cell if isinstance(cell, tuple | list) else (cell, cell)
+        return operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise TypeError(f"cells must be a whole number of pixels, or a height and a width, got {cell!r}") from None
+
+
+def grid(height: int, width: int, cell: Cell) -> tuple[int, int]:
     """How many cells of `cell` pixels (a side, or height and width) tile an image, smaller ones at the far edges.
 
     Raises:
         ValueError: the cell is smaller than a pixel or larger than the image.
     """
-    ch, cw = (cell, cell) if isinstance(cell, int) else cell
+    ch, cw = _sides(cell)
     if not (1 <= ch <= height and 1 <= cw <= width):
         raise ValueError(f"cells must be from 1 pixel to the image's {height} x {width} pixels, got {ch} x {cw}")
     return -(-height // ch), -(-width // cw)
 
 
-def cell_map(height: int, width: int, cell: int | tuple[int, int]) -> Int[Array, "h w"]:
+def cell_map(height: int, width: int, cell: Cell) -> Int[Array, "h w"]:
     """The index of the cell of every pixel, counted row by row. Raises ValueError as `grid` does."""
-    ch, cw = (cell, cell) if isinstance(cell, int) else cell
+    ch, cw = _sides(cell)
     _, columns = grid(height, width, cell)
     return (jnp.arange(height) // ch * columns)[:, None] + jnp.arange(width) // cw
 
@@ -99,7 +112,7 @@ def pse(
     adversarial: Any,
     labels: Any,
     targets: Any,
-    cells: int | tuple[int, int] = 14,
+    cells: Cell = 14,
     *,
     tolerance: float = 1e-6,
     chunk: int | None = None,
@@ -122,7 +135,7 @@ def pse(
 
     Raises:
         ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label, a
-            cell larger than the image, a chunk below 1.
+            cell larger than the image, a tolerance that is negative or not finite, a chunk below 1.
         TypeError: as `jaxinterp.attacks.run`.
     """
     model = as_model(model)
@@ -132,8 +145,10 @@ def pse(
         raise ValueError(f"adversarial images {adversarial.shape} and clean images {clean.shape} must match")
     if targets is None:
         raise ValueError("targets are needed: the classes that the perturbation promotes")
-    cell = (cells, cells) if isinstance(cells, int) else (int(cells[0]), int(cells[1]))
+    cell = _sides(cells)
     rows, columns = grid(clean.shape[1], clean.shape[2], cell)
+    if not isinstance(tolerance, Tracer) and not 0 <= tolerance < float("inf"):
+        raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
     if chunk is None:
         chunk = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
     if chunk < 1:
@@ -203,8 +218,12 @@ def classify(
     promotion: Float[Array, "*shape"],
     tolerance: Float[Array, ...] | float,
 ) -> tuple[Float[Array, "*shape"], Int[Array, "*shape"]]:
-    """PSR and kind of cells with the given effects; both effects within `tolerance` is kind NONE, with ratio NaN."""
+    """PSR and kind of cells with the given effects.
+
+    Both effects within `tolerance`, or one that is not a number: kind NONE, with ratio NaN.
+    """
     nothing = (suppression <= tolerance) & (promotion <= tolerance)
+    nothing = nothing | jnp.isnan(suppression + promotion)
     ratio = jnp.where(nothing, jnp.nan, jnp.log2(promotion / suppression))
     # Compared without the logarithm, so that p = 2 s is balanced to the last bit.
     kind = jnp.where(

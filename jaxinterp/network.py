@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -77,8 +78,8 @@ class Network:
         interpolation: filter of that resize, by PIL's name in lower case.
 
     Raises:
-        ValueError: a node is named twice, or `cam_node` is not among `nodes`.
-        TypeError: `apply` cannot be called as described.
+        ValueError: a node is named twice, `cam_node` is not among `nodes`, or there are no classes.
+        TypeError: `apply` cannot be called as described, or one text stands for the names of nodes or classes.
     """
 
     name: str
@@ -93,14 +94,18 @@ class Network:
     def __post_init__(self) -> None:
         if not callable(self.apply):
             raise TypeError(f"apply must be a function of (params, images, tap), got {type(self.apply).__name__}")
+        if isinstance(self.nodes, str) or isinstance(self.classes, str):
+            raise TypeError(f"nodes and classes of {self.name} must be tuples of names, got one text")
         object.__setattr__(self, "nodes", tuple(self.nodes))
-        if not isinstance(self.classes, int):
-            object.__setattr__(self, "classes", tuple(self.classes))
+        whole = hasattr(self.classes, "__index__")  # numpy's integers too
+        object.__setattr__(self, "classes", operator.index(self.classes) if whole else tuple(self.classes))  # type: ignore[arg-type]
+        if self.num_classes < 1:
+            raise ValueError(f"classes of {self.name}: expected at least one, got {self.classes}")
         if len(set(self.nodes)) != len(self.nodes):
             raise ValueError(f"nodes of {self.name} are not unique: {self.nodes}")
         if self.cam_node is not None:
             self.check_node(self.cam_node, argument="cam_node")
-        if not _takes_tap(self.apply):
+        if not _takes_tap(self.apply, bool(self.nodes)):
             if self.nodes:
                 raise TypeError(f"apply of {self.name} takes no tap, so its nodes cannot be reached: {self.nodes}")
             object.__setattr__(self, "apply", _Untapped(self.apply))
@@ -129,13 +134,17 @@ class Network:
         return node
 
 
-def _takes_tap(function: Callable) -> bool:
+def _takes_tap(function: Callable, nodes: bool) -> bool:
+    """Whether the third argument is the tap. In a function without nodes an optional one may be anything."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return True
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(positional) >= 3:
+        third = positional[2]
+        return nodes or third.name == "tap" or third.default is third.empty
+    return any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

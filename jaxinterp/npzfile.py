@@ -7,6 +7,7 @@ the entries together have to fit a bound that the caller sets.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import struct
@@ -19,6 +20,21 @@ import numpy as np
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, OverflowError)
 _SLACK = 64 << 20
+
+
+class BoundedFile(io.FileIO):
+    """A file of which one read takes at most 16 MiB: `zipfile` reads a whole directory, however long, in one.
+
+    In memory a directory takes ten to twenty times its length.
+    """
+
+    LIMIT = 16 << 20
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As FileIO's. Raises zipfile.BadZipFile for a size that is larger."""
+        if size is not None and size > self.LIMIT:
+            raise zipfile.BadZipFile("the directory or a header in the zip archive is longer than 16 MiB")
+        return super().read(size)
 
 
 class Header(NamedTuple):
@@ -50,9 +66,11 @@ class NpzFile:
             OSError: the file cannot be opened.
         """
         self.path = os.fspath(path)
+        self._file = BoundedFile(self.path)
         try:
-            self._archive = zipfile.ZipFile(self.path)
+            self._archive = zipfile.ZipFile(self._file)
         except (*_DAMAGE, ValueError) as error:
+            self._file.close()
             raise ValueError(f"{self.path}: not a .npz archive, or a damaged one ({error})") from None
         self._entries: dict[str, zipfile.ZipInfo] = {}
         try:
@@ -78,6 +96,7 @@ class NpzFile:
     def close(self) -> None:
         """Closes the archive. Arrays that were read or mapped stay valid."""
         self._archive.close()
+        self._file.close()
 
     def header(self, name: str) -> Header:
         """Shape and type of an array. Raises ValueError where they are malformed or do not fit the entry."""

@@ -13,6 +13,7 @@ are neither changed nor followed. `save` writes the same bytes for the same figu
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Patch
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator
@@ -598,18 +599,26 @@ def _active(codes: np.ndarray) -> str:
     return f"{acts:,} of {codes.size:,} cells act" if acts else f"none of {codes.size:,} cells acts"
 
 
+@functools.cache
+def _drawn(character: str) -> str:
+    """The character, or a box where the font has no glyph for it."""
+    faces = (get_font(findfont(FontProperties(family=_FONT, weight=weight))) for weight in ("normal", "bold"))
+    return character if all(face.get_char_index(ord(character)) for face in faces) else "\N{WHITE SQUARE}"
+
+
 def _wrap(text: str, width: float, size: float, lines: int = 2) -> str:
     """Breaks a text into lines of at most `width` inches at `size` points and shortens what does not fit.
 
     Measured, not counted: names in capitals are twice as wide as names in small letters. Dollar signs are
-    escaped, because matplotlib would read mathematics between two of them.
+    escaped, because matplotlib would read mathematics between two of them. Characters that the font lacks become
+    boxes, which is what matplotlib draws for them after a warning for each.
     """
     font, measure = FontProperties(family=_FONT, size=size, weight="bold"), TextToPath()
 
     def fits(string: str) -> float:
         return measure.get_text_width_height_descent(string, font, False)[0] / 72
 
-    rest, rows = " ".join(str(text)[:1000].split()), []
+    rest, rows = "".join(map(_drawn, " ".join(str(text)[:1000].split()))), []
     while rest and len(rows) < lines:
         count = bisect.bisect_right(range(1, len(rest) + 1), width, key=lambda n: fits(rest[:n]))
         cut = max(count, 1)

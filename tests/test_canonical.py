@@ -3,6 +3,7 @@
 Bits are compared on the CPU backend, the only one on which `canonical` does anything.
 """
 
+import functools
 import re
 
 import jax
@@ -62,10 +63,12 @@ SIDES = {3: 64, 4: 14, 5: 7}  # large enough for the rows that need no padding
     kernel=st.integers(1, 3),
     padding=st.sampled_from(["SAME", "VALID"]),
     gradient=st.booleans(),
+    channels=st.sampled_from([2, 6, 36]),
 )
-def test_convolutions_bit_for_bit(layout, stride, dilation, groups, kernel, padding, gradient):
+def test_convolutions(layout, stride, dilation, groups, kernel, padding, gradient, channels):
+    """Bit for bit, unless few channels or the zeros of a dilated input are computed in another way."""
     rank = len(layout[0])
-    sizes = {"N": 4, "C": 4, "I": 4 // groups, "O": 6}
+    sizes = {"N": 4, "C": channels, "I": channels // groups, "O": 34}
     x = normal(0, *(sizes.get(axis, SIDES[rank]) for axis in layout[0]))
     k = normal(1, *(sizes.get(axis, kernel) for axis in layout[1]))
 
@@ -84,7 +87,11 @@ def test_convolutions_bit_for_bit(layout, stride, dilation, groups, kernel, padd
     if gradient:  # with stride 2 this is a convolution of a dilated input
         cotangent = normal(2, *jax.eval_shape(convolution, x, k).shape)
         f = lambda x, k: jax.vjp(convolution, x, k)[1](cotangent)[0]  # noqa: E731
-    np.testing.assert_array_equal(jax.jit(canonical(f))(x, k), jax.jit(f)(x, k))
+    actual, expected = jax.jit(canonical(f))(x, k), jax.jit(f)(x, k)
+    if groups == 1 and not (gradient and (channels < 32 or stride > 1)):
+        np.testing.assert_array_equal(actual, expected)
+    else:
+        assert_close(actual, expected, 1e-5)
 
 
 @settings(quick, max_examples=6)
@@ -316,6 +323,36 @@ class Attention(nnx.Module):
     def __call__(self, x):
         x = self.embed(x.reshape(x.shape[0], 12, -1))
         return self.last((x + self.attention(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "filters", "kernel", "stride"),
+    [
+        (8, 16, 3, 3, 1),
+        (28, 16, 16, 3, 1),
+        (13, 32, 16, 1, 1),
+        (4, 96, 16, 3, 1),
+        (7, 64, 8, 1, 2),
+        (9, 3, 12, 5, 2),
+        (11, 3, 24, 3, 1),
+    ],
+)
+def test_convolutions_of_few_channels_do_not_depend_on_the_batch(size, channels, filters, kernel, stride):
+    """The libraries behind them compute incomplete tiles of output rows in another order."""
+    k, x = normal(0, kernel, kernel, channels, filters), normal(1, 11, size, size, channels)
+    convolution = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    forward = jax.jit(canonical(lambda x: convolution(x, k)))
+    out = np.asarray(forward(x))
+    gradient = jax.jit(canonical(lambda g: jax.linear_transpose(lambda x: convolution(x, k), x[: len(g)])(g)[0]))
+    back = np.asarray(gradient(out))
+    for examples in (1, 2, 5, 7):
+        np.testing.assert_array_equal(forward(x[-examples:]), out[-examples:], err_msg=f"{examples} examples")
+        np.testing.assert_array_equal(gradient(out[:examples]), back[:examples], err_msg=f"{examples} examples")
 
 
 def column_vectors(x):

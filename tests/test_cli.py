@@ -40,6 +40,9 @@ def test_help_names_the_commands_and_is_quick_to_import():
         (["--cell", "225"], "from 1 pixel to the image's 224 x 224 pixels"),
         (["--cell", "0"], "--cell must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--seed", "4294967296"], "--seed must be from 0 to 4294967295"),
+        (["--attack", "ifgsm:steps=2147483647"], "attack ifgsm:steps=2147483647 has more than 2147483647 steps"),
         (["--labels", "missing.csv"], "missing.csv"),
         (["--labels", "names"], "square.png"),
     ],
@@ -53,13 +56,22 @@ def test_bad_arguments(arguments, message, picture, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_output_that_the_terminal_cannot_show():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = [sys.executable, "-m", "jaxinterp", "explain", "--help"]
+    shown = subprocess.run(code, capture_output=True, env=environment, check=True)
+    assert b"--batch-size" in shown.stdout
+
+
 def test_bad_pictures(tmp_path, capsys):
     out = tmp_path / "out"
     empty = tmp_path / "empty"
     empty.mkdir()
-    for given in (empty, tmp_path / "missing", tmp_path / "missing.jpg"):
+    for given in (empty, tmp_path / "missing", tmp_path / "missing.jpg", tmp_path / "missing.npz"):
         assert cli.main(["explain", str(given), "--out", str(out)]) == 2
-        assert given.name in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert given.name in error
+        assert "continues from there" not in error  # nothing was begun
         assert not out.exists()
 
 

@@ -189,6 +189,9 @@ def test_kinds_and_ratios_by_hand():
         (1e-4, 1e-4, nan, Kind.NONE),
         (0.0, 1e-4, nan, Kind.NONE),
         (1e-4, 1.0, np.log2(1e4), Kind.PROMOTION),
+        (nan, 1.0, nan, Kind.NONE),
+        (1.0, nan, nan, Kind.NONE),
+        (inf, 1.0, -inf, Kind.SUPPRESSION),
     ]
     s, p, expected, kinds = (np.array(column) for column in zip(*rows, strict=True))
     ratio, kind = effect.classify(jnp.asarray(s, jnp.float32), jnp.asarray(p, jnp.float32), 1e-4)
@@ -256,6 +259,11 @@ def test_cells_tile_the_image_once(height, width, data):
         expected[r, c] = index
     np.testing.assert_array_equal(effect.cell_map(height, width, cell), expected)
     assert effect.grid(height, width, cell) == (len(lines), len(lines[0]))
+
+
+def test_cells_are_whole_numbers_of_any_type():
+    for cell in (np.int64(4), (np.int32(4), np.uint8(4))):
+        assert_same(effect.pse(small_net(), *pairs(), LABELS, TARGETS, cell), solved())
 
 
 # Cost
@@ -369,6 +377,8 @@ def test_under_jit():
         ({"adversarial": pairs()[1] + 1}, ValueError, r"adversarial.*in \[0, 1\]"),
         ({"clean": pairs()[0] - 1}, ValueError, r"clean.*in \[0, 1\]"),
         ({"adversarial": pairs()[1][:, :9]}, ValueError, r"adversarial.*\(8, 9, 13, 3\).*\(8, 10, 13, 3\)"),
+        ({"tolerance": -1e-6}, ValueError, "tolerance must be finite and not negative, got -1e-06"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance must be finite"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
         ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, "model must map"),
     ],

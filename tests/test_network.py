@@ -1,6 +1,8 @@
 """Taps against a network written out by hand, what they cost once compiled, and any callable as a model."""
 
 import functools
+import subprocess
+import sys
 import types
 
 import jax
@@ -28,6 +30,10 @@ def by_hand(params, images):
     early = np.tanh(np.asarray(images, np.float64) @ np.asarray(params["mix"], np.float64))
     late = early.mean((1, 2)) ** 2
     return late @ np.asarray(params["out"], np.float64), early, late
+
+
+def by_hand_in_jax(params, images):
+    return apply(params, images, network.identity)
 
 
 @pytest.fixture
@@ -229,11 +235,46 @@ def test_tap_with_a_default_or_among_variable_arguments(small):
         close(network.features(net, params, images, "late"), by_hand(params, images)[2])
 
 
+def test_another_optional_argument_is_not_the_tap(small):
+    _, params, images = small
+
+    def function(params, images, train=False):
+        logits = by_hand_in_jax(params, images)
+        return jnp.zeros_like(logits) if train else logits
+
+    plain = Network(name="plain", apply=function, image_size=6, classes=5)
+    np.testing.assert_array_equal(plain.bind(params)(images), by_hand_in_jax(params, images))
+
+    def tapped(params, images, hook=network.identity):
+        return apply(params, images, hook)
+
+    net = Network(name="tapped", apply=tapped, nodes=("early", "late"), image_size=6, classes=5)
+    assert list(network.capture(net, params, images, ["late"])[1]) == ["late"]
+
+
 def test_classes():
     counted = Network(name="n", apply=apply, classes=5)
     named = Network(name="n", apply=apply, classes=("cat", "dog"))
     assert (counted.num_classes, counted.class_name(3)) == (5, "class 3")
     assert (named.num_classes, named.class_name(1)) == (2, "dog")
+    with pytest.raises(ValueError, match="at least one"):
+        Network(name="n", apply=apply, classes=())
+
+
+def test_numpy_counts_and_single_texts_where_types_are_not_checked():
+    code = """
+import numpy as np
+from jaxinterp import Network
+assert Network(name="n", apply=lambda p, x, tap: x, classes=np.int64(7)).num_classes == 7
+for field in ("classes", "nodes"):
+    try:
+        Network(name="n", apply=lambda p, x, tap: x, **{field: "tench"})
+    except TypeError as error:
+        assert "tuples of names" in str(error)
+    else:
+        raise AssertionError(field)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_bindings_of_one_network_share_a_program(small):

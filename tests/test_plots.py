@@ -186,6 +186,12 @@ def test_the_prediction_is_told_from_the_target():
     assert "predicted: tench\ntarget t: goldfish" in failed
 
 
+@pytest.mark.filterwarnings("error")
+def test_characters_that_the_font_lacks_are_boxes_without_a_warning(tmp_path):
+    plots.save(plots.explanation(**case(subtitle="图片 naïve ☺", true_name="猫 → cat")), tmp_path / "f.png")
+    assert plots._wrap("图片 naïve ☺ $1", 9.0, 10.0) == r"□□ naïve ☺ \$1"
+
+
 @pytest.mark.parametrize("size", [(224, 224), (28, 28), (60, 180), (180, 60)])
 @pytest.mark.parametrize("name", ["W" * 400, "a long name, with $5 and $6 in it, " * 9, "x\ny", ""])
 def test_long_names_stay_apart_and_inside(size, name):

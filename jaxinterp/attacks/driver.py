@@ -3,8 +3,8 @@
     run = start, advance, finish
 
 `advance` can be called in pieces of any number of steps, and its state stored in between: the result is the same to
-the last bit. Where the images are sharded over the devices of a mesh, every device loops over its own examples and
-stops by itself.
+the last bit. It goes on with the unfinished examples alone when that saves work. Where the images are sharded over the
+devices of a mesh, every device loops over its own examples and stops by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxinterp.attacks.attack import Attack, AttackResult, State
@@ -38,6 +38,7 @@ def run(
     key: jax.Array,
     support: Any = None,
     ids: Any = None,
+    compact: bool = True,
 ) -> AttackResult:
     """Runs an attack to its end.
 
@@ -56,6 +57,7 @@ def run(
             images may change.
         ids: [B] integers that identify the examples for randomness. By default an example is identified by its
             pixels, so that neither order nor batch matters.
+        compact: go on with the unfinished examples alone when many are done, see `advance`.
 
     Returns:
         The result for every example.
@@ -66,7 +68,7 @@ def run(
         TypeError: a model that is not callable, images that are not floats, labels that are not integers.
     """
     state = start(attack, model, images, labels, targets, key=key, support=support, ids=ids)
-    return finish(attack, advance(attack, model, state))
+    return finish(attack, advance(attack, model, state, compact=compact))
 
 
 def start(
@@ -88,11 +90,68 @@ def start(
     return _start(mesh_of(images))(attack, model, (images, labels, targets, keys, support))
 
 
-def advance(attack: Attack, model: Model, state: S, steps: int | None = None) -> S:
-    """The state after at most `steps` more steps (None: to the end), fewer where every example is done before."""
-    steps = attack.iterations if steps is None else steps
-    attack = by_example(coerce(attack), state.done.shape[0])
-    return _advance(mesh_of(state))(attack, as_model(model), state, np.int32(steps))
+def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *, compact: bool = True) -> S:
+    """The state after at most `steps` more steps (None: to the end), fewer where every example is done before.
+
+    Examples that are done cost nothing, if they are many: when half of a batch is done the others are gathered into a
+    smaller one, and so on. That changes no result, since an example's steps do not depend on its batch.
+
+    Args:
+        attack: as it was started.
+        model: as it was started with.
+        state: from `start`, or from here.
+        steps: how many steps, at most.
+        compact: gather the unfinished examples; without it all steps run in one program on the whole batch, as they
+            do under somebody else's jit.
+    """
+    iterations, batch = attack.iterations, state.done.shape[0]
+    limit = iterations if steps is None else min(steps, iterations)
+    attack, model, mesh = by_example(coerce(attack), batch), as_model(model), mesh_of(state)
+    if not compact or not _addressable(state):
+        return _advance(mesh)(attack, model, state, _counts(limit, mesh), np.int32(0))[1]
+
+    devices = 1 if mesh is None else mesh.size
+    whole, rows, taken = state, np.arange(batch), 0
+    while True:
+        smaller = _smaller_batch(len(rows), devices) if iterations >= _WORTHWHILE else 0
+        # A single device leaves the loop when its batch can be made smaller. The devices of a mesh must have taken
+        # the same number of steps for that, so they stop now and then.
+        pause = limit - taken if mesh is None or not smaller else min(limit - taken, _PAUSE)
+        counted, state = _advance(mesh)(attack, model, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
+        taken += int(np.max(counted))
+        done = np.asarray(state.done)
+        unfinished = int(np.sum(~done))
+        ended = taken >= limit or unfinished == 0
+        if not ended and not 0 < unfinished <= smaller:
+            continue
+        whole = state if len(rows) == batch else _scatter(mesh)(whole, rows, state)
+        if ended:
+            return whole
+        while unfinished <= (next_smaller := _smaller_batch(smaller, devices)):
+            smaller = next_smaller
+        chosen = np.argsort(done, kind="stable")[:smaller]  # the unfinished ones first; done ones fill up
+        rows = rows[chosen]
+        attack, state = _gather(mesh)((attack, state), chosen)
+
+
+_WORTHWHILE = 64  # steps that an attack must have, since the program for a smaller batch must be compiled
+_PAUSE = 16  # steps after which the devices of a mesh look whether the batch can be made smaller
+
+
+def _smaller_batch(size: int, devices: int) -> int:
+    """Half the batch, as a multiple of the number of devices; 0 where there is no smaller one."""
+    half = -(-size // (2 * devices)) * devices
+    return half if half < size else 0
+
+
+def _counts(steps: int, mesh: Mesh | None) -> np.ndarray:
+    """A number of steps for each device."""
+    return np.full(1 if mesh is None else mesh.size, steps, np.int32)
+
+
+def _addressable(state: Any) -> bool:
+    """Whether this process can look at the whole state: neither a trace nor spread over several processes."""
+    return not any(isinstance(x, Tracer) or not x.is_fully_addressable for x in jax.tree.leaves(state))
 
 
 def finish(attack: Attack, state: Any) -> AttackResult:
@@ -116,18 +175,36 @@ def _start(mesh: Mesh | None):
 
 @functools.cache
 def _advance(mesh: Mesh | None):
-    def one_program(attack, model, state, limit):
+    def one_program(attack, model, state, limit, enough):
         def unfinished(carry):
             taken, state = carry
-            return (taken < limit) & ~jnp.all(state.done)
+            return (taken < limit[0]) & (jnp.sum(~state.done, dtype=jnp.int32) > enough)
 
         def body(carry):
             taken, state = carry
             return taken + 1, attack.step(model, state)
 
-        return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+        taken, state = lax.while_loop(unfinished, body, (jnp.int32(0), state))
+        return taken[None], state
 
-    return on_mesh(mesh, one_program, (True, False, True, False))
+    return on_mesh(mesh, one_program, (True, False, True, True, False))
+
+
+@functools.cache
+def _gather(mesh: Mesh | None):
+    return _placed(mesh, lambda tree, rows: jax.tree.map(lambda x: x[rows], tree))
+
+
+@functools.cache
+def _scatter(mesh: Mesh | None):
+    return _placed(mesh, lambda whole, rows, part: jax.tree.map(lambda x, y: x.at[rows].set(y), whole, part))
+
+
+def _placed(mesh: Mesh | None, function: Any) -> Any:
+    """`function` jitted, with the examples of its result spread over the mesh again."""
+    if mesh is None:
+        return jax.jit(function)
+    return jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import threading
 import warnings
 from dataclasses import dataclass
@@ -123,7 +124,11 @@ def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
     if isinstance(file, bytes):
         data = file
     else:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise _Unreadable("not a file")  # reading a pipe or a device might never end
         try:
+            if stat.S_IFMT(os.stat(file).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                raise _Unreadable("a pipe or a device, not a file")  # to open a pipe would wait for its writer
             with open(file, "rb") as stream:
                 data = stream.read()
         except OSError as error:

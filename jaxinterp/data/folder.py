@@ -37,7 +37,8 @@ class Folder:
     Attributes:
         paths: absolute path of every picture.
         ids: path relative to the given folder, with "/", or the file name of a file given itself; preceded by
-            as many parent folders as it takes to make it unique.
+            as many parent folders as it takes to make it unique. Bytes that are not UTF-8 are
+            written in hexadecimal.
         labels: int32 [N], -1 = unknown.
         label_origin: where the labels came from, in plain words.
         crop: as given.
@@ -99,7 +100,7 @@ class Folder:
                 known = "'auto', 'names', 'predicted' or a labels file"
                 raise ValueError(f"labels: no such file: {labels!r}; expected {known}")
             found = _from_file(labels, self.paths, [root for root in dict.fromkeys(roots) if root], classes)
-            return np.array(found, np.int32), f"the labels file {labels}"
+            return np.array(found, np.int32), f"the labels file {as_text(labels)}"
 
         result = np.full(len(self), UNKNOWN, np.int32)
         origins = []
@@ -160,12 +161,19 @@ def _ids(paths: Sequence[str], roots: Sequence[str]) -> tuple[str, ...]:
     while True:
         owners: dict[str, list[int]] = {}
         for i, (names, depth) in enumerate(zip(parts, depths, strict=True)):
-            owners.setdefault("/".join(names[-depth:]), []).append(i)
+            owners.setdefault(as_text("/".join(names[-depth:])), []).append(i)
         shared = [i for group in owners.values() if len(group) > 1 for i in group]
         if not shared:
             return tuple(owners)
-        for i in shared:  # paths differ, so this ends
+        if all(depths[i] > len(parts[i]) for i in shared):  # only where one name spells out the bytes of another
+            raise ValueError(f"paths: these cannot be told apart: {some(as_text(paths[i]) for i in shared)}")
+        for i in shared:
             depths[i] += 1
+
+
+def as_text(path: str) -> str:
+    """A path that can be written and printed: file systems allow names that are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
@@ -184,7 +192,7 @@ def _auto(root: str, paths: Sequence[str], classes: Classes) -> tuple[list[int],
     if len(files) > 1:
         raise ValueError(f"labels: found both {' and '.join(files)}; say which one to use")
     if files:
-        return _from_file(files[0], paths, [root], classes), f"the labels file {files[0]}"
+        return _from_file(files[0], paths, [root], classes), f"the labels file {as_text(files[0])}"
     labels = _from_class_folders(root, paths, classes) if root else None
     if labels is not None:
         return labels, "the names of the class folders"

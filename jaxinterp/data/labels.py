@@ -90,7 +90,10 @@ def read_labels(path: str, is_picture: Callable[[str], bool], classes: Classes) 
     if separator:
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
         stripped = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
-        rows = [(number, row) for number, row in stripped if any(row)]
+        try:
+            rows = [(number, row) for number, row in stripped if any(row)]
+        except csv.Error as error:  # a quote that is never closed makes one endless cell
+            raise ValueError(f"labels: cannot read {path}, line {reader.line_num}: {error}") from error
     else:
         rows = [(i, _split(line.strip(), is_picture)) for i, line in enumerate(lines, 1) if line.strip()]
 

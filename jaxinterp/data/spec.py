@@ -66,11 +66,11 @@ def open_source(
     if kind == "tfds":
         name, split = _tfds_parts(text)
         return Tfds(name, split, crop=crop, data_dir=data_dir, classes=count, labels=labels)
-    if kind == "npz":
-        return Npz(text, crop=crop, classes=count, labels=labels)
     missing = [text for text in texts if not os.path.exists(text)]
     if len(texts) == 1 and missing:
         raise ValueError(f"pictures: no such file or folder: {text!r}; expected {KNOWN}")
+    if kind == "npz":
+        return Npz(text, crop=crop, classes=count, labels=labels)
     return Folder(texts, crop=crop, labels=labels, classes=classes)
 
 

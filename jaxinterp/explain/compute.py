@@ -14,7 +14,7 @@ import numpy as np
 from jaxinterp import attacks, cam, effect, localize, parallel
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import example_keys
-from jaxinterp.data import Batch, Source, batches
+from jaxinterp.data import Batch, DamagedImage, Source, batches
 from jaxinterp.explain.pictures import Pictures, Progress, Selection, classify, silent
 from jaxinterp.network import Network, Params
 from jaxinterp.runs import Run
@@ -121,7 +121,7 @@ def parts(
                 progress(name, 0.0)
                 if batch is None:
                     selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]))
-                    batch = next(iter(batches(selection, size)))
+                    batch = next(iter(batches(selection, size, on_damaged=_gone)))
                     batch = dataclasses.replace(batch, labels=_padded(pictures.labels[chunk], size))
                 arrays = explain_batch(
                     network,
@@ -157,6 +157,10 @@ def stored_parts(
 
 def _part_name(attack: str, start: int) -> str:
     return f"{safe_name(attack)}-{zlib.crc32(attack.encode()):08x}-{start:06d}"
+
+
+def _gone(error: DamagedImage) -> None:
+    raise ValueError(f"{error}; it could be read when the run began")
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxinterp import attacks, effect
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import coerce
 from jaxinterp.attacks.spec import from_spec, parameters
-from jaxinterp.data import AnySource, Crop, Tfds, open_source
+from jaxinterp.data import AnySource, Crop, Folder, Tfds, open_source
 from jaxinterp.explain import compute, page, tables
 from jaxinterp.explain.pictures import Pictures, Selection, survey
 from jaxinterp.network import Network
@@ -25,6 +25,8 @@ from jaxinterp.weights import checkpoint, load
 # themselves keep their papers' defaults.
 PRESETS: dict[str, dict[str, Any]] = {"cw": {"search_steps": 4, "steps": 100, "initial_const": 0.3}}
 DEFAULT_ATTACKS = ("ifgsm", "cw")
+_LARGEST_SEED = 2**32 - 1  # beyond, seeds of JAX repeat; numpy takes none below 0
+_MOST_STEPS = 2**31 - 1
 _SAMPLES = {1000: "samples:imagenet", 10: "samples:cifar10"}  # by number of classes
 
 
@@ -77,7 +79,7 @@ def explain(
         labels: "auto", "names", "predicted", or the path of a labels file; see `jaxinterp.data.Folder`.
         data_dir: where TensorFlow data sets were prepared.
         limit: use only the first so many pictures.
-        seed: of targets, random starts and shuffled controls.
+        seed: of targets, random starts and shuffled controls; 0 to 2^32 - 1.
         batch_size: pictures that are attacked at once.
         say: is told what a person should know, line by line.
 
@@ -89,6 +91,8 @@ def explain(
     for name, value in (("--cell", cell), ("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"--seed must be from 0 to {_LARGEST_SEED}, got {seed}")
     chosen = _attacks(specs)
     network, params = load(model)
     effect.grid(network.image_size, network.image_size, cell)
@@ -140,6 +144,8 @@ def explain(
     for name, reason in page.left_out(network, seen):
         say(f"  {name}: {reason}")
     say(f"{len(seen.correct)} of {count} pictures are classified correctly and attacked")
+    if not seen.ids:
+        raise ValueError("no picture could be read, so there is nothing to attack")
     if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
 
@@ -193,15 +199,29 @@ def _attacks(specs: Sequence[str]) -> dict[str, Attack]:
             raise ValueError(f"attack {spec} is given twice")
         chosen[spec] = from_spec(spec, attacks.ATTACKS, PRESETS)
         coerce(chosen[spec])
+        if chosen[spec].iterations > _MOST_STEPS:
+            raise ValueError(f"attack {spec} has more than {_MOST_STEPS} steps in all")
     if not chosen:
         raise ValueError("at least one attack is needed")
     return chosen
 
 
 def _identity(source: AnySource, pictures: Sequence[str | Path], count: int) -> str:
-    """What tells one set of pictures from another: their ids and labels, or the name of a prepared data set."""
+    """What tells one set of pictures from another: ids, labels and contents, or the name of a prepared data set."""
     if isinstance(source, Tfds):
         return str(pictures[0])
-    pairs = zip(source.ids[:count], source.labels[:count], strict=True)
-    text = "\n".join(f"{name}\t{int(label)}" for name, label in pairs)
-    return f"sha256 of ids and labels: {hashlib.sha256(text.encode()).hexdigest()}"
+    whole = hashlib.sha256()
+    for i, (name, label) in enumerate(zip(source.ids[:count], source.labels[:count], strict=True)):
+        content = (
+            _file_digest(source.paths[i]) if isinstance(source, Folder) else checkpoint.tensor_digest(source.images[i])
+        )
+        whole.update(f"{name}\t{int(label)}\t{content}\n".encode())
+    return f"sha256 of ids, labels and pictures: {whole.hexdigest()}"
+
+
+def _file_digest(path: str) -> str:
+    """sha256 of a picture's file; empty where there is nothing to read, which is said when it should be decoded."""
+    try:
+        return checkpoint.file_digest(Path(path)) if Path(path).is_file() else ""
+    except OSError:
+        return ""

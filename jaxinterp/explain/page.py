@@ -31,10 +31,13 @@ NOTES = (
 
 def figure_path(run: Run, attack: str, picture: str) -> Path:
     """Where the figure of a picture and attack is stored."""
-    stem = safe_name(picture)
-    if stem != picture:  # two ids may become one name
-        stem = f"{stem}-{zlib.crc32(picture.encode()):08x}"
-    return run.directory / "figures" / safe_name(attack) / f"{stem}.png"
+    return run.directory / "figures" / _distinct(attack) / f"{_distinct(picture)}.png"
+
+
+def _distinct(name: str) -> str:
+    """A name as part of a file name, with its checksum where characters were replaced or cut off."""
+    safe = safe_name(name)
+    return safe if safe == name else f"{safe}-{zlib.crc32(name.encode()):08x}"
 
 
 def draw(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp.data import DamagedImage, Example, Source, batches
-from jaxinterp.network import Network, Params
+from jaxinterp.network import Model, Network, Params
 from jaxinterp.runs import Run
 
 Progress = Callable[[str, float], None]
@@ -76,14 +76,17 @@ def survey(
     A picture without a label gets the network's own prediction for one.
 
     Raises:
-        ValueError: a label is not one of the network's classes.
+        ValueError: a label is not one of the network's classes, or the network cannot take the pictures.
     """
     stored = run.read_part("pictures")
     if stored is None:
         damaged: list[DamagedImage] = []
         model = network.bind(params)
         columns: dict[str, list[Any]] = {"ids": [], "labels": [], "predicted": []}
-        for batch in batches(Numbered(source), batch_size, on_damaged=damaged.append):
+        size = max(1, min(batch_size, len(source)))
+        for batch in batches(Numbered(source), size, on_damaged=damaged.append):
+            if not columns["ids"]:
+                _check_fits(network, model, batch.images)
             kept = batch.mask
             progress("reading pictures", float(np.sum(kept)))
             columns["ids"] += [name for name, keep in zip(batch.ids, kept, strict=True) if keep]
@@ -115,6 +118,15 @@ def survey(
         targets=random_targets(ids, stored["labels"], network.num_classes, seed),
         damaged=tuple((str(name), str(reason)) for name, reason in stored["damaged"]),
     )
+
+
+def _check_fits(network: Network, model: Model, images: np.ndarray) -> None:
+    try:
+        jax.eval_shape(model, images)
+    except (TypeError, ValueError) as error:
+        height, width, channels = images.shape[1:]
+        size = f"{height} x {width} pixels and {channels} channel{'s' * (channels != 1)}"
+        raise ValueError(f"{network.name} cannot take images of {size}: {error}") from error
 
 
 def random_targets(ids: Sequence[str], labels: np.ndarray, classes: int, seed: int) -> np.ndarray:

@@ -88,7 +88,7 @@ class Features(nnx.Module):
         for index in range(1, self.blocks + 1):
             x = tap(f"features.denseblock{index}", getattr(self, f"denseblock{index}")(x))
             if index < self.blocks:
-                x = getattr(self, f"transition{index}")(x)
+                x = tap(f"features.transition{index}", getattr(self, f"transition{index}")(x))
         return tap("features.norm5", jax.nn.relu(self.norm5(x)))
 
 
@@ -104,6 +104,10 @@ class DenseNet(nnx.Module):
         return self.classifier(jnp.mean(x, axis=(1, 2)))
 
     def nodes(self) -> tuple[str, ...]:
-        """Names of the feature maps, in order; features.norm5 is taken behind its ReLU."""
-        blocks = (f"features.denseblock{index}" for index in range(1, self.features.blocks + 1))
-        return ("features.relu0", *blocks, "features.norm5")
+        """Names of the feature maps, in order; features.norm5 is taken behind its ReLU.
+
+        What a layer adds is not named apart: it is a range of the channels of its block.
+        """
+        blocks = range(1, self.features.blocks + 1)
+        inner = [f"features.{kind}{index}" for index in blocks for kind in ("denseblock", "transition")][:-1]
+        return ("features.relu0", *inner, "features.norm5")

@@ -47,7 +47,9 @@ def convert(name: str, *, file: Path | None = None, root: Path | None = None, fo
         "known": found.sha256 == checkpoint.known_digests(root).get(name, {}).get("sha256"),
         **found.origin,
     }
-    checkpoint.save(found.params(), folder, name=name, classes=found.classes, source=source, notes=found.notes())
+    params, classes, notes = found.params(), found.classes, found.notes()
+    del found  # the file's own tensors are in the way when the writer copies the parameters
+    checkpoint.save(params, folder, name=name, classes=classes, source=source, notes=notes)
     return folder
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from jaxinterp import models
 from jaxinterp.weights import checkpoint, recipes
 
-_HEADINGS = ("network", "parameters", "input", "nodes", "CAM node", "checkpoint", "source", "licence of the weights")
+_HEADINGS = ("network", "parameters", "input", "nodes", "CAM node", "checkpoint", "digest", "licence of the weights")
 
 
 def rows(root: Path | None = None) -> Iterator[tuple[str, ...]]:
     """One row for every network, under the headings of `table`.
+
+    Under "digest" stands whether the file that a checkpoint came from is a known one; without a checkpoint, whether
+    the digest of such a file is on record.
 
     Args:
         root: folder of checkpoints; None means `checkpoint.default_root()`.
@@ -25,11 +28,11 @@ def rows(root: Path | None = None) -> Iterator[tuple[str, ...]]:
         trained = {
             key: spec for key, spec in models.shapes(name).items() if not key.endswith(("running_mean", "running_var"))
         }
-        present, source = "no", "-"
+        present, digest = "no", "on record" if name in known else "-"
         if (root / name).is_dir():
             try:
-                digest = checkpoint.read_manifest(root / name, name=name)["source"].get("sha256")
-                present, source = "yes", "known" if digest == known.get(name, {}).get("sha256") else "not known"
+                found = checkpoint.read_manifest(root / name, name=name)["source"].get("sha256")
+                present, digest = "yes", "known" if found == known.get(name, {}).get("sha256") else "not known"
             except ValueError:
                 present = "damaged"
         yield (
@@ -39,7 +42,7 @@ def rows(root: Path | None = None) -> Iterator[tuple[str, ...]]:
             str(len(network.nodes)),
             network.cam_node or "-",
             present,
-            source,
+            digest,
             recipes.RECIPES[name].license if name in recipes.RECIPES else "-",
         )
 

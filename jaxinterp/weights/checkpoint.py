@@ -33,8 +33,12 @@ def default_root() -> Path:
     """Where checkpoints are kept: $JAXINTERP_CKPTS, or ckpts/ of the source tree, or ckpts/ here."""
     if given := os.environ.get("JAXINTERP_CKPTS"):
         return Path(given)
-    tree = Path(__file__).resolve().parents[2]
-    return (tree if (tree / "pyproject.toml").is_file() else Path.cwd()) / "ckpts"
+    return (_tree() if (_tree() / "pyproject.toml").is_file() else Path.cwd()) / "ckpts"
+
+
+def _tree() -> Path:
+    """Where the package lies: the source tree, unless it was installed elsewhere."""
+    return Path(__file__).resolve().parents[2]
 
 
 def file_digest(path: Path) -> str:
@@ -49,9 +53,16 @@ def tensor_digest(array: np.ndarray) -> str:
 
 
 def known_digests(root: Path) -> dict[str, dict[str, str]]:
-    """The committed record of source files: network -> {"sha256": ..., "source": ...}; empty where there is none."""
-    path = root / "known.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The record of source files: network -> {"sha256": ..., "source": ...}.
+
+    That of `root` and, for networks that it does not mention, the committed one in ckpts/ of the source tree.
+    """
+    known: dict[str, dict[str, str]] = {}
+    for folder in (_tree() / "ckpts", root):
+        path = folder / "known.json"
+        if path.is_file():
+            known |= json.loads(path.read_text())
+    return known
 
 
 def save(
@@ -122,7 +133,9 @@ def read_manifest(folder: Path, *, name: str) -> dict[str, Any]:
     path = folder / _MANIFEST
     remedy = f"run: jaxinterp convert {name}"
     if not folder.is_dir():
-        raise ValueError(f"no checkpoint of {name} in {folder.parent}; {remedy}")
+        left = sorted(path.name for path in folder.parent.glob(f".{folder.name}.*"))
+        interrupted = f"; a conversion was interrupted and left {', '.join(left)}, to be deleted" if left else ""
+        raise ValueError(f"no checkpoint of {name} in {folder.parent}{interrupted}; {remedy}")
     try:
         manifest = json.loads(path.read_text())
         format_, network, tensors = manifest["format"], manifest["network"], manifest["tensors"]
@@ -142,7 +155,10 @@ def load(
     name: str,
     placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
-    """The parameters of a checkpoint, verified tensor by tensor (where this process holds the whole tensor).
+    """The parameters of a checkpoint, verified tensor by tensor.
+
+    Of several processes all must call it: a tensor that is spread over them is gathered to be verified, and the same
+    error is raised by each.
 
     Args:
         folder: such as ckpts/NAME.
@@ -177,6 +193,15 @@ def load(
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(f"checkpoint {folder} cannot be read ({reason}); {remedy}") from error
     for key, value in params.items():
-        if value.is_fully_addressable and tensor_digest(np.asarray(value)) != tensors[key]["sha256"]:
+        if tensor_digest(_whole(value)) != tensors[key]["sha256"]:
             raise ValueError(f"checkpoint {folder} is damaged: tensor {key} does not match its sha256; {remedy}")
     return params
+
+
+def _whole(value: jax.Array) -> np.ndarray:
+    """A tensor on the host, also where other processes hold parts of it."""
+    if value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

@@ -76,7 +76,7 @@ def prepare(name: str, file: str | os.PathLike[str] | None = None) -> Conversion
         file = recipe.find()
         origin = {"package": recipe.install, "license": recipe.license}
     file = Path(file)
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"no such file: {file}")
     tensors = files.read(file)
     layout, rename = _dialect(name)

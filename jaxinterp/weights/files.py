@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 
-from jaxinterp.npzfile import NpzFile
+from jaxinterp.npzfile import BoundedFile, NpzFile
 from jaxinterp.weights import numpypickle, torchfile
 
 _EXPAND = 4  # how many times the file's size its tensors may take, beyond 64 MiB
@@ -43,6 +43,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _format(path: str) -> str:
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never be open, /dev/zero never at its end
+        raise ValueError(f"{path}: not a file but a folder, a pipe or a device")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(16)
@@ -71,7 +73,7 @@ def _format(path: str) -> str:
 def _holds_arrays(path: str) -> bool:
     """Whether a zip archive is numpy's and not PyTorch's."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with BoundedFile(path) as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except Exception:  # a damaged archive: the reader for its suffix says how
         return path.lower().endswith(".npz")

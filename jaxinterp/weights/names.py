@@ -4,14 +4,14 @@ Definitions in `jaxinterp.models` carry the names of the original state dict, so
 network's recipe says; what changes is layout: from PyTorch, convolutions OIHW -> HWIO (depthwise C1hw -> hw1C by the
 same transpose) and linear layers [out, in] -> [in, out]; Keras has JAX's layouts already.
 
-Some tensors are handled by rule: the prefix `module.` that DataParallel gives to every name is taken away, batch
-norm's `num_batches_tracked` and the auxiliary heads of Inception-v3 and GoogLeNet are dropped, half and double
-precision become float32. Whatever else does not fit, one tensor at least, makes the map fail.
+Some tensors are handled by rule: the prefix `module.` that DataParallel gives to every name is taken away, as often as
+it was given; batch norm's `num_batches_tracked` and the auxiliary heads of Inception-v3 and GoogLeNet are dropped; half
+and double precision become float32. Whatever else does not fit, one tensor at least, makes the map fail.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -66,12 +66,12 @@ def plan(
         layout: whose layouts the file has.
         rename: the parameter's name from the file's, where the two differ.
     """
-    prefixed = _is_prefixed(tensors, expected)
+    prefix = _prefix(tensors, expected)
     found: dict[str, tuple[str, str]] = {}
     dropped, twice = [], []
     for source in tensors:
-        name = source[len(_PREFIX) :] if prefixed else source
-        note = "prefix module. removed" if prefixed else ""
+        name = source.removeprefix(prefix)
+        note = f"prefix {prefix} removed" if prefix else ""
         if name.rsplit(".", 1)[-1] in _IGNORED:
             dropped.append((source, "dropped: not used in evaluation"))
         elif name.startswith(AUXILIARY.get(network, ())) and name not in expected:
@@ -170,8 +170,9 @@ def classes_of(
     Raises:
         ValueError: the file has no such tensor, or one without that axis.
     """
+    prefix = _prefix(tensors, (head,))
     for given, tensor in tensors.items():
-        name = given.removeprefix(_PREFIX) if not head.startswith(_PREFIX) else given
+        name = given.removeprefix(prefix)
         if (rename(name) if rename else name) == head:
             shape = to_jax_layout(tensor, layout).shape
             if len(shape) <= axis or not shape[axis]:
@@ -219,12 +220,14 @@ def from_jax_shape(shape: tuple[int, ...], layout: Layout = "torch") -> tuple[in
     return tuple(shape[axis] for axis in order)
 
 
-def _is_prefixed(tensors: Mapping[str, np.ndarray], expected: Mapping[str, object]) -> bool:
-    return (
-        bool(tensors)
-        and all(name.startswith(_PREFIX) for name in tensors)
-        and not any(name.startswith(_PREFIX) for name in expected)
-    )
+def _prefix(tensors: Collection[str], expected: Iterable[str]) -> str:
+    """What DataParallel put in front of every name: "module.", twice where it wrapped a wrapped network, or ""."""
+    if any(name.startswith(_PREFIX) for name in expected):
+        return ""
+    prefix = ""
+    while tensors and all(name.startswith(prefix + _PREFIX) for name in tensors):
+        prefix += _PREFIX
+    return prefix
 
 
 def _is_real(dtype: np.dtype) -> bool:

@@ -12,9 +12,9 @@ containers, and refuses a name that is not in the table `_GLOBALS`. It builds de
 cut from the mapped file afterwards, each checked against its storage.
 
 What a hostile file can cost is bounded: pickles and the zip directory are read up to 16 MiB (a state dict takes 100
-to 200 bytes a tensor), in time proportional to their length; the arrays together may take at most four times the
-file's size plus 64 MiB, because tied weights and expanded views are copied for each of their names: a legitimate
-file can exceed its own size, but not by much.
+to 200 bytes a tensor) and pickles up to a million opcodes, in time proportional to their length; the arrays together
+may take at most four times the file's size plus 64 MiB, because tied weights and expanded views are copied for each of
+their names: a legitimate file can exceed its own size, but not by much.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxinterp.npzfile import BoundedFile
 from jaxinterp.weights.pickles import Machine, PickleError, dict_key, function
 
 _PICKLE_LIMIT = 16 << 20
 _SLACK = 64 << 20
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 class TorchFileError(PickleError):
@@ -50,7 +51,7 @@ class TorchFileError(PickleError):
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the state dict of a PyTorch checkpoint.
 
-    A top-level dict whose `state_dict`, `model_state_dict` or `model` is a dict (the first of these) is
+    A top-level dict whose `state_dict`, `model_state_dict`, `model` or `net` is a dict (the first of these) is
     unwrapped and its other entries are dropped. Names are returned as they stand in the file.
 
     Args:
@@ -309,23 +310,12 @@ def _read_legacy(data: mmap.mmap) -> dict[str, np.ndarray]:
     return _arrays(value, machine.declared, data, locate)
 
 
-class _BoundedFile(io.FileIO):
-    """A file whose single reads are bounded: `zipfile` reads the whole directory, however long, in one."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _PICKLE_LIMIT:
-            raise TorchFileError("the directory of the zip archive is longer than 16 MiB")
-        return super().read(size)
-
-
 def _entries(file: io.BufferedReader, data: mmap.mmap) -> dict[str, tuple[int, zipfile.ZipInfo]]:
     """Where the data of each entry begins. Entries that do not lie one behind another are refused."""
     try:
-        archive = zipfile.ZipFile(_BoundedFile(file.fileno(), closefd=False))
-    except TorchFileError:
-        raise
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, OverflowError, struct.error):
-        raise TorchFileError("the zip archive is cut off or damaged") from None
+        archive = zipfile.ZipFile(BoundedFile(file.fileno(), closefd=False))
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, OverflowError, struct.error) as error:
+        raise TorchFileError(f"the zip archive is cut off or damaged ({error})") from None
     entries: dict[str, tuple[int, zipfile.ZipInfo]] = {}
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     ends = [*(info.header_offset for info in infos), archive.start_dir][1:]

@@ -7,6 +7,8 @@ Without torch the network is run with seeded weights and compared with stored ou
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import importlib.resources
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -20,13 +22,12 @@ import numpy as np
 from jaxinterp import models
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Network, capture, identity
-from jaxinterp.weights import names, seeded
+from jaxinterp.weights import conversion, names, seeded
 
 # Relative to the largest value. Maps and logits are compared in float32, gradients in float64: an input of a ReLU that
 # is nearly zero rounds to one side in one program and to the other in the next, and the float32 gradient behind it is
 # then another one, in any two programs.
 TOLERANCES = {"logits": 1e-5, "map": 1e-4, "gradient": 1e-9}
-_CLASS = 1  # whose logit the gradient is of, in live comparisons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
         name: the architecture.
         against: "torchvision", for torchvision's module with seeded weights, or "FILE.py:factory", for the module
             that `factory()` of that file returns. The module takes images [B,C,H,W] as its own preprocessing leaves
-            them: the network's preprocessing is applied beforehand.
+            them: the network's preprocessing is applied beforehand. Nodes are compared with the submodules of their
+            names; those that the module does not have, or whose activation follows outside, are left out.
         images: [B,H,W,C] in [0, 1]; None means two seeded ones of the network's size.
 
     Raises:
@@ -117,7 +119,8 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
         raise ValueError(f"{against} must give a torch.nn.Module, got {type(module).__name__}")
     module = module.eval().requires_grad_(False).float()
     state = {key: value.numpy() for key, value in module.state_dict().items()}
-    classes = _classes(name, state)
+    head, axis = conversion.head_of(name)
+    classes = names.classes_of(state, head, axis, source=f"the state dict of {against}")
     expected = models.shapes(name, classes)
     params = jax.tree.map(
         jnp.asarray, names.map_tensors(state, expected, source=f"the state dict of {against}", network=name)
@@ -126,19 +129,26 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
     if images is None:
         images = seeded.images(2, network.image_size, entry.channels)
     submodules = dict(module.named_modules())
-    nodes = tuple(node for node in network.nodes if node in submodules)
-    logits, maps, gradient = _run(network, params, images, nodes, _CLASS)
+    nodes = tuple(n for n in network.nodes if n in submodules and n not in _INSIDE.get(_family(name), ()))
 
     seen: dict[str, Any] = {}
     for node in nodes:
         submodules[node].register_forward_hook(lambda _, __, output, node=node: seen.__setitem__(node, output))
     x = torch.from_numpy(np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)))).requires_grad_()
-    mean, std = (torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in _NORMALIZATION.get(name, _IMAGENET))
-    out = module((x - mean) / std)
+
+    def preprocessed(x: Any) -> Any:
+        mean, std = (
+            torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in _NORMALIZATION.get(_family(name), _IMAGENET)
+        )
+        return ((x.flip(1) if name.startswith("caffe_") else x) - mean) / std
+
+    out = module(preprocessed(x))
     # Copied after the whole forward pass: an activation in place changes what a hook saw.
     maps_of_original = {node: value.detach().clone() for node, value in seen.items()}
-    x, mean, std = x.detach().double().requires_grad_(), mean.double(), std.double()
-    (by_image,) = torch.autograd.grad(module.double()((x - mean) / std)[:, _CLASS].sum(), x)
+    target = int(out[0].argmax())  # the gradient of a logit behind a ReLU may be zero, which compares nothing
+    logits, maps, gradient = _run(network, params, images, nodes, target)
+    x = x.detach().double().requires_grad_()
+    (by_image,) = torch.autograd.grad(module.double()(preprocessed(x))[:, target].sum(), x)
     found = [compare(node, maps[node], maps_of_original[node].permute(0, 2, 3, 1).numpy()) for node in nodes]
     found.append(compare("logits", logits, out.detach().numpy()))
     found.append(compare("gradient", gradient, by_image.permute(0, 2, 3, 1).numpy()))
@@ -155,10 +165,27 @@ def lines(found: list[Comparison]) -> Iterator[str]:
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Inputs that are not ImageNet's standard ones: those that the originals standardize otherwise, or themselves.
+# By family, what stands between pixels in [0, 1] and the original's input where it is not ImageNet's standard one.
 _NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    **{f"efficientnet_lite{variant}": ((127 / 255,) * 3, (128 / 255,) * 3) for variant in range(5)},
+    "efficientnet_lite": ((127 / 255,) * 3, (128 / 255,) * 3),
+    "caffe_squeezenet": ((104 / 255, 117 / 255, 123 / 255), (1 / 255,) * 3),  # BGR
+    "cifar_resnet18": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar10_cnn": ((0.0,), (1 / 255,)),
+    "carlini": ((0.5,), (1.0,)),
+    "small_cnn": ((0.0,), (1.0,)),
 }
+# By family, nodes that bear the name of a convolution whose batch norm or activation follows
+# outside of it, so that the submodule's output is not the node's.
+_INSIDE: dict[str, tuple[str, ...]] = {
+    "efficientnet_lite": ("_conv_stem", "_conv_head"),
+    "caffe_squeezenet": ("conv1",),
+    "cifar10_cnn": ("conv2d", *(f"conv2d_{index}" for index in range(1, 6))),
+}
+
+
+def _family(name: str) -> str:
+    """The key of `name` in the tables above, "" where it is in none."""
+    return next((key for key in (*_NORMALIZATION, *_INSIDE) if name.startswith(key)), "")
 
 
 def _run(
@@ -188,22 +215,36 @@ def _stored() -> dict[str, np.ndarray]:
         return {key: arrays[key] for key in arrays.files}
 
 
-def _classes(name: str, state: Mapping[str, np.ndarray]) -> int:
-    last = list(models.shapes(name))[-1]
-    if last not in state:
-        raise ValueError(f"the state dict has no {last}, so it is not one of {name}")
-    return len(state[last])
+@functools.cache
+def torchvision_models() -> Any:
+    """The module torchvision.models.
+
+    Where torchvision's compiled operators do not fit the build of torch, they are declared without content, so that
+    the package imports: no network here uses any of them.
+
+    Raises:
+        ValueError: torchvision is not installed, or does not import for another reason.
+    """
+    import torch  # pyright: ignore[reportMissingImports]  # as above
+
+    try:
+        try:
+            return importlib.import_module("torchvision.models")
+        except RuntimeError:
+            for operator in ("nms", "qnms"):
+                torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
+            return importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"torchvision cannot be imported ({error}); run: pip install torchvision, or name a file with"
+            " --against FILE.py:factory"
+        ) from None
 
 
 def _torchvision_module(name: str) -> Any:
     import torch  # pyright: ignore[reportMissingImports]  # as above
 
-    try:
-        from torchvision import models as originals  # pyright: ignore[reportMissingImports]  # as above
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"torchvision cannot be imported ({error}); name a file with --against FILE.py:factory"
-        ) from None
+    originals = torchvision_models()
     if not hasattr(originals, name):
         raise ValueError(f"torchvision has no {name}; name a file with --against FILE.py:factory")
     more = {"transform_input": True, "aux_logits": False, "init_weights": False}

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,15 @@ def test_reasons(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/null")):
+        with pytest.raises(DamagedImage, match="a pipe or a device, not a file"):
+            decode(path, None)
+    with pytest.raises(DamagedImage, match="cannot be read"):
+        decode(tmp_path, None)
+
+
 def test_flipped_bytes_never_give_another_exception():
     rng = np.random.default_rng(3)
     small = Image.fromarray(NOISE[:12, :12])

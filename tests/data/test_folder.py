@@ -43,6 +43,25 @@ def test_finds_pictures_of_any_suffix_and_case_in_order(tmp_path, put):
     assert len(folder) == len(names)
 
 
+def test_names_that_are_not_utf8_have_ids_that_can_be_written(tmp_path, put):
+    put("a.png")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "a.png").read_bytes())
+    folder = Folder(tmp_path, crop=None, classes=10)
+    assert set(folder.ids) == {"a.png", r"caf\xe9.png"}
+    assert [folder[i].id.encode().decode() for i in range(2)] == list(folder.ids)
+    put(r"caf\xe9.png")  # a name that spells out the other's bytes
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        Folder(tmp_path, crop=None, classes=10)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    folder = Folder([tmp_path / "pipe.png", "/dev/zero"], crop=None, classes=10)
+    for i in range(2):
+        with pytest.raises(DamagedImage, match="not a file"):
+            folder[i]
+
+
 def test_items(tmp_path, put):
     put("a.png", value=51)
     put("b.png", value=255)
@@ -283,6 +302,13 @@ def test_refuses_unreadable_labels_files(tmp_path, put):
 
 
 # Several folders
+
+
+def test_refuses_a_labels_file_with_an_endless_cell(tmp_path, put):
+    put("a.png")
+    (tmp_path / "labels.csv").write_text('"' + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"cannot read .*labels\.csv, line 1: field larger"):
+        Folder(tmp_path, crop=None, classes=10)
 
 
 def test_every_folder_has_its_own_labels(tmp_path, put):

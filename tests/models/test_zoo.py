@@ -103,6 +103,25 @@ def test_nodes_trace_at_full_size(name: str):
     assert logits.shape == (1, net.num_classes)
 
 
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        ("resnet50", ["relu", *(f"layer{n}.{i}" for n, k in enumerate((3, 4, 6, 3), 1) for i in range(k))]),
+        ("vgg11_bn", [f"features.{i}" for i in (2, 6, 10, 13, 17, 20, 24, 27)]),
+        (
+            "densenet121",
+            ["features.relu0"]
+            + [f"features.{kind}{n}" for n in (1, 2, 3) for kind in ("denseblock", "transition")]
+            + ["features.denseblock4", "features.norm5"],
+        ),
+        ("mobilenet_v2", [f"features.{i}" for i in range(19)]),
+    ],
+)
+def test_every_block_is_a_node(name: str, nodes: list[str]):
+    """Under the names that torchvision's modules have."""
+    assert list(models.network(name).nodes) == nodes
+
+
 @pytest.mark.parametrize("name", WITH_CAM)
 def test_cam_sums_to_the_logit(name: str):
     """Logits are the cam_node's spatial means times weights, plus a bias: class activation maps sum to the rest."""

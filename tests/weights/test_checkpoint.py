@@ -4,7 +4,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxinterp import models, weights
-from jaxinterp.weights import checkpoint, recipes
+from jaxinterp.weights import catalogue, checkpoint, recipes
 
 SOURCE = {"file": "net.pth", "sha256": "0" * 64, "license": "MIT"}
 
@@ -175,6 +179,98 @@ def test_missing_checkpoint(tmp_path):
         weights.load("efficientnet_lit0", root=tmp_path)
 
 
+def test_a_killed_conversion_is_named(folder, params):
+    """After SIGKILL between writing and renaming there is no checkpoint; the message names what was left behind."""
+    shutil.rmtree(folder)
+    killed = """
+import os, signal, sys, numpy, pathlib
+from jaxinterp.weights import checkpoint
+os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+os.chmod = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save({"a": numpy.zeros(3, numpy.float32)}, pathlib.Path(sys.argv[1]), name="net", classes=2, source={})
+"""
+    found = subprocess.run([sys.executable, "-c", killed, str(folder)], capture_output=True, timeout=300)
+    assert found.returncode == -9, found.stderr.decode()[-2000:]
+    [left] = folder.parent.iterdir()
+    with pytest.raises(ValueError, match=f"a conversion was interrupted and left {left.name}, to be deleted; run: "):
+        checkpoint.load(folder, shapes(params), name="net")
+    checkpoint.save(params, folder, name="net", classes=2, source=SOURCE)
+    assert_holds(folder, params)
+
+
+def test_any_placement(folder, params):
+    """Sharded or replicated over eight devices: the same bits, verified all the same."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread, copied = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, None, None, "data"), ()))
+    expected = shapes(params)
+    for placement in (copied, lambda name, shape: spread if name == "conv.weight" else copied):
+        loaded = checkpoint.load(folder, expected, name="net", placement=placement)
+        for key, value in loaded.items():
+            assert value.sharding == (placement(key, value.shape) if callable(placement) else placement)
+            assert np.asarray(value).tobytes() == params[key].tobytes()
+        edit_digest(folder, "conv.weight", lambda digest: digest[::-1])
+        with pytest.raises(ValueError, match=r"damaged: tensor conv\.weight does not match"):
+            checkpoint.load(folder, expected, name="net", placement=placement)
+        edit_digest(folder, "conv.weight", lambda digest: digest[::-1])
+
+
+def edit_digest(folder, name, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tensors"][name]["sha256"] = change(manifest["tensors"][name]["sha256"])
+    path.write_text(json.dumps(manifest))
+
+
+def test_damage_is_noticed_by_every_process(folder, params):
+    """Two processes of two devices: parameters that no process holds as a whole are verified, too."""
+    program = """
+import sys, json, pathlib, jax, numpy as np
+folder, port, index = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
+from jaxinterp.weights import checkpoint
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+spread, copied = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, None, None, "data"), ()))
+tensors = json.loads((folder / "manifest.json").read_text())["tensors"]
+expected = {key: jax.ShapeDtypeStruct(tuple(t["shape"]), np.float32) for key, t in tensors.items()}
+for name in ("sound", "net"):
+    for placement in (copied, lambda key, shape: spread if len(shape) == 4 else copied):
+        try:
+            found = checkpoint.load(folder.parent / name, expected, name="net", placement=placement)
+            whole = [found[key].is_fully_addressable for key in found]
+            print("found: loaded", any(whole))
+        except ValueError as error:
+            print("found:", error)
+"""
+    shutil.copytree(folder, folder.parent / "sound")
+    edit_digest(folder, "conv.weight", lambda digest: digest[::-1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(folder), port, str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for out, err in outputs:
+        lines = [line for line in out.splitlines() if line.startswith("found:")]  # gloo prints, too
+        assert lines[:2] == ["found: loaded False"] * 2, err[-2000:]
+        assert len(lines) == 4
+        assert all("damaged: tensor conv.weight does not match its sha256" in line for line in lines[2:])
+
+
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_save(folder, params, monkeypatch, error, when):
@@ -231,15 +327,19 @@ def test_convert(tmp_path):
     recipe = recipes.recipe(name)
     if importlib.util.find_spec(recipe.package) is None:
         pytest.skip(f"{recipe.package} is not installed")
-    known = checkpoint.known_digests(checkpoint.default_root())
-    (tmp_path / "known.json").write_text(json.dumps(known))
     folder = weights.convert(name, root=tmp_path)
     assert folder == tmp_path / name
 
     manifest = checkpoint.read_manifest(folder, name=name)
     assert manifest["source"]["sha256"] == hashlib.sha256(recipe.find().read_bytes()).hexdigest()
     assert manifest["source"]["license"] == "Apache-2.0"
-    assert manifest["source"]["known"] is (name in known)
+    assert manifest["source"]["known"] is True  # by the committed record, wherever checkpoints are kept
+    (tmp_path / "known.json").write_text(json.dumps({"small_cnn": {"sha256": "0" * 64, "source": "mine"}}))
+    table = {row[0]: row[5:] for row in catalogue.rows(tmp_path)}
+    assert table[name] == ("yes", "known", "Apache-2.0")
+    assert table["efficientnet_lite1"] == ("no", "on record", "Apache-2.0")
+    assert table["small_cnn"] == ("no", "on record", "-")
+    assert table["resnet18"] == ("no", "-", "-")
     assert {key: tuple(t["shape"]) for key, t in manifest["tensors"].items()} == {
         key: s.shape for key, s in models.shapes(name).items()
     }

@@ -1,14 +1,15 @@
 """From a file to parameters: number of classes, table, notes, and files of other networks."""
 
 import hashlib
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinterp import models
-from jaxinterp.weights import conversion
+from jaxinterp import models, weights
+from jaxinterp.weights import checkpoint, conversion, files
 from jaxinterp.weights.names import from_jax_shape
 
 
@@ -78,6 +79,22 @@ def test_a_file_of_another_network(save):
     assert {row.problem for row in found.rows} >= {"missing", "unexpected"}
     with pytest.raises(ValueError, match=r"weights\.npz does not fit the network: missing: .*unexpected: "):
         found.params()
+
+
+def test_the_tensors_of_the_file_are_let_go_before_writing(save, tmp_path, monkeypatch):
+    """Else a conversion holds the weights once more than it needs, beside the writer's copies."""
+    path, _ = save("small_cnn", 4, dtype=np.float16)
+    read, kept, alive = files.read, [], []
+
+    def reading(path):
+        tensors = read(path)
+        kept.extend(map(weakref.ref, tensors.values()))
+        return tensors
+
+    monkeypatch.setattr(files, "read", reading)
+    monkeypatch.setattr(checkpoint, "save", lambda *_, **__: alive.extend(ref() is not None for ref in kept))
+    weights.convert("small_cnn", file=path, root=tmp_path / "ckpts")
+    assert alive == [False] * len(models.shapes("small_cnn"))
 
 
 def test_refuses(tmp_path):

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxinterp.weights import files, numpypickle
+from jaxinterp.npzfile import BoundedFile
+from jaxinterp.weights import conversion, files, numpypickle
 from jaxinterp.weights.files import read
 from jaxinterp.weights.pickles import PickleError
 
@@ -256,6 +258,23 @@ class Test_Hostile:
             file.writestr("w.npy", bytes(100 << 20))
         with pytest.raises(ValueError, match="expand to 104857600 bytes"):
             load(stream.getvalue(), "a.npz")
+
+    def test_long_directory(self, load, monkeypatch):
+        """A directory of a gigabyte would take ten in memory, before any entry is looked at."""
+        monkeypatch.setattr(BoundedFile, "LIMIT", 1 << 12)
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for index in range(100):
+                archive.writestr(f"{index}.npy", b"")
+        with pytest.raises(ValueError, match=r"x\.npz: not a \.npz archive.*directory .* longer than 16 MiB"):
+            load(content.getvalue(), "x.npz")
+
+    def test_pipes_folders_and_devices(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe.pth")
+        for path in (tmp_path / "pipe.pth", tmp_path, Path("/dev/zero")):
+            for reader in (files.read, lambda path: conversion.prepare("small_cnn", path)):
+                with pytest.raises(ValueError, match=f"{path}: not a file but a folder, a pipe or a device"):
+                    reader(path)
 
     def test_object_arrays(self, load):
         stream = io.BytesIO()

@@ -57,6 +57,11 @@ def test_data_parallel_and_counters():
     assert rows[-1].name is None
     assert rows[-1].note == "dropped: not used in evaluation"
     assert not any(row.problem for row in rows)
+    # DataParallel around DistributedDataParallel, say.
+    twice = {f"module.{name}": value for name, value in wrapped.items()}
+    np.testing.assert_array_equal(map_tensors(twice, EXPECTED, source="x")["fc.bias"], expected["fc.bias"])
+    assert {row.note for row in plan(twice, EXPECTED) if row.name} == {"prefix module.module. removed"}
+    assert classes_of(twice, "fc.bias", 0, source="x") == 5
     # A prefix on some names only is no DataParallel, and a network may have a part that is called so.
     with pytest.raises(ValueError, match=r"missing: fc\.bias; unexpected: module\.fc\.bias"):
         map_tensors(state_dict(fc__bias=None, module__fc__bias=np.zeros(5)), EXPECTED, source="x")

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxinterp.weights import torchfile
+from jaxinterp.npzfile import BoundedFile
+from jaxinterp.weights import pickles, torchfile
 from jaxinterp.weights.torchfile import TorchFileError, read
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -239,7 +240,7 @@ class Test_WellFormed:
         assert_same(arrays, {name: np.array(i, np.float32) for i, name in enumerate("zab")})
 
     @both
-    @pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model"])
+    @pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model", "net"])
     def test_wrapped(self, load, kind, name):
         outside = {"epoch": 3, "best": 0.5, "arch": "net", "note": b"\xff", "sets": [{1, 2}, frozenset([3])]}
         outside |= {"optimizer": {"state": {0: {"step": tensor(np.float32(9))}}, "param_groups": [{"lr": 0.1}]}}
@@ -425,7 +426,7 @@ class Test_Hostile:
         [
             ({"a": tensor(np.arange(2)), "epoch": 3}, "'epoch' is of type int"),
             ({"state_dict": {"a": tensor(np.arange(2)), "extra": None}}, "'extra' is of type NoneType"),
-            ({"net": {"a": tensor(np.arange(2))}}, "'net' is of type dict"),
+            ({"weights": {"a": tensor(np.arange(2))}}, "'weights' is of type dict"),
             ({"state_dict": {"state_dict": {"a": tensor(np.arange(2))}}}, "'state_dict' is of type dict"),
         ],
     )
@@ -491,6 +492,7 @@ class Test_Hostile:
 
     def test_pickles_and_directories_are_bounded(self, load, monkeypatch):
         monkeypatch.setattr(torchfile, "_PICKLE_LIMIT", 1 << 16)  # in place of 16 MiB, for speed
+        monkeypatch.setattr(BoundedFile, "LIMIT", 1 << 16)
         with pytest.raises(TorchFileError, match="longer than 16 MiB"):
             load(zipped(b"N" * (17 << 12) + b"."))
         with pytest.raises(TorchFileError, match="longer than 16 MiB"):
@@ -502,6 +504,18 @@ class Test_Hostile:
         tail = content[end : end + 12] + struct.pack("<IIH", len(directory), begin, 0)
         with pytest.raises(TorchFileError, match=r"directory .* longer than 16 MiB"):
             load(content[:begin] + directory + tail)
+
+    @pytest.mark.parametrize("opcode", [b"]", b"}", b"(", b"\x94", b"\x85", b"q\x00"])
+    def test_opcodes_are_counted(self, load, monkeypatch, opcode):
+        """A byte can make an object of a hundred: 16 MiB of them would take gigabytes and minutes."""
+        monkeypatch.setattr(pickles, "_OPCODE_LIMIT", 1000)
+        for content in (zipped(b"N" + opcode * 1000 + b"."), stacked(b"N" + opcode * 1000 + b".")):
+            with pytest.raises(TorchFileError, match="more than 1000 opcodes"):
+                load(content)
+        assert_same(
+            load(encoded({str(i): tensor(np.float32(i)) for i in range(5)})),
+            {str(i): np.array(i, np.float32) for i in range(5)},
+        )
 
     def test_keys_that_are_slow_to_compare(self, load):
         with pytest.raises(TorchFileError, match="key that is too long"):
