@@ -15,9 +15,9 @@ def test_constants_grow_until_a_success_and_are_bisected_then():
     for found in outcomes:
         bracket = bracket.narrow(jnp.array(found, bool), growth=10.0)
         consts.append(np.asarray(bracket.const).tolist())
-    assert consts == [[10, 10, 2], [100, 5, 1], [55, 7.5, 1.5], [32.5, 6.25, 1.75]]
-    np.testing.assert_array_equal(bracket.lower, [10, 5, 1.5])
-    np.testing.assert_array_equal(bracket.upper, [55, 7.5, 2])
+    assert consts == [[10, 10, 2], [100, 5.5, 1], [55, 7.75, 1.5], [32.5, 6.625, 1.75]]
+    np.testing.assert_array_equal(bracket.lower, [10, 5.5, 1.5])
+    np.testing.assert_array_equal(bracket.upper, [55, 7.75, 2])
 
 
 def test_a_problem_ends_at_its_last_step_or_when_the_loss_stands_still():
