@@ -9,6 +9,7 @@ from jaxinterp.attacks.ddn import DDN
 from jaxinterp.attacks.deepfool import DeepFool
 from jaxinterp.attacks.diagnostics import Finding, compare_access, compare_transfer, diagnose
 from jaxinterp.attacks.driver import advance, finish, finished, run, start
+from jaxinterp.attacks.ead import EAD
 from jaxinterp.attacks.fab import FAB
 from jaxinterp.attacks.fgsm import FGSM
 from jaxinterp.attacks.fmn import FMN
@@ -47,6 +48,7 @@ ATTACKS: dict[str, type] = {
         HopSkipJump,
     )
 }
+ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, EAD)}
 
 __all__ = [
     "APGD",
@@ -54,6 +56,7 @@ __all__ = [
     "ATTACKS",
     "CW",
     "DDN",
+    "EAD",
     "FAB",
     "FGSM",
     "FMN",

@@ -167,7 +167,7 @@ def norm(delta: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 def select(condition: Bool[Array, " b"], new: Any, old: Any) -> Any:
     """The pytree `new` for examples where `condition` holds, `old` for the others."""
-    return jax.tree.map(lambda a, b: jnp.where(along(condition, a), a, b), new, old)
+    return jax.tree.map(lambda a, b: b if a is b else jnp.where(along(condition, a), a, b), new, old)
 
 
 def per_example(value: Any, images: Array) -> Float[Array, " b"]:

@@ -376,9 +376,9 @@ def test_cw_searches_as_a_slow_program_does():
     consts = [[] for _ in images]
     previous = np.full(len(images), -1)
     while not np.asarray(state.done).all():
-        search = np.asarray(state.search)
+        search = np.asarray(state.progress.problem)
         for i in np.flatnonzero((search != previous) & ~np.asarray(state.done)):
-            consts[i].append(float(state.const[i]))
+            consts[i].append(float(state.bracket.const[i]))
         previous = search
         state = advance(attack, model, state, 1)
     result = finish(attack, state)

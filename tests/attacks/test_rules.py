@@ -25,6 +25,7 @@ from jaxinterp.attacks import (
     ATTACKS,
     CW,
     DDN,
+    EAD,
     FAB,
     FGSM,
     FMN,
@@ -94,6 +95,7 @@ CASES: dict[str, Any] = {
     "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, candidates=2, queries=20),
     "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=4),
     "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=4),
+    "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -116,6 +118,7 @@ SWEEPS = {
     "square-l1": "eps",
     "chain": "eps",
     "autoattack": "eps",
+    "ead": "initial_const",
 }
 SWEEPS |= {case: "gamma" for case in CASES if case.startswith("hopskipjump")}
 SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}

@@ -1,0 +1,167 @@
+"""EAD, the elastic-net attack (Chen et al. 2018, arXiv 1709.04114, algorithm 1), every example on its own.
+
+    min c max(max_{j != t} Z(x')_j - Z(x')_t + kappa, 0) + beta ||x' - x0||_1 + ||x' - x0||_2^2
+
+by FISTA, inside a search for the smallest constant c that succeeds. With k the iteration of K and g the first and last
+term of the sum,
+
+    x_{k+1} = S_beta(y_k - a_k grad g(y_k)),   y_{k+1} = x_{k+1} + k / (k + 3) (x_{k+1} - x_k)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxinterp.attacks import objective
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
+from jaxinterp.attacks.constraint import distance
+from jaxinterp.attacks.search import Bracket, Progress, judge_original, restart
+from jaxinterp.canonical import canonical
+from jaxinterp.pytree import pytree, static
+
+
+@pytree
+class EADState:
+    """Every example's iterates x_k and y_k, bracket of the constant, and place in the search."""
+
+    examples: Examples
+    record: Record
+    best: Float[Array, " b"]  # distance of the best success by the rule
+    x: Float[Array, "b h w c"]
+    y: Float[Array, "b h w c"]
+    bracket: Bracket
+    progress: Progress
+    beta: Float[Array, " b"]
+    lr: Float[Array, " b"]
+    kappa: Float[Array, " b"]
+    done: Bool[Array, " b"]
+
+
+@pytree
+class EAD:
+    """The smallest elastic-net or L1 perturbation that succeeds at confidence kappa.
+
+    Attributes:
+        beta: weight of the L1 norm; every step sets changes below it to zero.
+        lr: a_k = lr sqrt(1 - k / steps).
+        initial_const: c of the first search step; times 10 until a success, then bisected.
+        kappa: confidence, the margin of logits that counts as success.
+        rule: of the successes, the one with the smallest beta ||d||_1 + ||d||_2^2 is returned ("en"), or the one with
+            the smallest ||d||_1 ("l1").
+        search_steps: number of constants that are tried.
+        steps: iterations K of FISTA for every constant, at most.
+        abort_early: end a search step of an example whose loss has not fallen by 1e-4 (relative) in a tenth of
+            `steps`.
+    """
+
+    name: ClassVar[str] = "ead"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"rule": ("en", "l1")}
+
+    beta: Real = 1e-3
+    lr: Real = 0.01
+    initial_const: Real = 1e-3
+    kappa: Real = 0.0
+    rule: Literal["en", "l1"] = static(default="en")
+    search_steps: int = static(default=9)
+    steps: int = static(default=1000)
+    abort_early: bool = static(default=True)
+
+    @property
+    def iterations(self) -> int:
+        """At most this many; examples may be done before."""
+        return self.search_steps * self.steps
+
+    @canonical
+    def init(self, model, images, labels, targets, keys, support=None) -> EADState:
+        """Starts at the original; an image that is adversarial already is done, at distance zero."""
+        examples = Examples(images, labels, targets, support)
+        kappa = per_example(self.kappa, images)
+        record = judge_original(model, examples, kappa)
+        return EADState(
+            examples=examples,
+            record=record,
+            best=jnp.where(record.success, 0.0, jnp.inf),
+            x=images,
+            y=images,
+            bracket=Bracket.start(self.initial_const, images),
+            progress=Progress.start(images),
+            beta=per_example(self.beta, images),
+            lr=per_example(self.lr, images),
+            kappa=kappa,
+            done=record.success,
+        )
+
+    @canonical
+    def step(self, model, state: EADState) -> EADState:
+        """One iteration of FISTA for every example: a gradient at y_k, and a forward pass that judges x_{k+1}."""
+        examples, active, original = state.examples, ~state.done, state.examples.images
+
+        def hinge(logits):
+            f = objective.margin(logits, examples.labels, examples.targets)
+            return state.bracket.const * jnp.maximum(f + state.kappa, 0)
+
+        k = state.progress.iteration.astype(jnp.float32)
+        a = along(state.lr * jnp.sqrt(1 - k / self.steps), original)
+        _, _, gradient = objective.value_and_gradient(model, state.y, hinge)
+        x = shrink(state.y - a * (gradient + 2 * (state.y - original)), original, state.beta)
+        if examples.support is not None:
+            x = jnp.where(examples.support, x, original)
+        y = x + along(k / (k + 3), x) * (x - state.x)
+
+        logits, delta = model(x), x - original
+        success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+        l1 = distance(delta, "l1")
+        elastic = state.beta * l1 + jnp.square(distance(delta, "l2"))
+        size = l1 if self.rule == "l1" else elastic
+        better = success & (size < state.best)
+        record = state.record.update(
+            images=x,
+            found=success,
+            better=better,
+            iteration=state.progress.count,
+            forward=2 * active.astype(jnp.int32),
+            backward=active,
+        )
+        progress, ended = state.progress.advance(
+            success, hinge(logits) + elastic, steps=self.steps, abort_early=self.abort_early
+        )
+        moved = dataclasses.replace(
+            state, record=record, best=jnp.where(better, size, state.best), x=x, y=y, progress=progress
+        )
+        return self._next_problem(select(active, moved, state), active & ended)
+
+    def _next_problem(self, state: EADState, ended: Bool[Array, " b"]) -> EADState:
+        """Where a problem has ended: the next constant, from the original."""
+        original = state.examples.images
+        x, y = restart(ended, lambda: (original, original), (state.x, state.y))
+        return dataclasses.replace(
+            state,
+            x=x,
+            y=y,
+            bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
+            progress=select(ended, state.progress.next_problem(), state.progress),
+            done=state.done | (ended & (state.progress.problem + 1 >= self.search_steps)),
+        )
+
+    @canonical
+    def result(self, state: EADState) -> AttackResult:
+        """The best success by the rule."""
+        return state.record.result(state.examples.images)
+
+
+def shrink(
+    z: Float[Array, "b h w c"], original: Float[Array, "b h w c"], beta: Float[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """S_beta: changes of at most beta become zero, others shrink by beta and are clipped to the box.
+
+    By beta itself, as in the paper and in the authors' program. The proximal step of beta ||.||_1 would
+    shrink by a_k beta: the L1 norm weighs beta / a_k here.
+    """
+    threshold = along(beta, z)
+    change = z - original
+    shrunk = jnp.clip(z - jnp.sign(change) * threshold, 0.0, 1.0)
+    return jnp.where(jnp.abs(change) <= threshold, original, shrunk)
