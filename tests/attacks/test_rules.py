@@ -22,11 +22,14 @@ from jaxinterp import Network
 from jaxinterp.attacks import (
     ATTACKS,
     CW,
+    CWL0,
     EAD,
     IFGSM,
     PGD,
     Attack,
     AttackResult,
+    CWLinf,
+    StrAttack,
     advance,
     finish,
     finished,
@@ -40,6 +43,21 @@ CASES: dict[str, Any] = {
     "pgd-l2": PGD(eps=0.5, norm="l2", steps=5),
     "cw": CW(lr=0.05, initial_const=0.3, search_steps=3, steps=15),
     "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),
+    "strattack": StrAttack(
+        eps=0.2,
+        tau=0.05,
+        gamma=0.05,
+        rho=1.0,
+        alpha=1.0,
+        group=3,
+        stride=2,
+        search_steps=2,
+        steps=12,
+        refit_search_steps=2,
+        refit_steps=10,
+    ),
+    "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
+    "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -48,6 +66,17 @@ SWEEPS = {
     "pgd-l2": "eps",
     "cw": "initial_const",
     "ead": "initial_const",
+    "strattack": "initial_const",
+    "cw-linf": "initial_const",
+    "cw-l0": "initial_const",
+}
+# Settings with which pixels at 0 and 1 move: by default eight times the radius. In the variable of C&W, they are some
+# seven units away from the interior; fewer pixels change in every further problem of the L0 attack.
+STRONGER: dict[str, dict[str, float]] = {
+    "cw": {"lr": 1.0, "initial_const": 10.0},
+    "ead": {"initial_const": 10.0},
+    "cw-linf": {"lr": 1.0},
+    "cw-l0": {"lr": 1.0, "search_steps": 1},
 }
 BATCH, SIDE, CLASSES = 8, 16, 5
 KEY = jax.random.key(3)
@@ -308,8 +337,7 @@ def test_pixels_at_zero_and_one_can_move(case):
     images = jnp.round(p.images)
     labels = jnp.argmax(p.model(images), axis=-1)
     p = p._replace(images=images, labels=labels)
-    # In the variable of C&W, 0 and 1 are some seven units away from the interior.
-    stronger = {"lr": 1.0, "initial_const": 10.0} if case == "cw" else {"eps": 8 * CASES[case].eps}
+    stronger = STRONGER.get(case) or {"eps": 8 * CASES[case].eps}
     strong = dataclasses.replace(CASES[case], **stronger)
     result = attack_on(strong, p)
     assert np.asarray(result.success).all()
@@ -328,7 +356,7 @@ def test_an_adversarial_input_is_a_success(case, name):
     result = attack_on(case, p)
     assert np.asarray(result.success).all()
     assert_obeys(case, p, result)
-    if case == "cw":  # the nearest adversarial image is the input
+    if hasattr(CASES[case], "initial_const"):  # of minimal distance: the nearest adversarial image is the input
         np.testing.assert_array_equal(result.images, p.images)
         np.testing.assert_array_equal(result.forward, 1)
         np.testing.assert_array_equal(result.backward, 0)

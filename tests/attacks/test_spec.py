@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD
+from jaxinterp.attacks import ATTACKS, CW, IFGSM, PGD, StrAttack
 from jaxinterp.attacks.spec import describe, from_spec, parameters
 
 
@@ -13,6 +13,9 @@ def test_values_and_defaults():
         norm="l2", eps=2.0, random_start=False
     )
     assert from_spec("pgd:step_size=0.5", ATTACKS) == PGD(step_size=0.5)
+    chosen = from_spec("strattack:group=4,stride=none", ATTACKS)
+    assert chosen == StrAttack(group=4)
+    assert type(chosen.group) is int
 
 
 def test_presets_stand_behind_what_is_given():
@@ -29,6 +32,8 @@ def test_presets_stand_behind_what_is_given():
         ("cw:steps", "unknown parameter 'steps'"),
         ("cw:steps=many", "cw:steps must be a whole number, got 'many'"),
         ("cw:steps=1.5", "whole number"),
+        ("strattack:group=1.5", "strattack:group must be a whole number or none, got '1.5'"),
+        ("pgd:step_size=small", "pgd:step_size must be a number or none, got 'small'"),
         ("ifgsm:eps=1/0", "ifgsm:eps must be a number"),
         ("ifgsm:stop_on_success=maybe", "true or false"),
     ],
