@@ -5,6 +5,8 @@ from jaxinterp.attacks.attack import Attack, AttackResult
 from jaxinterp.attacks.autoattack import AutoAttack
 from jaxinterp.attacks.chain import Chain
 from jaxinterp.attacks.cw import CW
+from jaxinterp.attacks.cw_l0 import CWL0
+from jaxinterp.attacks.cw_linf import CWLinf
 from jaxinterp.attacks.ddn import DDN
 from jaxinterp.attacks.deepfool import DeepFool
 from jaxinterp.attacks.diagnostics import Finding, compare_access, compare_transfer, diagnose
@@ -49,12 +51,16 @@ ATTACKS: dict[str, type] = {
     )
 }
 ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, EAD)}
+from jaxinterp.attacks.strattack import StrAttack
+
+ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, EAD, StrAttack, CWLinf, CWL0)}
 
 __all__ = [
     "APGD",
     "APGDT",
     "ATTACKS",
     "CW",
+    "CWL0",
     "DDN",
     "EAD",
     "FAB",
@@ -68,6 +74,7 @@ __all__ = [
     "Attack",
     "AttackResult",
     "AutoAttack",
+    "CWLinf",
     "Chain",
     "DeepFool",
     "DiverseInputs",
@@ -76,6 +83,7 @@ __all__ = [
     "Nesterov",
     "ScaleInvariant",
     "Square",
+    "StrAttack",
     "TranslationInvariant",
     "VarianceTuning",
     "advance",

@@ -30,7 +30,11 @@ class Boxed:
     @classmethod
     def start(cls, images: Float[Array, "b h w c"]) -> Boxed:
         """At the given images, with a new Adam."""
-        w = jnp.arctanh((2 * images - 1) * _SHRINK)
+        return cls.at(jnp.arctanh((2 * images - 1) * _SHRINK))
+
+    @classmethod
+    def at(cls, w: Float[Array, "b h w c"]) -> Boxed:
+        """At the given w, with a new Adam."""
         return cls(w, jax.vmap(optax.scale_by_adam().init)(w))
 
     def images(self) -> Float[Array, "b h w c"]:

@@ -88,20 +88,21 @@ def _plain(value: Any) -> Any:
 
 def _value(text: str, field: dataclasses.Field, name: str) -> Any:
     default = field.default
+    whole = isinstance(default, int) or bool(field.metadata.get("static"))  # words and flags apart
     try:
         if isinstance(default, bool):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if isinstance(default, str):
             return text.lower()
-        if isinstance(default, int):
-            return int(text)
         if default is None and text.lower() == "none":
             return None
+        if whole:
+            return int(text)
         numerator, _, denominator = text.partition("/")
         return float(numerator) / float(denominator or 1)
     except (ValueError, KeyError, ZeroDivisionError):
-        kind = "true or false" if isinstance(default, bool) else type(default).__name__
-        kind = {"float": "a number", "int": "a whole number", "NoneType": "a number or none"}.get(kind, kind)
+        kind = "true or false" if isinstance(default, bool) else "a whole number" if whole else "a number"
+        kind += " or none" if default is None else ""
         raise ValueError(f"{name} must be {kind}, got {text!r}") from None
 
 

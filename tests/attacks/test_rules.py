@@ -24,6 +24,7 @@ from jaxinterp.attacks import (
     APGDT,
     ATTACKS,
     CW,
+    CWL0,
     DDN,
     EAD,
     FAB,
@@ -37,12 +38,14 @@ from jaxinterp.attacks import (
     AttackResult,
     AutoAttack,
     Chain,
+    CWLinf,
     DeepFool,
     DiverseInputs,
     HopSkipJump,
     Nesterov,
     ScaleInvariant,
     Square,
+    StrAttack,
     TranslationInvariant,
     VarianceTuning,
     advance,
@@ -96,6 +99,21 @@ CASES: dict[str, Any] = {
     "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=4),
     "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=4),
     "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),
+    "strattack": StrAttack(
+        eps=0.2,
+        tau=0.05,
+        gamma=0.05,
+        rho=1.0,
+        alpha=1.0,
+        group=3,
+        stride=2,
+        search_steps=2,
+        steps=12,
+        refit_search_steps=2,
+        refit_steps=10,
+    ),
+    "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
+    "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -119,6 +137,9 @@ SWEEPS = {
     "chain": "eps",
     "autoattack": "eps",
     "ead": "initial_const",
+    "strattack": "initial_const",
+    "cw-linf": "initial_const",
+    "cw-l0": "initial_const",
 }
 SWEEPS |= {case: "gamma" for case in CASES if case.startswith("hopskipjump")}
 SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
@@ -127,11 +148,20 @@ SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
 # Attacks that know the logits only, and those that show the network other images than perturbed ones.
 BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1", "hopskipjump-l2", "hopskipjump-linf"}
 TRANSFORMING = {"mifgsm-chain"}
-# Of attacks that look for the smallest perturbation, settings with which many pixels move.
-LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 are some seven units from the interior
-MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab", "hopskipjump"))}
-LARGER |= {case: {"kappa": 1.5} for case in MINIMAL}
-LARGER["ddn"]["initial_radius"] = 2.0
+# Attacks that look for the smallest perturbation.
+MINIMAL = {case for case, attack in CASES.items() if hasattr(attack, "initial_const")}
+BOUNDARY = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab", "hopskipjump"))}
+MINIMAL |= BOUNDARY
+# Settings with which many pixels move, those at 0 and 1 too: by default eight times the radius. In the variable of C&W,
+# they are some seven units away from the interior; fewer pixels change in every further problem of the L0 attack.
+LARGER: dict[str, dict[str, float]] = {
+    "cw": {"lr": 1.0, "initial_const": 10.0},
+    "ead": {"initial_const": 10.0},
+    "cw-linf": {"lr": 1.0},
+    "cw-l0": {"lr": 1.0, "search_steps": 1},
+    **{case: {"kappa": 1.5} for case in BOUNDARY},
+    "ddn": {"kappa": 1.5, "initial_radius": 2.0},
+}
 # Steps after which no attack has ended.
 FEW = {case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack") else 4 for case in CASES}
 BATCH, SIDE, CLASSES = 8, 16, 5
@@ -412,7 +442,7 @@ def test_an_adversarial_input_is_a_success(case, name):
     result = attack_on(case, p)
     assert np.asarray(result.success).all()
     assert_obeys(case, p, result)
-    if case == "cw" or case in MINIMAL:  # the nearest adversarial image is the input
+    if case in MINIMAL:  # the nearest adversarial image is the input
         np.testing.assert_array_equal(result.images, p.images)
         np.testing.assert_array_equal(result.forward, 1)
         np.testing.assert_array_equal(result.backward, 0)

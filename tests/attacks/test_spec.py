@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from jaxinterp.attacks import ATTACKS, CW, IFGSM, MIFGSM, PGD, DiverseInputs, Nesterov, VarianceTuning
+from jaxinterp.attacks import ATTACKS, CW, IFGSM, MIFGSM, PGD, DiverseInputs, Nesterov, StrAttack, VarianceTuning
 from jaxinterp.attacks.spec import describe, explain, from_spec, parameters, record
 
 
@@ -17,6 +17,9 @@ def test_values_and_defaults():
         norm="l2", eps=2.0, random_start=False
     )
     assert from_spec("pgd:step_size=0.5", ATTACKS) == PGD(step_size=0.5)
+    chosen = from_spec("strattack:group=4,stride=none", ATTACKS)
+    assert chosen == StrAttack(group=4)
+    assert type(chosen.group) is int
 
 
 def test_presets_stand_behind_what_is_given():
@@ -43,6 +46,8 @@ def test_parts_by_name_with_parameters_in_brackets():
         ("cw:steps", "unknown parameter 'steps'"),
         ("cw:steps=many", "cw:steps must be a whole number, got 'many'"),
         ("cw:steps=1.5", "whole number"),
+        ("strattack:group=1.5", "strattack:group must be a whole number or none, got '1.5'"),
+        ("pgd:step_size=small", "pgd:step_size must be a number or none, got 'small'"),
         ("ifgsm:eps=1/0", "ifgsm:eps must be a number"),
         ("ifgsm:stop_on_success=maybe", "true or false"),
         ("mifgsm:transforms=ni+dii", "unknown part 'dii' of mifgsm:transforms; did you mean 'di'"),
