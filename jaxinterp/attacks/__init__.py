@@ -21,6 +21,7 @@ from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
 from jaxinterp.attacks.spsa import SPSA
 from jaxinterp.attacks.square import Square
+from jaxinterp.attacks.strattack import StrAttack
 from jaxinterp.attacks.transforms import (
     TRANSFORMS,
     DiverseInputs,
@@ -30,30 +31,13 @@ from jaxinterp.attacks.transforms import (
     VarianceTuning,
 )
 
-ATTACKS: dict[str, type] = {
-    attack.name: attack
-    for attack in (
-        IFGSM,
-        PGD,
-        CW,
-        FGSM,
-        APGD,
-        APGDT,
-        MIFGSM,
-        SPSA,
-        DDN,
-        FMN,
-        DeepFool,
-        FAB,
-        Square,
-        AutoAttack,
-        HopSkipJump,
-    )
-}
-ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, EAD)}
-from jaxinterp.attacks.strattack import StrAttack
+_AT_A_BUDGET = (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT)
+_MINIMUM_NORM = (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB)
+_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump)
 
-ATTACKS: dict[str, type] = {attack.name: attack for attack in (IFGSM, PGD, CW, EAD, StrAttack, CWLinf, CWL0)}
+ATTACKS: dict[str, type] = {
+    attack.name: attack for attack in (*_AT_A_BUDGET, *_MINIMUM_NORM, *_WITHOUT_GRADIENTS, AutoAttack)
+}
 
 __all__ = [
     "APGD",
