@@ -63,6 +63,7 @@ LARGER = {"cw": {"lr": 1.0, "initial_const": 10.0}}  # in its variable, 0 and 1 
 MINIMAL = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool", "fab"))}
 LARGER |= {case: {"kappa": 1.5} for case in MINIMAL}
 LARGER["ddn"]["initial_radius"] = 2.0
+LARGER["fmn-l0"] = {"kappa": 1.0, "step_size": 10.0}
 # Steps after which no attack has ended.
 FEW = {case: 1 if case.startswith("deepfool") else 4 for case in CASES}
 BATCH, SIDE, CLASSES = 8, 16, 5
