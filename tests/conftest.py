@@ -16,7 +16,8 @@ import pytest  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--run-parity."""
+    """--run-parity, --exhaustive."""
+    parser.addoption("--exhaustive", action="store_true", help="also put every attack to every rule: an hour")
     parser.addoption("--run-parity", action="store_true", help="also compare with PyTorch, which must be installed")
 
 
@@ -30,6 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         callspec = getattr(item, "callspec", None)
         case = callspec.params.get("case") if callspec and item.path.name == "test_rules.py" else None
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{case}" if case else str(item.path)))
+        if item.get_closest_marker("exhaustive") and not config.getoption("--exhaustive"):
+            item.add_marker(
+                pytest.mark.skip(reason="every attack under every rule takes an hour: --exhaustive (make rules)")
+            )
     if config.getoption("--run-parity"):
         return
     skip = pytest.mark.skip(reason="comparisons with PyTorch run with --run-parity (make parity)")

@@ -161,6 +161,7 @@ LARGER: dict[str, dict[str, float]] = {
     "cw-l0": {"lr": 1.0, "search_steps": 1},
     **{case: {"kappa": 1.5} for case in BOUNDARY},
     "ddn": {"kappa": 1.5, "initial_radius": 2.0},
+    "fmn-l0": {"kappa": 1.0, "step_size": 10.0},
 }
 # Steps after which no attack has ended.
 FEW = {case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack") else 4 for case in CASES}
@@ -298,16 +299,25 @@ def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kapp
 
 
 over = functools.partial(pytest.mark.parametrize, "name")
-# The first case of every attack. Its other norms and settings are put to fewer problems.
-LEADING = {type(attack): case for case, attack in reversed(CASES.items())}.values()
+# These are put to every problem and every rule whenever the tests run. The others are put to one problem, and to the
+# rules that need no further programs; the rest of theirs takes long, and runs with --exhaustive (make rules).
+LEADING = ("ifgsm", "pgd-linf", "cw")
+
+
+def _case(case, *more):
+    marks = () if case in LEADING else (pytest.mark.exhaustive,)
+    return pytest.param(case, *more, marks=marks)
 
 
 def each_attack(test):
-    return pytest.mark.parametrize("case", CASES)(test)
+    return pytest.mark.parametrize("case", list(map(_case, CASES)))(test)
 
 
 def each_attack_over(problems):
-    pairs = [(case, name) for case in CASES for name in (problems if case in LEADING else problems[-1:])]
+    """On the problems of which the last one is for all attacks at once."""
+    pairs = [
+        pytest.param(case, name) if name == problems[-1] else _case(case, name) for case in CASES for name in problems
+    ]
     return pytest.mark.parametrize(("case", "name"), pairs)
 
 
