@@ -18,6 +18,7 @@ def test_values_and_defaults():
     )
     assert from_spec("pgd:step_size=0.5", ATTACKS) == PGD(step_size=0.5)
     chosen = from_spec("strattack:group=4,stride=none", ATTACKS)
+    assert isinstance(chosen, StrAttack)
     assert chosen == StrAttack(group=4)
     assert type(chosen.group) is int
 
