@@ -124,8 +124,6 @@ def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
     if isinstance(file, bytes):
         data = file
     else:
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise _Unreadable("not a file")  # reading a pipe or a device might never end
         try:
             if stat.S_IFMT(os.stat(file).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
                 raise _Unreadable("a pipe or a device, not a file")  # to open a pipe would wait for its writer

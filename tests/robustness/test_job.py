@@ -64,7 +64,7 @@ def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
     assert [(row["id"], row["attack"]) for row in rows] == [(f"{c}.png", a) for c in "abcde" for a in SPECS]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["clean_accuracy"] == pytest.approx({"value": 1, "low": 0.4782, "high": 1, "count": 5}, abs=1e-4)
-    network, params = models.network("small_cnn"), seeded.params(models.shapes("small_cnn"))
+    network, params = models.network("small_cnn"), jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn")))
     some = False
     for entry in summary["attacks"][:2]:
         mine = [row for row in rows if row["attack"] == entry["attack"]]
@@ -120,7 +120,8 @@ def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch):
     def stop(name, state):
         write(name, state)
         stored.append(state)
-        if np.all(np.asarray(state["state"].search)[~np.asarray(state["state"].done)] >= 2):
+        unfinished = ~np.asarray(state["state"].done)
+        if np.all(np.asarray(state["state"].progress.problem)[unfinished] >= 2):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "write_state", stop)
