@@ -164,7 +164,10 @@ LARGER: dict[str, dict[str, float]] = {
     "fmn-l0": {"kappa": 1.0, "step_size": 10.0},
 }
 # Steps after which no attack has ended.
-FEW = {case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack") else 4 for case in CASES}
+FEW = {
+    case: 1 if case in ("deepfool-l2", "deepfool-linf", "fgsm", "chain", "autoattack", "mifgsm-chain") else 4
+    for case in CASES
+}
 BATCH, SIDE, CLASSES = 8, 16, 5
 KEY = jax.random.key(3)
 
