@@ -142,7 +142,8 @@ def _meanings(described: str) -> dict[str, str]:
     """Parameter to meaning, from the Attributes section of a docstring."""
     found: dict[str, str] = {}
     last = None
-    for line in filter(str.strip, inspect.cleandoc(described).splitlines()):
+    section, _, _ = described.partition("\nRaises:")
+    for line in filter(str.strip, inspect.cleandoc(section).splitlines()):
         name, colon, meaning = line.partition(":")
         if colon and not line.startswith(" ") and name.isidentifier():
             last = name

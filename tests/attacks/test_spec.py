@@ -42,7 +42,7 @@ def test_parts_by_name_with_parameters_in_brackets():
     ("text", "message"),
     [
         ("cww", r"unknown attack 'cww'; did you mean 'cw'"),
-        ("voodoo", "unknown attack 'voodoo'; known: ifgsm, pgd, cw"),
+        ("voodoo", "unknown attack 'voodoo'; known: fgsm, ifgsm, pgd"),
         ("cw:stepz=3", "unknown parameter 'stepz' of attack cw; did you mean 'steps'"),
         ("cw:steps", "unknown parameter 'steps'"),
         ("cw:steps=many", "cw:steps must be a whole number, got 'many'"),
