@@ -11,6 +11,7 @@ install_import_hook("jaxinterp", "beartype.beartype")
 
 from pathlib import Path  # noqa: E402
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -41,6 +42,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if Path(__file__).parent / "parity" in item.path.parents:
             item.add_marker(skip)
+
+
+def group(item: pytest.Item) -> str | None:
+    """The name under which `item` is kept with others on one worker."""
+    marker = item.get_closest_marker("xdist_group")
+    return marker.args[0] if marker else None
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets the compiled programs of a group after its last test.
+
+    Thousands of them in one process exhaust what the system lets a process map, and the compiler then crashes.
+    """
+    if nextitem is not None and group(item) != group(nextitem):
+        jax.clear_caches()
 
 
 @pytest.fixture

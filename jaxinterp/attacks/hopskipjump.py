@@ -86,9 +86,10 @@ class HopSkipJumpState:
 class HopSkipJump:
     """The smallest L2 or Linf perturbation, from decisions alone; forward passes only.
 
-    The search starts at `starts`, or else at the first image of uniform noise that is adversarial. Noise is rarely
-    classified as a given target: a targeted attack needs `starts`, such as images of the target classes, and reports
-    failure where it finds no start.
+    The search starts at `starts`, or else at the first image of noise that is adversarial: uniform in the box, as in
+    the original, and in turns between two random levels of every channel. Noise is rarely classified as a given
+    target: a targeted attack needs `starts`, such as images of the target classes, and reports failure where it finds
+    no start.
 
     Attributes:
         starts: [B,H,W,C] adversarial images to start from; where one is not adversarial, noise is tried.
@@ -279,8 +280,13 @@ class HopSkipJump:
             reach = distance(state.far - original, "linf") * (state.low + state.high) / 2
             reach = along(jnp.maximum(reach, 0), original)
             between = original + jnp.clip(state.far - original, -reach, reach)
+        # Noise is all alike to many networks. Every other try is noise between two levels of its own in each channel.
+        noise = (drawn + 1) / 2
+        one, other = noise[:, :1, :1], noise[:, -1:, -1:]
+        tries = state.turn - (self.starts is not None)
+        noise = select(tries % 2 == 0, noise, _add(one, (other - one) * noise))
         points = {
-            _START: (drawn + 1) / 2,
+            _START: noise,
             _BISECT: jnp.clip(between, 0, 1),
             _SAMPLE: _add(state.images, along(state.delta, original) * self._directions(drawn, support)),
             _JUMP: _add(state.images, along(state.jump, original) * state.signed),
@@ -317,6 +323,6 @@ def _begin(state: HopSkipJumpState, doing: int) -> HopSkipJumpState:
     return dataclasses.replace(state, doing=jnp.full_like(state.doing, doing), turn=jnp.zeros_like(state.turn))
 
 
-def _add(images: Float[Array, "b h w c"], change: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def _add(images: Array, change: Array) -> Array:
     """The sum in the box. The inner bounds keep product and sum apart, which else may be rounded once or twice."""
     return jnp.clip(images + jnp.clip(change, -1, 1), 0, 1)

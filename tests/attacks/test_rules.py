@@ -96,8 +96,8 @@ CASES: dict[str, Any] = {
         (PGD(norm="l2", steps=2), CW(lr=0.05, initial_const=1.0, search_steps=1, steps=15)), eps=0.3, norm="l2"
     ),
     "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, candidates=2, queries=20),
-    "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=4),
-    "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=4),
+    "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=20),
+    "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=20),
     "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),
     "strattack": StrAttack(
         eps=0.2,
