@@ -7,12 +7,12 @@ DEMO_OUT ?= results/demo
 DEMO_ARGS ?= --limit 6
 NETWORKS := efficientnet_lite0 efficientnet_lite1 efficientnet_lite2 caffe_squeezenet1_1 cifar10_cnn
 
-.PHONY: help env weights demo test rules lint parity clean
+.PHONY: help env weights demo test exhaustive lint parity clean
 
 help:
 	@echo "make demo    environment, weights, and the main job on real pictures -> $(DEMO_OUT)/index.html"
 	@echo "make test    environment and the tests"
-	@echo "make rules   every attack under every rule: an hour"
+	@echo "make exhaustive  the tests and those that take long: every attack under every rule, every network; an hour"
 	@echo "make lint    ruff and pyright"
 	@echo "make parity  comparisons with PyTorch (installs torch)"
 	@echo "make clean   remove the environment and the converted weights"
@@ -35,8 +35,8 @@ demo: weights
 test: weights
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-rules: weights
-	$(BIN)/python -m pytest tests/attacks/test_rules.py --exhaustive --numprocesses $(WORKERS) --dist loadgroup
+exhaustive: weights
+	$(BIN)/python -m pytest --exhaustive --numprocesses $(WORKERS) --dist loadgroup
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,15 +1,17 @@
 """Eight virtual CPU devices, and jaxtyping's shapes checked in every public signature."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs are compiled once for all workers, commands that tests run, and later runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 from jaxtyping import install_import_hook
 
 install_import_hook("jaxinterp", "beartype.beartype")
-
-from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -18,7 +20,7 @@ import pytest  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--run-parity, --exhaustive."""
-    parser.addoption("--exhaustive", action="store_true", help="also put every attack to every rule: an hour")
+    parser.addoption("--exhaustive", action="store_true", help="also run the cases that take long: an hour")
     parser.addoption("--run-parity", action="store_true", help="also compare with PyTorch, which must be installed")
 
 
@@ -33,9 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case = callspec.params.get("case") if callspec and item.path.name == "test_rules.py" else None
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{case}" if case else str(item.path)))
         if item.get_closest_marker("exhaustive") and not config.getoption("--exhaustive"):
-            item.add_marker(
-                pytest.mark.skip(reason="every attack under every rule takes an hour: --exhaustive (make rules)")
-            )
+            item.add_marker(pytest.mark.skip(reason="takes long; runs with --exhaustive (make exhaustive)"))
+    items.sort(key=lambda item: (item.path, group(item) or ""))
     if config.getoption("--run-parity"):
         return
     skip = pytest.mark.skip(reason="comparisons with PyTorch run with --run-parity (make parity)")

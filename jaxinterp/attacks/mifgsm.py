@@ -40,7 +40,7 @@ class MIFGSM:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
         step_size: a; None means eps / steps.
         kappa: confidence, the margin of logits that counts as success.
-        decay: mu.
+        decay: mu, the share of the accumulated gradient that is kept.
         transforms: gradient transformations, the first of which asks all others.
         steps: number of steps K.
         stop_on_success: stop an example at its first success.

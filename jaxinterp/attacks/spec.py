@@ -47,7 +47,9 @@ def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any])
             raise ValueError(f"unknown parameter {parameter!r} of {whole}{suggest(parameter, fields)}")
         if parameter in parts:
             values[parameter] = tuple(
-                _part(part, parts[parameter], f"{name}:{parameter}") for part in _split(value, "+")
+                _part(part, parts[parameter], f"{name}:{parameter}")
+                for part in _split(value, "+")
+                if value.lower() != "none"
             )
         else:
             values[parameter] = _value(value, fields[parameter], f"{name}:{parameter}")
@@ -131,7 +133,7 @@ def explain(known: Mapping[str, type]) -> Iterator[str]:
         meanings = _meanings(described)
         choices = getattr(attack, "choices", {})
         for field in dataclasses.fields(attack):
-            default = "none" if field.default is None else _shown(field.default)
+            default = "none" if field.default in (None, ()) else _shown(field.default)
             words = f" ({', '.join(choices[field.name])})" if field.name in choices else ""
             text = f"{field.name}={default}{words}: {meanings.get(field.name, '')}"
             yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="          ")

@@ -181,9 +181,20 @@ def some_images() -> jax.Array:
     return jnp.asarray(np.clip(pixels, 0, 1), jnp.float32)
 
 
-def linear_model():
-    weights = jax.random.normal(jax.random.key(0), (SIDE * SIDE * 3, CLASSES)) * 0.05
-    return Partial(lambda w, x: (x.reshape(x.shape[0], -1) - 0.5) @ w, weights)
+def _linear(weights, bias, fails_below, x):
+    logits = (x.reshape(x.shape[0], -1) - 0.5) @ weights + bias
+    dark = jnp.mean(x[:, 0], axis=(1, 2)) < fails_below
+    return jnp.where(dark[:, None], jnp.nan, logits)
+
+
+def linear_model(*, scale: float = 1.0, bias: Any = 0.0, fails_below: float = -1.0):
+    """A linear model, NaN for images that are darker than `fails_below` in their first row.
+
+    All of these share one compiled program.
+    """
+    weights = scale * jax.random.normal(jax.random.key(0), (SIDE * SIDE * 3, CLASSES)) * 0.05
+    bias = jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (CLASSES,))
+    return Partial(_linear, weights, bias, jnp.float32(fails_below))
 
 
 class Stock(nnx.Module):
@@ -301,26 +312,27 @@ def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kapp
     assert (margin >= kappa)[success].all()
 
 
-over = functools.partial(pytest.mark.parametrize, "name")
-# These are put to every problem and every rule whenever the tests run. The others are put to one problem, and to the
-# rules that need no further programs; the rest of theirs takes long, and runs with --exhaustive (make rules).
+# These are put to every rule on every problem whenever the tests run. For the others, the rules and problems that need
+# programs of their own run with --exhaustive (make exhaustive): compiling them all takes an hour.
 LEADING = ("ifgsm", "pgd-linf", "cw")
 
 
-def _case(case, *more):
-    marks = () if case in LEADING else (pytest.mark.exhaustive,)
+def _case(case, *more, always=False):
+    marks = () if always or case in LEADING else (pytest.mark.exhaustive,)
     return pytest.param(case, *more, marks=marks)
 
 
 def each_attack(test):
+    return pytest.mark.parametrize("case", CASES)(test)
+
+
+def some_attacks(test):
     return pytest.mark.parametrize("case", list(map(_case, CASES)))(test)
 
 
-def each_attack_over(problems):
-    """On the problems of which the last one is for all attacks at once."""
-    pairs = [
-        pytest.param(case, name) if name == problems[-1] else _case(case, name) for case in CASES for name in problems
-    ]
+def each_attack_over(problems, always):
+    """On some problems always, on the rest with --exhaustive."""
+    pairs = [_case(case, name, always=name in always) for case in CASES for name in problems]
     return pytest.mark.parametrize(("case", "name"), pairs)
 
 
@@ -332,28 +344,28 @@ def test_every_attack_of_the_registry_is_tested():
 # Rule 1: an example's result is its own
 
 
-@each_attack_over(PROBLEMS)
+@each_attack_over(PROBLEMS, always=("linear",))
 def test_a_batch_is_runs_of_one(case, name):
     p, whole = problem(name), solved(case, name)
     for i in range(BATCH):
         assert_same(attack_on(case, p.take([i])), jax.tree.map(lambda x, i=i: x[i : i + 1], whole))
 
 
-@each_attack_over(PROBLEMS)
+@each_attack_over(PROBLEMS, always=SMALL)
 def test_neither_order_nor_neighbours_matter(case, name):
     p, whole = problem(name), solved(case, name)
     for rows in ([5, 2, 7, 0, 4, 1, 3, 6], [3, 3, 3, 6, 3, 3, 3, 3]):
         assert_same(attack_on(case, p.take(rows)), jax.tree.map(lambda x, rows=rows: x[np.array(rows)], whole))
 
 
-@each_attack
+@some_attacks
 def test_an_odd_batch_is_part_of_a_larger_one(case):
     rows = np.array([6, 1, 4])
     part = attack_on(case, problem("network-targeted").take(rows))
     assert_same(part, jax.tree.map(lambda x: x[rows], solved(case, "network-targeted")))
 
 
-@each_attack_over(SMALL)
+@each_attack_over(SMALL, always=("linear",))
 def test_eight_devices_give_what_one_gives(case, name):
     p = problem(name)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -379,14 +391,14 @@ def test_a_hyper_parameter_for_every_example_is_separate_runs_on_any_devices(cas
 # Rules 2 and 3: what is returned
 
 
-@each_attack_over(PROBLEMS)
+@each_attack_over(PROBLEMS, always=SMALL)
 def test_results_lie_in_box_and_ball_and_succeed_as_they_say(case, name):
     result = solved(case, name)
     assert np.asarray(result.success).any()
     assert_obeys(case, problem(name), result)
 
 
-@each_attack_over(PROBLEMS)
+@each_attack_over(PROBLEMS, always=SMALL)
 def test_confidence_is_honoured(case, name):
     p = problem(name)
     result = attack_on(dataclasses.replace(CASES[case], kappa=0.2), p)
@@ -394,7 +406,7 @@ def test_confidence_is_honoured(case, name):
     assert_obeys(case, p, result, kappa=0.2)
 
 
-@each_attack_over(PROBLEMS)
+@each_attack_over(PROBLEMS, always=SMALL)
 def test_failure_returns_the_original(case, name):
     result = attack_on(dataclasses.replace(CASES[case], kappa=1e6), problem(name))
     assert not np.asarray(result.success).any()
@@ -402,7 +414,7 @@ def test_failure_returns_the_original(case, name):
     np.testing.assert_array_equal(result.iterations, -1)
 
 
-@each_attack
+@some_attacks
 def test_nothing_changes_off_the_support(case):
     p = problem("network-targeted")
     support = np.zeros((BATCH, SIDE, SIDE, 1), bool)
@@ -415,7 +427,7 @@ def test_nothing_changes_off_the_support(case):
     assert_same(attack_on(stronger, p, support=support[:1].astype(np.float32)), result)
 
 
-@each_attack
+@some_attacks
 def test_no_support_at_all_returns_the_original(case):
     p = problem("network-targeted")
     result = attack_on(case, p, support=np.zeros((BATCH, SIDE, SIDE, 1), bool))
@@ -424,9 +436,8 @@ def test_no_support_at_all_returns_the_original(case):
 
 
 @pytest.mark.parametrize("case", [case for case, attack in CASES.items() if hasattr(attack, "eps")])
-@over(PROBLEMS)
-def test_radius_zero_returns_the_input(case, name):
-    p = problem(name)
+def test_radius_zero_returns_the_input(case):
+    p = problem("linear")
     result = attack_on(dataclasses.replace(CASES[case], eps=0.0), p)
     np.testing.assert_array_equal(result.images, p.images)
     assert not np.asarray(result.success).any()
@@ -447,7 +458,7 @@ def test_pixels_at_zero_and_one_can_move(case):
         assert (moved & (np.asarray(images) == value)).any(axis=(1, 2, 3)).all()
 
 
-@each_attack_over(PROBLEMS)
+@each_attack_over(PROBLEMS, always=SMALL)
 def test_an_adversarial_input_is_a_success(case, name):
     p = problem(name)
     predicted = p.labels
@@ -466,15 +477,11 @@ def test_an_adversarial_input_is_a_success(case, name):
 # Rule 4: logits that are shifted, constant, or not numbers
 
 
-@each_attack_over(SMALL)
-def test_a_constant_added_to_all_logits_changes_nothing(case, name):
-    p, expected = problem(name), solved(case, name)
-
-    def plus(model, c, x):
-        return model(x) + c
-
+@each_attack
+def test_a_constant_added_to_all_logits_changes_nothing(case):
+    p, expected = problem("linear"), solved(case, "linear")
     for shift in (64.0, -200.0):  # with -200, all logits are negative
-        shifted = Partial(plus, p.model, jnp.float32(shift))
+        shifted = linear_model(bias=shift)
         result = attack_on(case, p._replace(model=shifted))
         assert (np.asarray(shifted(result.images)) * np.sign(shift) > 0).all()
         np.testing.assert_array_equal(result.success, expected.success)
@@ -482,7 +489,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(case, name):
             np.testing.assert_allclose(getattr(result, distance), getattr(expected, distance), atol=1e-3)
 
 
-@each_attack
+@some_attacks
 def test_a_gradient_that_is_not_a_number_at_one_pixel_spoils_only_that_pixel(case):
     p = problem("linear")
 
@@ -497,7 +504,7 @@ def test_a_gradient_that_is_not_a_number_at_one_pixel_spoils_only_that_pixel(cas
 @each_attack
 def test_zero_gradients_leave_a_finite_result(case):
     p = problem("linear")
-    constant = Partial(lambda c, x: jnp.tile(c, (x.shape[0], 1)), jax.nn.one_hot(0, CLASSES))
+    constant = linear_model(scale=0.0, bias=jax.nn.one_hot(0, CLASSES))
     result = attack_on(case, p._replace(model=constant, labels=jnp.zeros(BATCH, jnp.int32)))
     assert not np.asarray(result.success).any()
     np.testing.assert_array_equal(result.images, p.images)
@@ -512,11 +519,7 @@ def test_logits_that_are_not_numbers_leave_a_finite_result(case):
     kept = p.images.at[:, 0].set(jnp.where(sick[:, None, None], 0, p.images[:, 0]))
     np.testing.assert_array_equal(images, kept)
 
-    def fails(model, x):
-        dark = jnp.mean(x[:, 0], axis=(1, 2)) < 0.2
-        return jnp.where(dark[:, None], jnp.nan, model(x))
-
-    result = attack_on(case, p._replace(model=Partial(fails, p.model), images=images))
+    result = attack_on(case, p._replace(model=linear_model(fails_below=0.2), images=images))
     assert not np.asarray(result.success)[sick].any()
     np.testing.assert_array_equal(np.asarray(result.images)[sick], np.asarray(images)[sick])
     if case in TRANSFORMING:  # to the others, too, it shows dark rows
@@ -529,7 +532,7 @@ def test_logits_that_are_not_numbers_leave_a_finite_result(case):
 # Rule 5: a run can be cut into pieces
 
 
-@each_attack_over(SMALL)
+@each_attack_over(SMALL, always=("linear",))
 def test_run_is_jit_is_steps_is_chunks_is_resume(case, name, tmp_path):
     attack, p, expected = CASES[case], problem(name), solved(case, name)
     arguments = (p.model, p.images, p.labels, p.targets)
@@ -575,12 +578,12 @@ def test_a_finished_example_stays_as_it_is_beside_one_that_goes_on(case):
     assert_same(finish(attack, advance(attack, p.model, mixed)), expected)
 
 
-def test_arguments_are_left_alone():
-    p = problem("linear-targeted")
+@each_attack
+def test_arguments_are_left_alone(case):
+    p = problem("network-targeted")
     images, labels, targets = (np.array(x) for x in p[1:])
     given = images.copy(), labels.copy(), targets.copy()
-    for attack in CASES.values():
-        run(attack, p.model, images, labels, targets, key=KEY)
+    run(CASES[case], p.model, images, labels, targets, key=KEY)
     for before, after in zip(given, (images, labels, targets), strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -588,7 +591,7 @@ def test_arguments_are_left_alone():
 # What it costs, and what is compiled
 
 
-@each_attack
+@some_attacks
 def test_passes_are_counted_as_they_run(case):
     counts = {"forward": 0, "backward": 0}
 
@@ -649,7 +652,7 @@ class Traces:
         return self.count - before
 
 
-@each_attack
+@some_attacks
 def test_two_values_share_one_program(case):
     p, field = problem("linear"), SWEEPS[case]
     model = Traces(p.model)
@@ -665,7 +668,7 @@ def test_two_values_share_one_program(case):
         assert model.during(with_value, other) <= again
 
 
-@each_attack
+@some_attacks
 def test_a_sweep_is_one_program_and_separate_runs(case):
     p, field = problem("network-targeted"), SWEEPS[case]
     model = Traces(p.model)

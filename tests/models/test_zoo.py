@@ -41,7 +41,16 @@ def test_names_and_shapes(name: str):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
+# The shallowest of each family, and every family without another; the others differ in numbers of blocks, which
+# test_names_and_shapes and test_nodes_trace_at_full_size check for all.
+DEEPER = ("resnet34", "resnet101", "resnet152", "vgg11", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
+DEEPER += tuple(f"efficientnet_lite{i}" for i in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.exhaustive if name in DEEPER else ()) for name in models.ARCHITECTURES],
+)
 def test_original(name: str):
     """In float32 logits and feature maps are within 1e-5 of their largest value; in float64 the gradient is equal.
 
