@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ def image_size(name: str) -> int:
     return min(models.ARCHITECTURES[name].image_size, 101 if name.startswith("efficientnet") else 96)
 
 
-def original(name: str) -> Any:
-    """The PyTorch network for images [B,C,H,W] in [0, 1], in float64, with seeded weights, in eval mode."""
+def original(name: str, tensors: Mapping[str, np.ndarray] | None = None) -> Any:
+    """The PyTorch network for images [B,C,H,W] in [0, 1], in float64, in eval mode, parameters frozen.
+
+    Its weights are `tensors` by the names of its state dict and in PyTorch's layout, or seeded ones.
+    """
     with torch.device("meta"):
         if name.startswith("efficientnet_lite"):
             network = torch_reference.EfficientNetLite(int(name[-1]))
@@ -57,7 +61,7 @@ def original(name: str) -> Any:
             more |= {"init_weights": False} if more or name.startswith("vgg") else {}
             network = getattr(torchvision_models(), name)(weights=None, **more)
     state = {
-        key: torch.from_numpy(seeded.tensor(key, tuple(value.shape))).double()
+        key: torch.from_numpy(seeded.tensor(key, tuple(value.shape)) if tensors is None else tensors[key]).double()
         if value.is_floating_point()
         else torch.zeros((), dtype=torch.int64)
         for key, value in network.state_dict().items()

@@ -11,7 +11,8 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
   of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
   from which on the order is fixed; the gradient of one with strides is computed without the zeros between positions,
   that with respect to an image, whose channels are very few, as a matrix product; reductions become trees of
-  elementwise operations. All of this is small beside the convolutions, or faster than them.
+  elementwise operations; a product is rounded before it is added to something. All of this is small beside the
+  convolutions, or faster than them.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
 batch size, so results there agree to rounding only.
@@ -62,7 +63,7 @@ def canonical(function: F) -> F:
 
         arrays = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
         closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, arrays))
+        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, arrays)[0])
 
     return rewritten  # type: ignore[return-value]  # wraps() keeps the signature
 
@@ -71,27 +72,72 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | int | float | complex) or hasattr(leaf, "__array__")
 
 
-def _evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr with the rules below in place of the primitives they are for."""
+def _evaluate(
+    closed: jex.ClosedJaxpr, args: Sequence[Any], products: Sequence[bool] = ()
+) -> tuple[list[Any], list[bool]]:
+    """Evaluates a jaxpr with the rules below in place of the primitives they are for.
+
+    Args:
+        closed: the function.
+        args: its arguments.
+        products: which of them are products, as far as is known.
+
+    Returns:
+        The results, and which of them are products.
+    """
     jaxpr = closed.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
+    unrounded = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
 
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
+    def is_product(atom):
+        return isinstance(atom, jex.Var) and atom in unrounded
+
     for eqn in _needed(jaxpr):
-        inputs = [read(atom) for atom in eqn.invars]
-        rule = _RULES.get(eqn.primitive.name)
-        if rule is not None:
+        inputs, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
+        flags = list(map(is_product, eqn.invars))
+        if name in _SUMS:
+            inputs = [_rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
+        rule = _RULES.get(name)
+        if name in _CALLS:
+            outputs, flags = _evaluate(eqn.params["jaxpr"], inputs, flags)
+            unrounded.update(var for var, product in zip(eqn.outvars, flags, strict=True) if product)
+        elif rule is not None:
             outputs = rule(eqn, *inputs)
         else:
             params = {name: _rewrite(value) for name, value in eqn.params.items()}
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
         if not eqn.primitive.multiple_results:
             outputs = [outputs]
+        if _rounds(eqn) or (name in _MOVES and flags[0]):
+            unrounded.update(eqn.outvars)
         values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars], list(map(is_product, jaxpr.outvars))
+
+
+# A product that is added to something may be rounded on its own, or only with the sum: the compiler decides that by
+# what it fuses, and so by the size of the batch. An operation in between that it cannot see through leaves no choice.
+_SUMS = ("add", "sub", "add_any", "reduce_sum")
+_MOVES = ("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "transpose", "rev", "copy")
+_CALLS = ("jit", "pjit")
+
+
+def _rounds(eqn: Any) -> bool:
+    """Whether it is a product of floats that needs rounding; one with a power of two does not."""
+    if eqn.primitive.name not in ("mul", "square", "integer_pow"):
+        return False
+    literals = [atom.val for atom in eqn.invars if isinstance(atom, jex.Literal)]
+    exact = any(jnp.ndim(v) == 0 and abs(math.frexp(float(v))[0]) in (0, 0.5) for v in literals)
+    return jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) and not exact
+
+
+def _rounded(x: Any) -> Any:
+    """The same values."""
+    lowest = jnp.asarray(jnp.finfo(x.dtype).min, x.dtype)
+    return lax.select(lax.lt(x, lowest), x, lax.max(x, lowest))
 
 
 def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
@@ -109,7 +155,7 @@ def _rewrite(param: Any) -> Any:
     """A parameter of a primitive with the functions inside it (loop bodies, branches, calls) rewritten too."""
     if isinstance(param, jex.ClosedJaxpr):
         specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in param.in_avals]
-        return jax.make_jaxpr(lambda *args: _evaluate(param, args))(*specs)
+        return jax.make_jaxpr(lambda *args: _evaluate(param, args)[0])(*specs)
     if isinstance(param, tuple) and any(isinstance(each, jex.ClosedJaxpr) for each in param):
         return tuple(map(_rewrite, param))
     return param
@@ -252,7 +298,9 @@ def _dot(eqn, lhs, rhs):
 def _checkpoint(eqn, *args):
     p = eqn.params
     body = jex.ClosedJaxpr(p["jaxpr"], ())
-    return jax.checkpoint(lambda *args: _evaluate(body, args), prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+    return jax.checkpoint(lambda *args: _evaluate(body, args)[0], prevent_cse=p["prevent_cse"], policy=p["policy"])(
+        *args
+    )
 
 
 def _tree(combine):

@@ -416,3 +416,30 @@ def test_an_example_does_not_depend_on_its_batch(name, loop):
         part = run(images[chosen], labels[chosen])
         for what, a, b in zip(("loss", "logits", "gradient"), part, together, strict=True):
             np.testing.assert_array_equal(a, b[chosen], err_msg=f"{what} at batch size {size}")
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_product_is_rounded_before_it_is_added(rng, size):
+    """NumPy, whose operations are one by one, is equal to the last bit; a fused multiply-add is not."""
+    a, b, c = rng.normal(size=(3, size)).astype(np.float32)
+    cases = {
+        "sum": (lambda np, a, b, c: a * b + c),
+        "difference": (lambda np, a, b, c: c - np.square(a)),
+        "two products": (lambda np, a, b, c: a * b + b * c),
+        "through a call": (lambda np, a, b, c: np.where(a > 0, c, b) - (np.reshape(a * b, (1, -1)))[0]),
+        "negative": (lambda np, a, b, c: -(a * b) + c),
+        "exact": (lambda np, a, b, c: 2 * a + c),
+    }
+    for name, function in cases.items():
+        result = jax.jit(canonical(functools.partial(function, jnp)))(a, b, c)
+        np.testing.assert_array_equal(result, function(np, a, b, c), err_msg=name)
+    if size == 10_000:
+        fused = np.asarray(jax.jit(functools.partial(cases["sum"], jnp))(a, b, c))
+        assert (fused != cases["sum"](np, a, b, c)).any()
+
+
+def test_rounding_keeps_infinities_and_nan():
+    x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0])
+    np.testing.assert_array_equal(
+        jax.jit(canonical(lambda x, y: x * y + 1))(x, jnp.ones(4)), np.asarray([np.inf, -np.inf, np.nan, 1])
+    )

@@ -162,6 +162,9 @@ LARGER: dict[str, dict[str, float]] = {
     **{case: {"kappa": 1.5} for case in BOUNDARY},
     "ddn": {"kappa": 1.5, "initial_radius": 2.0},
     "fmn-l0": {"kappa": 1.0, "step_size": 10.0},
+    # From noise, which decides for no class as clearly.
+    "hopskipjump-l2": {"kappa": 0.1},
+    "hopskipjump-linf": {"kappa": 0.1},
 }
 # Steps after which no attack has ended.
 FEW = {
@@ -485,8 +488,10 @@ def test_a_constant_added_to_all_logits_changes_nothing(case):
         result = attack_on(case, p._replace(model=shifted))
         assert (np.asarray(shifted(result.images)) * np.sign(shift) > 0).all()
         np.testing.assert_array_equal(result.success, expected.success)
-        for distance in ("l2", "linf"):
-            np.testing.assert_allclose(getattr(result, distance), getattr(expected, distance), atol=1e-3)
+        # The others return any success in their ball, or draw what to try next: which one, rounding may decide.
+        if case in MINIMAL - BLACK_BOX:
+            for distance in ("l2", "linf"):
+                np.testing.assert_allclose(getattr(result, distance), getattr(expected, distance), atol=1e-3)
 
 
 @some_attacks
@@ -520,8 +525,10 @@ def test_logits_that_are_not_numbers_leave_a_finite_result(case):
     np.testing.assert_array_equal(images, kept)
 
     result = attack_on(case, p._replace(model=linear_model(fails_below=0.2), images=images))
-    assert not np.asarray(result.success)[sick].any()
-    np.testing.assert_array_equal(np.asarray(result.images)[sick], np.asarray(images)[sick])
+    assert_obeys(case, p._replace(model=linear_model(fails_below=0.2), images=images), result)
+    if not case.startswith("hopskipjump"):  # which comes from noise, where the network is well
+        assert not np.asarray(result.success)[sick].any()
+        np.testing.assert_array_equal(np.asarray(result.images)[sick], np.asarray(images)[sick])
     if case in TRANSFORMING:  # to the others, too, it shows dark rows
         return
     # Its neighbours are attacked as if it were not there.
@@ -703,7 +710,7 @@ def test_keys_decide_random_starts_and_nothing_else(case):
 
     assert_same(state(0), state(0))
     random = getattr(CASES[case], "random_start", False)
-    if not random and getattr(CASES[case], "restarts", 1) > 1:
+    if not random and (getattr(CASES[case], "restarts", 1) or 2) > 1:
         return  # keys are for later
     if not random and getattr(state(0), "keys", None) is not None:  # drawn from in every step
         drawn = [attack_on(case, p, key=jax.random.key(i)) for i in (0, 1)]
