@@ -80,8 +80,10 @@ def optimum(problem, norm, kappa=0.0):
 # Minimal distances
 
 
-@pytest.mark.parametrize("targeted", [False, True])
-@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize(
+    ("classes", "targeted"),
+    [(2, False), (5, True), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((2, True), (5, False)))],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_the_result_is_near_the_nearest_point(case, classes, targeted):
     problem = linear(classes)
