@@ -290,13 +290,20 @@ def _theirs(peers: Peers, run: Callable[[], Any], kept: dict[str, Any]) -> None:
     kept["their gradients"] = peers.passes["backward"]
 
 
-def compile_times(network: str = "resnet18", size: int = 64, batch: int = 4, out: Path | None = None) -> None:
+def compile_times(
+    network: str = "resnet18",
+    size: int = 64,
+    batch: int = 4,
+    names: tuple[str, ...] = tuple(attacks.ATTACKS),
+    out: Path | None = None,
+) -> None:
     """Time from Python to machine code, of every attack against one gradient.
 
     Args:
         network: Its name.
         size: Side of the images, in pixels.
         batch: Images in a batch.
+        names: Of attacks.
         out: File to which one JSON line is appended.
     """
     spent: dict[str, float] = {}
@@ -325,8 +332,8 @@ def compile_times(network: str = "resnet18", size: int = 64, batch: int = 4, out
     reference = compiling(lambda: gradient(model, images, labels))
     print(f"{network}, images {images.shape}: one gradient {reference:.1f} s")
     rows = {}
-    for name, kind in attacks.ATTACKS.items():
-        attack = kind()
+    for name in names:
+        attack = attacks.ATTACKS[name]()
 
         def one_step(attack=attack):
             state = attacks.start(attack, model, images, labels, key=KEY)

@@ -19,7 +19,7 @@ from jaxinterp.pytree import pytree, static
 
 @pytree
 class AutoAttack:
-    """The standard version: a `Chain` of APGD-CE, APGD-T, FAB and Square at their standard settings.
+    """The standard version: a `Chain` of APGD-CE, APGD-T, FAB-T and Square at their standard settings.
 
     An example is done at its first success, and what one attack breaks costs the others nothing. With targets, all
     four go for these.
@@ -30,8 +30,7 @@ class AutoAttack:
         norm: "linf", "l2" or "l1".
         steps: number of steps of a run of APGD, and of FAB.
         restarts: number of runs of APGD-CE; None means 1, in L1 5.
-        classes: number of rivals of APGD-T; None means 9, in L1 5.
-        candidates: number of rivals of FAB.
+        classes: number of rivals of APGD-T and of FAB-T; None means 9, in L1 5 for the first.
         queries: number of images that Square evaluates.
     """
 
@@ -44,7 +43,6 @@ class AutoAttack:
     steps: int = static(default=100)
     restarts: int | None = static(default=None)
     classes: int | None = static(default=None)
-    candidates: int = static(default=9)
     queries: int = static(default=5000)
 
     @property
@@ -54,12 +52,11 @@ class AutoAttack:
         # The authors' program starts APGD in L1 from balls of three and two times the radius, which is not done here.
         restarts = (5 if l1 else 1) if self.restarts is None else self.restarts
         classes = (5 if l1 else 9) if self.classes is None else self.classes
+        rivals = 9 if self.classes is None else self.classes
         stages = (
             APGD(norm=self.norm, loss="ce", steps=self.steps, restarts=restarts),
             APGDT(norm=self.norm, classes=classes, steps=self.steps),
-            # In place of FAB-T, with a run for each of the nine rivals of the original image: one run with the nearest
-            # of nine rivals in every iteration. It has as many backward passes.
-            FAB(norm=self.norm, candidates=self.candidates, steps=self.steps),
+            FAB(norm=self.norm, classes=rivals, steps=self.steps),
             # As in the authors' program, squares shrink as if there were twice as many queries.
             Square(norm=self.norm, p=0.8, steps=self.queries, horizon=2 * self.queries),
         )

@@ -36,8 +36,15 @@ class Boundary:
 
 
 def passes(logits: Float[Array, "b k"], examples: Examples, candidates: int) -> int:
-    """How many backward passes `nearest` makes."""
+    """How many backward passes `nearest` makes, if it is not given a rival."""
     return 1 if examples.targets is not None else min(candidates, logits.shape[-1] - 1)
+
+
+def ranked(logits: Float[Array, "b k"], examples: Examples, count: int) -> Int[Array, "b n"]:
+    """The largest classes other than the label, or than the target where there is one, the largest first."""
+    chosen = examples.labels if examples.targets is None else examples.targets
+    others = jnp.where(jnp.arange(logits.shape[-1]) == chosen[:, None], -jnp.inf, logits)
+    return jnp.argsort(others, axis=-1, descending=True)[:, :count].astype(jnp.int32)
 
 
 def nearest(
@@ -47,14 +54,16 @@ def nearest(
     kappa: Float[Array, " b"],
     candidates: int,
     which: Norm,
+    rival: Int[Array, " b"] | None = None,
 ) -> Boundary:
-    """The nearest boundary, of those with the `candidates` rivals whose logits are the largest.
+    """The nearest boundary, of those with the `candidates` rivals whose logits are the largest, or that with `rival`.
 
     The backward passes run one after the other: together they would need `candidates` times the memory, and a batch
     gives the machine enough to do.
     """
     axes = tuple(range(1, examples.images.ndim))
-    rivals = _rivals(logits, examples, candidates)
+    count = passes(logits, examples, candidates)
+    rivals = ranked(logits, examples, count).T if rival is None else rival[None]
 
     def consider(i, best):
         losing, winning = (
@@ -69,7 +78,7 @@ def nearest(
         return select(jnp.isfinite(away) & (away < best.distance), new, best)
 
     none = Boundary(jnp.zeros_like(examples.images), jnp.zeros_like(kappa), jnp.full_like(kappa, jnp.inf))
-    return lax.fori_loop(0, passes(logits, examples, candidates), consider, none)
+    return lax.fori_loop(0, len(rivals), consider, none)
 
 
 def lacking(
@@ -83,17 +92,7 @@ def lacking(
     )
 
 
-def _rivals(logits, examples, candidates):
-    """The largest classes other than label or target, [candidates,B] (one with targets), the largest first."""
-    if examples.targets is None:
-        chosen, count = examples.labels, candidates
-    else:
-        chosen, count = examples.targets, 1
-    others = jnp.where(jnp.arange(logits.shape[-1]) == chosen[:, None], -jnp.inf, logits)
-    return jnp.argsort(others, axis=-1, descending=True)[:, :count].T
-
-
 def pair(logits: Float[Array, "b k"], examples: Examples) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
     """The class that has to lose and the one that has to win, at the boundary with the largest logits."""
-    (rival,) = _rivals(logits, examples, 1)
+    rival = ranked(logits, examples, 1)[:, 0]
     return (examples.labels, rival) if examples.targets is None else (rival, examples.targets)

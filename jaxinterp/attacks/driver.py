@@ -238,7 +238,12 @@ def _checked(attack: Any) -> Any:
             elif isinstance(part, str):
                 if part not in choices.get(field.name, (part,)):
                     raise ValueError(f"{whole} must be one of {', '.join(choices[field.name])}, got {part!r}")
-            elif static and isinstance(field.default, int) and not isinstance(field.default, bool):
+            elif (
+                static
+                and part is not None
+                and isinstance(field.default, int | None)
+                and not isinstance(field.default, bool)
+            ):
                 if isinstance(part, bool) or not isinstance(part, int | np.integer):
                     raise TypeError(f"{whole} must be a whole number, got {part!r}")
                 if not 1 <= part < 2**31:

@@ -5,7 +5,8 @@
     x <- proj_box((1 - a) (x + eta d) + a (x_0 + eta d_0))
     x <- (1 - beta) x_0 + beta x                               after a success
 
-from x_0 and from random starts; then three steps of a search between x_0 and the nearest success.
+from x_0 and from random starts; then three steps of a search between x_0 and the nearest success. FAB-T does so for one
+rival of the label after the other, with the boundary between the two alone (2003.01690, section 4).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class FABState:
     eta: Float[Array, " b"]
     reach: Float[Array, " b"]
     kappa: Float[Array, " b"]
+    rivals: Int[Array, "b n"] | None  # of FAB-T: one for each run
     key: UInt[Array, "b n"] | None
     count: Int[Array, " b"]
     done: Bool[Array, " b"]
@@ -71,7 +73,9 @@ class FAB:
         norm: "l2", "linf" or "l1".
         candidates: how many rivals of the label are considered without a target: those with the largest logits at the
             current iterate. (The authors' program takes all, at a backward pass for each class.)
-        restarts: number of starts; the first is at the original.
+        classes: FAB-T, without a target: how many rivals of the label have starts of their own, those with the largest
+            logits at the original first. An iteration then costs one backward pass.
+        restarts: number of starts (for each rival); the first is at the original.
         steps: iterations after every start.
     """
 
@@ -85,19 +89,27 @@ class FAB:
     kappa: Real = 0.0
     norm: Norm = static(default="l2")
     candidates: int = static(default=10)
+    classes: int | None = static(default=None)
     restarts: int = static(default=1)
     steps: int = static(default=100)
 
     @property
     def iterations(self) -> int:
-        """All iterations of all starts, and the final search."""
-        return self.restarts * self.steps + _SEARCH
+        """All iterations of all starts, and the final search; fewer where there are fewer rivals, or a target."""
+        return (self.classes or 1) * self.restarts * self.steps + _SEARCH
+
+    def _total(self, state: FABState) -> int:
+        """Iterations of all starts."""
+        return (1 if state.rivals is None else state.rivals.shape[1]) * self.restarts * self.steps
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> FABState:
         """Starts at the original."""
         zeros = jnp.zeros(images.shape[0], jnp.int32)
         logits = jnp.zeros(jax.eval_shape(model, images).shape)
+        rivals = None
+        if self.classes is not None and targets is None:
+            rivals = jnp.zeros((len(images), min(self.classes, logits.shape[1] - 1)), jnp.int32)
         return FABState(
             examples=Examples(images, labels, targets, support),
             record=Record.start(images),
@@ -112,6 +124,7 @@ class FAB:
             eta=per_example(self.eta, images),
             reach=per_example(_REACH[self.norm] if self.reach is None else self.reach, images),
             kappa=per_example(self.kappa, images),
+            rivals=rivals,
             key=jax.random.key_data(keys) if self.restarts > 1 else None,
             count=zeros,
             done=zeros.astype(bool),
@@ -121,8 +134,15 @@ class FAB:
     def step(self, model, state: FABState) -> FABState:
         """One iteration of the algorithm, or one step of the final search, for each example by its own count."""
         examples, active, x = state.examples, ~state.done, state.images
-        start, searching = state.count == 0, state.count >= self.restarts * self.steps
+        start, searching = state.count == 0, state.count >= self._total(state)
         logits, pull_back = objective.linearised(model, x, examples.support)
+        rival = None
+        if state.rivals is not None:
+            rivals = select(start, boundary.ranked(logits, examples, state.rivals.shape[1]), state.rivals)
+            state = dataclasses.replace(state, rivals=rivals)
+            place = jnp.minimum(state.count // (self.restarts * self.steps), rivals.shape[1] - 1)
+            rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
+        passes = 1 if rival is not None else boundary.passes(logits, examples, self.candidates)
         # The original judges an iterate before the backward step only. Its logits after it are here without another
         # pass, and it may still be a success, and then a nearer one.
         state, found = self._judge(state, x, logits, active)
@@ -130,14 +150,12 @@ class FAB:
         moves = active & ~searching & ~(start & found)
 
         def iterate():
-            near = boundary.nearest(pull_back, logits, examples, state.kappa, self.candidates, self.norm)
+            near = boundary.nearest(pull_back, logits, examples, state.kappa, self.candidates, self.norm, rival)
             moved = self._towards(near, state)
             return moved, model(moved), jnp.isfinite(near.distance)
 
         moved, logits, slopes = lax.cond(jnp.any(moves), iterate, lambda: (x, logits, jnp.zeros_like(moves)))
-        state, found_moved = self._judge(
-            state, moved, logits, moves, backward=moves * boundary.passes(logits, examples, self.candidates)
-        )
+        state, found_moved = self._judge(state, moved, logits, moves, backward=moves * passes)
         back = examples.images + along(state.beta, x) * (moved - examples.images)
         state = dataclasses.replace(state, images=select(moves, select(found_moved, back, moved), x))
         # Without a slope all further iterations from this start would be the same.
@@ -188,13 +206,15 @@ class FAB:
         return dataclasses.replace(state, inner=inner, inner_logits=inner_logits)
 
     def _next_start(self, state: FABState, moves: Bool[Array, " b"]) -> FABState:
-        """A random start for examples whose iterations from the last one have ended, or a point of the final search."""
-        x0, total = state.examples.images, self.restarts * self.steps
+        """A new start for examples whose iterations from the last one have ended, or a point of the final search."""
+        x0, total = state.examples.images, self._total(state)
         images = state.images
+        begins = moves & (state.count % self.steps == 0) & (state.count < total)
         if state.key is not None:
-            begins = moves & (state.count % self.steps == 0) & (state.count < total)
             random = lax.cond(jnp.any(begins), lambda: self._random(state), lambda: images)
             images = select(begins, random, images)
+        if state.rivals is not None:
+            images = select(begins & (state.count % (self.restarts * self.steps) == 0), x0, images)
         # Where the difference of logits of the classes at the outer end would be zero if it were linear on the segment.
         losing, winning = boundary.pair(state.best_logits, state.examples)
         inside = boundary.lacking(state.inner_logits, losing, winning, state.kappa)

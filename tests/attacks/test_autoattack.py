@@ -68,6 +68,6 @@ def test_the_standard_version_is_that_of_the_paper():
         assert {chain.norm, *(stage.norm for stage in chain.stages)} == {norm}
         assert (ce.loss, ce.steps, ce.restarts) == ("ce", 100, restarts)
         assert (targeted.steps, targeted.classes, targeted.restarts) == (100, classes, 1)
-        assert (fab.steps, fab.candidates, fab.restarts) == (100, 9, 1)
+        assert (fab.steps, fab.classes, fab.restarts) == (100, 9, 1)
         assert (square.steps, square.horizon, square.p) == (5000, 10_000, 0.8)
         assert attack.iterations == sum(stage.iterations for stage in chain.stages)

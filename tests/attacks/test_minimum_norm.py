@@ -222,6 +222,27 @@ def test_the_first_step_of_deepfool_by_hand(norm, targeted):
     assert (np.asarray(state.record.backward) == (1 if targeted else 4)).all()
 
 
+def test_fab_t_goes_to_one_rival_after_the_other():
+    """Alone, the rival with the largest logit; with all rivals, the one with the nearest boundary."""
+    problem = linear(5, seed=7)
+    model, images, labels, weights, _ = problem
+    best, nearest = optimum(problem, "l2")
+    rows, logits = np.arange(6), np.asarray(model(jnp.asarray(images)), np.float64)
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    first = others.argmax(1)
+    away = (logits[rows, labels] - logits[rows, first]) / np.linalg.norm(weights[:, labels] - weights[:, first], axis=0)
+    farther = first != nearest
+    assert farther.any()
+    assert (away[farther] > 1.02 * best[farther]).all()
+    alone = run(FAB(classes=1, steps=10), model, images, labels, key=KEY)
+    np.testing.assert_allclose(alone.l2, away, rtol=0.01)
+    whole = run(FAB(classes=9, steps=10), model, images, labels, key=KEY)
+    np.testing.assert_allclose(whole.l2, best, rtol=0.01)
+    np.testing.assert_array_equal(alone.backward, 10)
+    np.testing.assert_array_equal(whole.backward, 4 * 10)  # there are four rivals
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
 def test_two_iterations_and_the_search_of_fab_by_hand(norm):
     """Two classes: one hyperplane. The first iterate lies 1.05 away; the search ends on the boundary."""

@@ -87,6 +87,7 @@ CASES: dict[str, Any] = {
     "deepfool-l2": DeepFool(norm="l2", steps=10),
     "deepfool-linf": DeepFool(norm="linf", steps=10),
     "fab-l2": FAB(norm="l2", restarts=2, steps=4),
+    "fab-t": FAB(norm="l2", classes=3, steps=4),
     "fab-linf": FAB(norm="linf", candidates=3, steps=5),
     "fab-l1": FAB(norm="l1", candidates=3, steps=8),
     "square-linf": Square(eps=0.1, steps=40),
@@ -95,7 +96,7 @@ CASES: dict[str, Any] = {
     "chain": Chain(
         (PGD(norm="l2", steps=2), CW(lr=0.05, initial_const=1.0, search_steps=1, steps=15)), eps=0.3, norm="l2"
     ),
-    "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, candidates=2, queries=20),
+    "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, queries=20),
     "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=20),
     "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=20),
     "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),

@@ -113,3 +113,37 @@ def test_decode(tmp_path, capsys):
     assert set(figures["rates"]) == {"pil", "folder"}
     assert figures["share"]["median"] > 0
     assert "target >= 0.9" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_attacks(tmp_path, capsys):
+    bench = importlib.import_module("bench_attacks")
+    bench.overhead(("small_cnn",), rounds=2, out=tmp_path / "overhead.jsonl")
+    [row] = record(tmp_path / "overhead.jsonl")["results"]
+    assert set(row["seconds"]) == {"jaxinterp", "gradients", "gradients, rewritten", "forward"}
+    assert all(ratio["median"] > 0 for ratio in row["ratios"].values())
+    bench.quality(("small_cnn",), search_steps=2, steps=12, rounds=1, out=tmp_path / "quality.jsonl")
+    rows = record(tmp_path / "quality.jsonl")["results"]
+    assert [row["attack"] for row in rows] == ["cw", "ead"]
+    for row in rows:
+        assert 0 < row["jaxinterp"]["gradients"] <= 8 * 2 * 12
+    bench.compile_times("small_cnn", size=16, batch=2, names=("fgsm",), out=tmp_path / "compile.jsonl")
+    figures = record(tmp_path / "compile.jsonl")
+    assert 0 < figures["gradient"] < 60
+    assert set(figures["results"]) == {"fgsm"}
+    assert "target <= 2.5" in capsys.readouterr().out
+
+
+def test_groups_of_the_attack_table():
+    table = importlib.import_module("attack_table")
+    delta = np.zeros((5, 6, 3), np.float32)
+    assert table.groups(delta, 2) == 0
+    delta[0, 0, 0] = delta[1, 1, 2] = 0.5  # one square
+    delta[4, 5, 1] = -0.1  # a square that is cut off at the border
+    delta[2, 2, 0] = 1e-4  # too small to count
+    assert table.groups(delta, 2) == 2
+    assert table.groups(delta, 13) == 1
+    assert "| `a` | 0/2 |  |  |" in table.markdown(
+        "net", [{"attack": "a", "success": 0, "pictures": 2, **dict.fromkeys(("l0", "l1", "l2", "linf", "groups"))}
+        | {"forward": 1.0, "backward": 0.0}],
+    )  # fmt: skip
