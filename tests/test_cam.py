@@ -72,7 +72,12 @@ def reference_maps(reference):
         cam_node="conv3",
     )
     images = (arrays["x"].transpose(0, 2, 3, 1) + 3) / 6
-    return np.asarray(cam.maps(network, params, images, arrays["cls"].astype(np.int32)))
+    classes = arrays["cls"].astype(np.int32)
+    return {
+        method: np.asarray(cam.maps(network, params, images, classes, method))
+        for method in cam.METHODS
+        if method != "scorecam"
+    }
 
 
 # Against the reference arrays
@@ -100,24 +105,34 @@ def test_maps_equal_weights_times_the_reference_activations(reference, reference
     arrays, params = reference
     weights = np.asarray(params["fc.weight"])[arrays["cls"]]
     expected = np.einsum("bk,bkhw->bhw", weights, arrays["act"]) / (14 * 14)
-    np.testing.assert_allclose(reference_maps, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(reference_maps["cam"], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("method", ["GradCAM", "HiResCAM"])
-def test_maps_equal_the_reference_relatives(reference, reference_maps, method):
-    """Grad-CAM is relu(sum_k a_k f_k) with a_k the mean gradient, w_k / u: relu of the map. HiResCAM's too here."""
-    raw = reference[0][f"{method}/raw"]
-    np.testing.assert_allclose(np.maximum(reference_maps, 0), np.maximum(raw, 0), atol=1e-5 * np.abs(raw).max())
+REFERENCES = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "xgradcam": "XGradCAM",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "eigencam": "EigenCAM",
+}
+
+
+@pytest.mark.parametrize("method", REFERENCES)
+def test_maps_equal_the_reference(reference, reference_maps, method):
+    raw, mine = reference[0][f"{REFERENCES[method]}/raw"], reference_maps[method]
+    if method == "eigencam":  # whose sign is arbitrary there, and the one with the larger extreme here
+        raw = raw * np.sign(raw.max(axis=(1, 2)) + raw.min(axis=(1, 2)))[:, None, None]
+        assert (mine.max(axis=(1, 2)) >= -mine.min(axis=(1, 2))).all()
+    np.testing.assert_allclose(mine, raw, atol=1e-5 * np.abs(raw).max())
     assert np.abs(raw).max() > 0
 
 
-def test_scaled_and_resized_maps_equal_the_final_reference_maps(reference, reference_maps):
-    def unit(maps):
-        maps = maps - maps.min(axis=(1, 2), keepdims=True)
-        return maps / maps.max(axis=(1, 2), keepdims=True)
-
-    large = unit(np.asarray(cam.resize(jnp.asarray(unit(np.maximum(reference_maps, 0))), 112)))
-    np.testing.assert_allclose(large, reference[0]["GradCAM/final"], atol=1e-5)
+@pytest.mark.parametrize("method", [method for method in REFERENCES if method != "eigencam"])
+def test_scaled_and_resized_maps_equal_the_final_reference_maps(reference, reference_maps, method):
+    small = cam.normalised(jnp.maximum(reference_maps[method], 0))
+    large = cam.normalised(cam.resize(small, 112))
+    np.testing.assert_allclose(large, reference[0][f"{REFERENCES[method]}/final"], atol=1e-5)
 
 
 # Identities
@@ -132,6 +147,64 @@ def test_maps_sum_to_logits_without_bias_for_every_class():
     assert np.abs(logits - logits.mean(0)).max() > 1e-2
     # Raw: the maps of a class with mixed weights have both signs.
     assert (np.asarray(every).min(axis=(2, 3)) < 0).any()
+
+
+def test_relatives_by_loops():
+    """Score-CAM and Ablation-CAM, a unit at a time, at a node in the middle of the network."""
+    params, classes = random_params(), np.array([5, 0, 3, 3])
+    model = NETWORK.bind(params)
+    activation = np.asarray(features(NETWORK, params, jnp.asarray(IMAGES), "conv2"))
+    logits = np.asarray(model(IMAGES), np.float64)
+    units, rows = activation.shape[-1], np.arange(4)
+    scores, drops = np.zeros((2, 4, units))
+    for k in range(units):
+        large = np.stack([half_pixel(one, IMAGES.shape[1:3]) for one in activation[..., k]])
+        low, high = large.min(axis=(1, 2), keepdims=True), large.max(axis=(1, 2), keepdims=True)
+        unit = (large - low) / np.maximum(high - low, 1e-12)
+        scores[:, k] = np.asarray(model((IMAGES * unit[..., None]).astype(np.float32)))[rows, classes]
+        without = activation.copy()
+        without[..., k] = 0
+        cut = np.asarray(head(NETWORK, params, "conv2", jnp.asarray(without), jnp.asarray(IMAGES)))
+        drops[:, k] = (logits[rows, classes] - cut[rows, classes]) / logits[rows, classes]
+    weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    for method, by_unit in (("scorecam", weights), ("ablationcam", drops)):
+        expected = np.einsum("bk,bhwk->bhw", by_unit, activation)
+        actual = cam.maps(NETWORK, params, IMAGES, classes, method, node="conv2")
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_relatives_on_a_network_that_ends_in_a_mean_and_a_linear_layer():
+    """The gradient is w_k / u everywhere: most methods are CAM, and without unit k a logit lacks w_k mean(f_k)."""
+    params, classes = random_params(), np.tile(np.arange(6), (4, 1))
+    plain = np.asarray(cam.maps(NETWORK, params, IMAGES, classes))
+    for method in ("gradcam", "hirescam", "xgradcam"):
+        relative = np.asarray(cam.maps(NETWORK, params, IMAGES, classes, method))
+        np.testing.assert_allclose(relative, plain, atol=1e-5 * np.abs(plain).max())
+    activation = np.asarray(features(NETWORK, params, jnp.asarray(IMAGES), "conv3"), np.float64)
+    weights, logits = np.asarray(params["fc.weight"]), np.asarray(NETWORK.bind(params)(IMAGES))
+    lacking = weights * activation.mean(axis=(1, 2))[:, None] / logits[:, :, None]
+    np.testing.assert_allclose(
+        cam.maps(NETWORK, params, IMAGES, classes, "ablationcam"),
+        np.einsum("bck,bhwk->bchw", lacking, activation),
+        rtol=1e-3,
+        atol=1e-4 * np.abs(lacking).max() * activation.max(),
+    )
+
+
+@pytest.mark.parametrize("method", cam.METHODS)
+def test_every_method_takes_several_classes_and_treats_images_alone(method):
+    params, classes = random_params(), np.array([[0, 5], [1, 1], [4, 2], [3, 0]])
+    whole = np.asarray(cam.maps(NETWORK, params, IMAGES, classes, method))
+    assert whole.shape == (4, 2, 5, 4)
+    scale = np.abs(whole).max()
+    for i in range(4):
+        alone = np.asarray(cam.maps(NETWORK, params, IMAGES[i : i + 1], classes[i : i + 1, 1], method))
+        np.testing.assert_allclose(alone[0], whole[i, 1], atol=1e-5 * scale)
+
+
+def test_normalised_maps():
+    maps = jnp.array([[[1.0, 3.0], [2.0, 5.0]], [[2.0, 2.0], [2.0, 2.0]]])
+    np.testing.assert_allclose(cam.normalised(maps), [[[0, 0.5], [0.25, 1]], [[0, 0], [0, 0]]])
 
 
 def test_maps_are_weighted_features():
@@ -232,5 +305,14 @@ def test_bad_input_is_refused_by_name(change, error, message):
 
 def test_a_network_without_pooling_and_linear_layer_is_refused():
     network = Network(name="plain", apply=apply, nodes=tuple(PADDING), classes=6)
-    with pytest.raises(ValueError, match=r"plain has no cam_node.*global average pooling and one linear"):
-        cam.maps(network, random_params(), IMAGES, np.zeros(4, int))
+    classes = np.zeros(4, int)
+    with pytest.raises(ValueError, match=r"plain has no cam_node.*global average pooling and one linear.*gradcam"):
+        cam.maps(network, random_params(), IMAGES, classes)
+    # Those that need no such end take the last node.
+    np.testing.assert_array_equal(
+        cam.maps(network, random_params(), IMAGES, classes, "layercam"),
+        cam.maps(NETWORK, random_params(), IMAGES, classes, "layercam"),
+    )
+    without = Network(name="bare", apply=lambda params, images: images.mean((1, 2)) @ params, classes=6)
+    with pytest.raises(ValueError, match="bare has no nodes"):
+        cam.maps(without, jnp.ones((3, 6)), IMAGES, classes, "gradcam")
