@@ -45,6 +45,7 @@ lint: env
 
 parity: weights
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[samples,test,torch]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision torchattacks adv-lib requests
 	$(BIN)/python -m pytest tests/parity --run-parity
 
 clean:

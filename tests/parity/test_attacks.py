@@ -2,12 +2,13 @@
 
 Many steps of two frameworks do not end at the same pixels: the sign of a gradient near zero and the branch of a ReLU
 are decided by rounding. What must agree is which pictures an attack succeeds on, and how far it goes: over the pictures
-on which both succeed, the median of |ours / theirs - 1|, and its 95th percentile. Where the peer is known to do
-something else (a batch that is ended as a whole, a black picture for a failure), its settings avoid it.
+on which both succeed, the median of ours / theirs, and the 95th percentile of its distance from 1. Where the peer is
+known to do something else (a batch that is ended as a whole, a black picture for a failure), its settings avoid it.
 """
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -109,35 +110,39 @@ def test_momentum_succeeds_where_torchattacks_does(problem, peers, eps):
 
 def test_cw_ends_where_foolbox_does(problem, peers):
     needs("foolbox")
-    budget: dict[str, Any] = {"steps": 200, "abort_early": False}
+    budget: dict[str, Any] = {"steps": 100, "abort_early": False}
     mine = ours(attacks.CW(search_steps=5, initial_const=0.1, **budget), problem)
     theirs = peers.foolbox("L2CarliniWagnerAttack", None, binary_search_steps=5, initial_const=0.1, **budget)()
     success, their_success, ratio = compare(problem, mine, theirs, "l2")
     np.testing.assert_array_equal(success, their_success)
     assert success.all()
-    assert np.median(abs(ratio - 1)) < 1e-3
-    assert np.quantile(abs(ratio - 1), 0.95) < 0.05
+    assert abs(np.median(ratio) - 1) < 1e-4
+    assert np.quantile(abs(ratio - 1), 0.95) < 0.08
 
 
 @pytest.mark.parametrize("rule", ["en", "l1"])
 def test_ead_ends_where_foolbox_does(problem, peers, rule):
     needs("foolbox")
-    budget: dict[str, Any] = {"steps": 200, "abort_early": False}
+    budget: dict[str, Any] = {"steps": 100, "abort_early": False}
     mine = ours(attacks.EAD(beta=0.01, rule=rule, search_steps=5, initial_const=0.1, **budget), problem)
     more = {"regularization": 0.01, "decision_rule": rule.upper(), "binary_search_steps": 5, "initial_const": 0.1}
     theirs = peers.foolbox("EADAttack", None, **more, **budget)()
     success, their_success, ratio = compare(problem, mine, theirs, "l1")
     np.testing.assert_array_equal(success, their_success)
     assert success.all()
-    assert np.median(abs(ratio - 1)) < 1e-3
-    assert np.quantile(abs(ratio - 1), 0.95) < 0.05
+    assert abs(np.median(ratio) - 1) < 1e-4
+    assert np.quantile(abs(ratio - 1), 0.95) < 0.08
 
 
 def adv_lib(peers: Any, attack: str, **settings: Any) -> np.ndarray:
-    """The adversarial images of an attack of adv-lib, whose package wants torchvision for other purposes."""
+    """The adversarial images of an attack of adv-lib, whose package wants torchvision and visdom for other purposes."""
     needs("adv_lib")
     needs("torchvision")
     torchvision_models()
+    if "visdom" not in sys.modules and importlib.util.find_spec("visdom") is None:
+        stand_in = ModuleType("visdom")
+        stand_in.__dict__["Visdom"] = object
+        sys.modules["visdom"] = stand_in
     run = getattr(importlib.import_module("adv_lib.attacks"), attack)
     return run(peers.network, peers.images, peers.labels, **settings).detach().numpy().transpose(0, 2, 3, 1)
 
