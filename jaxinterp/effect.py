@@ -7,29 +7,40 @@ With x' = x0 + d the adversarial image and d^(i) the perturbation without cell i
     PSR_i = log2(p_i / s_i)
 
 PSR < -1 is suppression-dominated, -1 <= PSR <= 1 balanced, PSR > 1 promotion-dominated.
+
+That is the paper's definition, "leave_one_out" on logits. Beside it stand "add_one_in" (x0 with cell i alone against
+x0), an estimate from one gradient, "first_order" (the changes of the logits are taken for <grad Z(x'), d_i>), and the
+log-softmax and the softmax in place of the logits. For a linear model the three agree on logits.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import math
 import operator
+from collections.abc import Callable
 from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
-from jaxinterp.network import Model, as_model
+from jaxinterp.network import Model, as_model, suggest
 from jaxinterp.pytree import pytree
 from jaxinterp.sharding import mesh_of, on_mesh
 
 Cell: TypeAlias = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """A cell's side in pixels, or its height and width; whole numbers of any type."""
+
+METHODS = ("leave_one_out", "add_one_in", "first_order")
+SCALES = ("logit", "log_softmax", "softmax")
 
 # Cells in one forward pass: enough to fill the machine.
 _CHUNK = {"cpu": 16}
@@ -60,23 +71,30 @@ _LABELS = {
 
 @pytree
 class Effect:
-    """Suppression and promotion of every cell; [B,gh,gw] except where stated.
+    """Suppression and promotion of every cell: [B,gh,gw] for a grid, [B,n] for a partition, except where stated.
 
     Attributes:
-        suppression: s, in logits.
-        promotion: p, in logits.
+        suppression: s, in logits (or on the scale that was asked for).
+        promotion: p, likewise.
         ratio: PSR = log2(p / s); +inf where only s is zero, -inf where only p is, NaN where both are.
         kind: codes of `Kind`.
         norm: Euclidean norm of the perturbation in the cell, in pixel units.
-        forward: [B] forward passes that the image paid for: one for every cell with a perturbation, one for x'.
+        label_change: how the cell changes the true class's logit, signed: s = max(-label_change, 0).
+        target_change: how the cell changes the target's logit, signed: p = max(target_change, 0).
+        forward: [B] forward passes that the image paid for: one for every cell with a perturbation, and one for the
+            image they are compared with.
+        backward: [B] backward passes: two for an estimate of first order, else none.
     """
 
-    suppression: Float[Array, "b gh gw"]
-    promotion: Float[Array, "b gh gw"]
-    ratio: Float[Array, "b gh gw"]
-    kind: Int[Array, "b gh gw"]
-    norm: Float[Array, "b gh gw"]
+    suppression: Float[Array, " b *cells"]
+    promotion: Float[Array, " b *cells"]
+    ratio: Float[Array, " b *cells"]
+    kind: Int[Array, " b *cells"]
+    norm: Float[Array, " b *cells"]
+    label_change: Float[Array, " b *cells"]
+    target_change: Float[Array, " b *cells"]
     forward: Int[Array, " b"]
+    backward: Int[Array, " b"]
 
 
 def _sides(cell: Cell) -> tuple[int, int]:
@@ -106,21 +124,67 @@ def cell_map(height: int, width: int, cell: Cell) -> Int[Array, "h w"]:
     return (jnp.arange(height) // ch * columns)[:, None] + jnp.arange(width) // cw
 
 
+def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[Array, "n h w"], tuple[int, ...]]:
+    """The number of the cell of every pixel, and the shape in which results are arranged.
+
+    Args:
+        cells: the side of a cell in pixels, or its height and width: a grid; or the partition itself, integers [H,W]
+            for all images or [B,H,W], such as superpixels, numbered from 0.
+        batch: B.
+        height: H.
+        width: W.
+
+    Returns:
+        [1,H,W] or [B,H,W], and (gh, gw) for a grid, (n,) for a partition whose largest number is n - 1. A number
+        that no pixel has is a cell without perturbation.
+
+    Raises:
+        ValueError: a cell smaller than a pixel or larger than the image; a partition of another shape, that leaves
+            pixels out (negative numbers), or with numbers beyond the count of pixels.
+        TypeError: cells that are no whole numbers; a partition that is traced.
+    """
+    if not hasattr(cells, "shape") or len(cells.shape) < 2:
+        cell = _sides(cells)
+        return cell_map(height, width, cell)[None], grid(height, width, cell)
+    if isinstance(cells, Tracer):
+        raise TypeError("a partition must be concrete, since its largest number decides the shape of the result")
+    given = np.asarray(cells)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"a partition into cells must be integers [H,W] or [B,H,W], got {given.dtype}")
+    if given.shape not in ((height, width), (batch, height, width)):
+        expected = f"[{height},{width}] or [{batch},{height},{width}]"
+        raise ValueError(f"a partition into cells must have shape {expected}, got {given.shape}")
+    given = given.reshape(-1, height, width)
+    if np.any(given < 0):
+        example, row, column = np.argwhere(given < 0)[0]
+        which = f" of example {example}" if len(given) > 1 else ""
+        raise ValueError(
+            f"the partition leaves {np.sum(given < 0)} pixels out: cells are numbered from 0, but row {row}, column "
+            f"{column}{which} has {given[example, row, column]}"
+        )
+    if (largest := int(np.max(given))) >= height * width:
+        raise ValueError(f"a partition has at most as many cells as pixels, {height * width}, got number {largest}")
+    return jnp.asarray(given, jnp.int32), (largest + 1,)
+
+
 def pse(
     model: Model,
     clean: Any,
     adversarial: Any,
     labels: Any,
     targets: Any,
-    cells: Cell = 14,
+    cells: Any = 14,
     *,
+    method: str = "leave_one_out",
+    scale: str = "logit",
     tolerance: float = 1e-6,
     chunk: int | None = None,
 ) -> Effect:
-    """The effect of every cell, by leaving one out at a time, on logits.
+    """The effect of every cell.
 
-    A cell without perturbation costs no forward pass. Any number of perturbed cells runs in one compiled program,
-    and under jit too.
+    A cell without perturbation costs no forward pass. Any number of cells, of any shape, runs in one compiled program,
+    and under jit too. Where the images are on a mesh, its devices share the cells of all images, and one image
+    occupies them all.
 
     Args:
         model: images -> logits.
@@ -128,89 +192,177 @@ def pse(
         adversarial: x' [B,H,W,C] float in [0, 1].
         labels: t0 [B], true classes.
         targets: t [B], the classes that the attack promotes (of an untargeted attack: the class it reached).
-        cells: side of a cell in pixels, or its height and width.
-        tolerance: effects up to this fraction of the range of an image's logits are rounding: a cell with both
+        cells: side of a cell in pixels, or its height and width, or any partition, see `partition`.
+        method: "leave_one_out", the paper's; "add_one_in", what the cell does alone; "first_order", an estimate of
+            the first from gradients at x', for all cells at the price of one forward and two backward passes.
+        scale: "logit", the paper's; "log_softmax" or "softmax" of the logits.
+        tolerance: effects up to this fraction of the range of an image's scores are rounding: a cell with both
             effects below is of kind NONE.
         chunk: cells in one forward pass; None chooses by backend.
 
     Raises:
-        ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label, a
-            cell larger than the image, a tolerance that is negative or not finite, a chunk below 1.
-        TypeError: as `jaxinterp.attacks.run`.
+        ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label,
+            cells as in `partition`, an unknown method or scale, a tolerance that is negative or not finite, a chunk
+            below 1.
+        TypeError: as `jaxinterp.attacks.run` and `partition`.
     """
     model = as_model(model)
+    method, scale = _choice("method", method, METHODS), _choice("scale", scale, SCALES)
     clean, labels, targets, _ = check(model, clean, labels, targets, names=("clean", "labels"))
     adversarial = check(model, adversarial, labels, names=("adversarial", "labels"))[0]
     if adversarial.shape != clean.shape:
         raise ValueError(f"adversarial images {adversarial.shape} and clean images {clean.shape} must match")
     if targets is None:
         raise ValueError("targets are needed: the classes that the perturbation promotes")
-    cell = _sides(cells)
-    rows, columns = grid(clean.shape[1], clean.shape[2], cell)
+    batch, height, width, _ = clean.shape
+    where, shape = partition(cells, batch, height, width)
     if not isinstance(tolerance, Tracer) and not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
     if chunk is None:
         chunk = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    chunk = min(chunk, clean.shape[0] * (rows * columns + 1))
-    program = _leave_one_out(mesh_of(clean), cell, chunk)
-    return program(model, clean, adversarial, labels, targets, jnp.float32(tolerance))
+    if method == "first_order":
+        program = _first_order(mesh_of(clean), scale, where.shape[0] > 1)
+    else:
+        # A power of two below `chunk` where there are fewer cells than that.
+        chunk = min(chunk, 1 << (batch * (math.prod(shape) + 1) - 1).bit_length())
+        program = _one_at_a_time(mesh_of(clean, anyhow=True), method, scale, chunk)
+    changes = program(model, clean, adversarial, where, labels, targets)
+    return _effect(shape)(*changes, jnp.float32(tolerance))
+
+
+def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
+    if (chosen := given.replace("-", "_")) not in known:
+        raise ValueError(f"unknown {name} {given!r}{suggest(given, known)}")
+    return chosen
+
+
+def _score(logits: Float[Array, "b k"], scale: str) -> Float[Array, "b k"]:
+    return logits if scale == "logit" else getattr(jax.nn, scale)(logits, axis=-1)
+
+
+def _by_cell(values: Array, where: Int[Array, "n h w"], combine: Callable) -> Array:
+    """`combine` of the values [B,H,W] of every cell, [B,H*W]: the count of cells that there can be."""
+    capacity = where.shape[1] * where.shape[2]
+
+    def of_image(values, where):
+        return combine(values.reshape(-1), where.reshape(-1), num_segments=capacity)
+
+    return jax.vmap(of_image)(values, jnp.broadcast_to(where, values.shape))
+
+
+def _perturbation(clean, adversarial, where):
+    """Norm of the perturbation of every cell, and whether there is any, [B,H*W]."""
+    squares = _by_cell(jnp.sum(jnp.square(adversarial - clean), axis=-1), where, jax.ops.segment_sum)
+    touched = jnp.any(adversarial != clean, axis=-1).astype(jnp.int32)
+    return jnp.sqrt(squares), _by_cell(touched, where, jax.ops.segment_sum) > 0
+
+
+def _of(scores: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
+    return jnp.take_along_axis(scores, classes[:, None], axis=1)[:, 0]
+
+
+def _range(scores: Float[Array, "b k"]) -> Float[Array, " b"]:
+    return jnp.max(scores, axis=-1) - jnp.min(scores, axis=-1)
 
 
 @functools.cache
-def _leave_one_out(mesh, cell: tuple[int, int], chunk: int):
-    @canonical
-    def program(model, clean, adversarial, labels, targets, tolerance):
-        batch, height, width, _ = clean.shape
-        rows, columns = grid(height, width, cell)
-        cells, where = rows * columns, cell_map(height, width, cell)
-        squares = _cell_sums(jnp.square(adversarial - clean), cell)
-        perturbed = _cell_sums((adversarial != clean).astype(jnp.float32), cell).reshape(batch, cells) > 0
+def _one_at_a_time(mesh: Mesh | None, method: str, scale: str, chunk: int):
+    devices = 1 if mesh is None else mesh.size
 
-        # One pair (image, cell) a forward pass; cell number `cells` is no cell, and its pass the one of x' itself,
-        # in the same program as the others, so that a cell without effect gives a difference of exactly zero.
+    @canonical
+    def passes(me, model, clean, adversarial, where, labels, targets):
+        batch, cells = clean.shape[0], clean.shape[1] * clean.shape[2]
+        norm, perturbed = _perturbation(clean, adversarial, where)
+        # One pair (image, cell) a forward pass; cell number `cells` is no cell, and its pass the one of the image that
+        # the others are compared with, in the same program, so that a cell without effect gives exactly zero.
         needed = jnp.concatenate([perturbed, jnp.any(perturbed, axis=1, keepdims=True)], axis=1)
         count = jnp.sum(needed, dtype=jnp.int32)
-        pairs = jnp.argsort(~needed.reshape(-1), stable=True)
+        (pairs,) = jnp.nonzero(needed.reshape(-1), size=needed.size, fill_value=0)
         pairs = jnp.concatenate([pairs, jnp.zeros(chunk, pairs.dtype)])
 
         def body(carry):
             start, by_label, by_target, spread = carry
             chosen = lax.dynamic_slice(pairs, (start,), (chunk,))
             image, cut = chosen // (cells + 1), chosen % (cells + 1)
-            without = where[None, :, :, None] == cut[:, None, None, None]
-            logits = model(jnp.where(without, clean[image], adversarial[image]))
+            inside = (where[image % where.shape[0]] == cut[:, None, None])[..., None]
+            rest, cell = (clean, adversarial) if method == "add_one_in" else (adversarial, clean)
+            scores = _score(model(jnp.where(inside, cell[image], rest[image])), scale)
             valid = start + jnp.arange(chunk) < count
             to = jnp.where(valid, chosen, needed.size)  # beyond the end: dropped
-            row = jnp.arange(chunk)
             return (
-                start + chunk,
-                by_label.at[to].set(logits[row, labels[image]], mode="drop"),
-                by_target.at[to].set(logits[row, targets[image]], mode="drop"),
-                spread.at[to].set(jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1), mode="drop"),
+                start + devices * chunk,
+                by_label.at[to].set(_of(scores, labels[image]), mode="drop"),
+                by_target.at[to].set(_of(scores, targets[image]), mode="drop"),
+                spread.at[to].set(_range(scores), mode="drop"),
             )
 
         empty = jnp.zeros(needed.size)
-        _, by_label, by_target, spread = lax.while_loop(
-            lambda carry: carry[0] < count, body, (jnp.int32(0), empty, empty, empty)
-        )
-        by_label, by_target, spread = (x.reshape(batch, cells + 1) for x in (by_label, by_target, spread))
-        zero = jnp.float32(0)
-        suppression = jnp.where(perturbed, jnp.maximum(by_label[:, :-1] - by_label[:, -1:], 0), zero)
-        promotion = jnp.where(perturbed, jnp.maximum(by_target[:, -1:] - by_target[:, :-1], 0), zero)
-        ratio, kind = classify(suppression, promotion, tolerance * spread[:, -1:])
-        shape = (batch, rows, columns)
+        start = jnp.asarray(me * chunk, jnp.int32)
+        _, *found = lax.while_loop(lambda carry: carry[0] < count, body, (start, empty, empty, empty))
+        return [x.reshape(batch, cells + 1) for x in found], norm, perturbed
+
+    def changes(found, norm, perturbed):
+        by_label, by_target, spread = found
+        sign = 1 if method == "add_one_in" else -1  # with the cell minus without it
+        label_change = jnp.where(perturbed, sign * (by_label[:, :-1] - by_label[:, -1:]), 0)
+        target_change = jnp.where(perturbed, sign * (by_target[:, :-1] - by_target[:, -1:]), 0)
+        forward = jnp.sum(perturbed, axis=1, dtype=jnp.int32) + jnp.any(perturbed, axis=1)
+        return label_change, target_change, norm, spread[:, -1], forward, jnp.zeros_like(forward)
+
+    if mesh is None:
+        return jax.jit(lambda *args: changes(*passes(jnp.int32(0), *args)))
+
+    def on_each(*args):
+        axis = mesh.axis_names[0]
+        found, norm, perturbed = passes(lax.axis_index(axis), *args)
+        return changes(lax.psum(found, axis), norm, perturbed)  # all but one device have zeros
+
+    nowhere = PartitionSpec()
+    return jax.jit(jax.shard_map(on_each, mesh=mesh, in_specs=nowhere, out_specs=nowhere, check_vma=False))
+
+
+@functools.cache
+def _first_order(mesh: Mesh | None, scale: str, of_each: bool):
+    @canonical
+    def program(model, clean, adversarial, where, labels, targets):
+        norm, perturbed = _perturbation(clean, adversarial, where)
+        scores, pull_back = jax.vjp(lambda x: _score(model(x), scale), adversarial)
+
+        def change(classes):
+            (gradient,) = pull_back(jax.nn.one_hot(classes, scores.shape[-1], dtype=scores.dtype))
+            return _by_cell(jnp.sum(gradient * (adversarial - clean), axis=-1), where, jax.ops.segment_sum)
+
+        paid = jnp.any(perturbed, axis=1).astype(jnp.int32)
+        return change(labels), change(targets), norm, _range(scores), paid, 2 * paid
+
+    return on_mesh(mesh, program, (False, True, True, of_each, True, True))
+
+
+@functools.cache
+def _effect(shape: tuple[int, ...]):
+    @jax.jit
+    def effect(label_change, target_change, norm, spread, forward, backward, tolerance):
+        def arranged(x):
+            return x[:, : math.prod(shape)].reshape(x.shape[0], *shape)
+
+        label_change, target_change, norm = arranged(label_change), arranged(target_change), arranged(norm)
+        suppression, promotion = jnp.maximum(0 - label_change, 0), jnp.maximum(target_change, 0)  # no -0.0
+        ratio, kind = classify(suppression, promotion, tolerance * jnp.expand_dims(spread, range(1, 1 + len(shape))))
         return Effect(
-            suppression=suppression.reshape(shape),
-            promotion=promotion.reshape(shape),
-            ratio=ratio.reshape(shape),
-            kind=kind.reshape(shape),
-            norm=jnp.sqrt(squares),
-            forward=jnp.sum(needed, axis=1, dtype=jnp.int32),
+            suppression=suppression,
+            promotion=promotion,
+            ratio=ratio,
+            kind=kind,
+            norm=norm,
+            label_change=label_change,
+            target_change=target_change,
+            forward=forward,
+            backward=backward,
         )
 
-    return on_mesh(mesh, program, (False, True, True, True, True, False))
+    return effect
 
 
 def classify(
@@ -234,18 +386,11 @@ def classify(
     return ratio, jnp.where(nothing, Kind.NONE, kind).astype(jnp.int32)
 
 
-def shares(kind: Int[Array, "b gh gw"]) -> Float[Array, "b 3"]:
+def shares(kind: Int[Array, " b *cells"]) -> Float[Array, "b 3"]:
     """Shares of suppression-dominated, balanced and promotion-dominated cells among those not of kind NONE.
 
     NaN for an image all of whose cells are of kind NONE.
     """
-    counts = jnp.stack([jnp.sum(kind == k, axis=(1, 2)) for k in list(Kind)[1:]], axis=-1)
+    flat = kind.reshape(kind.shape[0], -1)
+    counts = jnp.stack([jnp.sum(flat == k, axis=1) for k in list(Kind)[1:]], axis=-1)
     return counts / jnp.sum(counts, axis=-1, keepdims=True)
-
-
-def _cell_sums(values: Float[Array, "b h w c"], cell: tuple[int, int]) -> Float[Array, "b gh gw"]:
-    """Sums over the pixels and channels of every cell."""
-    batch, height, width, channels = values.shape
-    rows, columns = grid(height, width, cell)
-    padded = jnp.pad(values, ((0, 0), (0, rows * cell[0] - height), (0, columns * cell[1] - width), (0, 0)))
-    return jnp.sum(padded.reshape(batch, rows, cell[0], columns, cell[1], channels), axis=(2, 4, 5))

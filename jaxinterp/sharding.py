@@ -15,16 +15,21 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh over whose first axis the examples of `tree` are sharded; None on one device or under a trace."""
+def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
+    """The mesh over whose first axis the examples of `tree` are sharded; None on one device or under a trace.
+
+    Args:
+        tree: arrays.
+        anyhow: the mesh also where the examples are replicated, for programs that share their work otherwise.
+    """
     leaf = jax.tree.leaves(tree)[0]
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return None
     mesh = sharding.mesh
-    if not isinstance(mesh, Mesh) or not sharding.spec or sharding.spec[0] != mesh.axis_names[0]:
+    if not isinstance(mesh, Mesh) or (anyhow and len(mesh.axis_names) > 1):
         return None
-    return mesh
+    return mesh if anyhow or sharding.spec[:1] == mesh.axis_names[:1] else None
 
 
 def on_mesh(mesh: Mesh | None, function: Callable, by_example: tuple[bool, ...]) -> Callable:

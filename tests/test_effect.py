@@ -19,7 +19,7 @@ from jaxinterp.effect import Kind
 BATCH, HEIGHT, WIDTH, CLASSES = 8, 10, 13, 4
 LABELS = np.array([0, 1, 2, 3, 0, 1, 2, 3])
 TARGETS = np.array([1, 2, 3, 0, 3, 3, 0, 1])
-FIELDS = ("suppression", "promotion", "ratio", "kind", "norm", "forward")
+FIELDS = ("suppression", "promotion", "ratio", "kind", "norm", "label_change", "target_change", "forward", "backward")
 
 
 def pairs():
@@ -125,18 +125,22 @@ def test_linear_model_in_closed_form(cell):
     np.testing.assert_allclose(np.square(e.norm).sum(axis=(1, 2)), total, rtol=1e-5)
 
 
-def test_signed_effects_of_a_linear_model_sum_to_the_change_of_the_logit():
-    """Positive and negative parts come from the model and its negative."""
+@pytest.mark.parametrize("method", effect.METHODS)
+def test_signed_effects_of_a_linear_model_sum_to_the_change_of_the_logit(method):
+    """By every method: for a linear model they agree."""
     (model, _), (clean, adversarial) = linear(), pairs()
-    negative = Partial(lambda m, x: -m(x), model)
-    e, n = (effect.pse(m, clean, adversarial, LABELS, TARGETS, 4) for m in (model, negative))
+    e = effect.pse(model, clean, adversarial, LABELS, TARGETS, 4, method=method)
     change = np.asarray(model(jnp.asarray(adversarial)) - model(jnp.asarray(clean)), np.float64)
     rows = np.arange(BATCH)
-    drop = np.asarray(e.suppression - n.suppression).sum(axis=(1, 2))
-    rise = np.asarray(e.promotion - n.promotion).sum(axis=(1, 2))
-    np.testing.assert_allclose(drop, -change[rows, LABELS], atol=3e-4)
-    np.testing.assert_allclose(rise, change[rows, TARGETS], atol=3e-4)
+    np.testing.assert_allclose(np.asarray(e.label_change).sum(axis=(1, 2)), change[rows, LABELS], atol=3e-4)
+    np.testing.assert_allclose(np.asarray(e.target_change).sum(axis=(1, 2)), change[rows, TARGETS], atol=3e-4)
     assert np.abs(change).max() > 1
+    np.testing.assert_array_equal(e.suppression, np.maximum(-e.label_change, 0))
+    np.testing.assert_array_equal(e.promotion, np.maximum(e.target_change, 0))
+    first = effect.pse(model, clean, adversarial, LABELS, TARGETS, 4)
+    for name in ("label_change", "target_change"):
+        np.testing.assert_allclose(getattr(e, name), getattr(first, name), atol=5e-5)
+    np.testing.assert_array_equal(e.norm, first.norm)
 
 
 def test_swapping_classes_and_the_sign_of_logits_swaps_suppression_and_promotion():
@@ -169,6 +173,49 @@ def test_a_convolutional_net_against_a_slow_loop(cell):
     only_one = (np.maximum(s, p) > 1e-3) & (np.minimum(drop, rise) < -1e-3)
     assert only_one.any()
     np.testing.assert_array_equal(np.asarray(e.ratio)[only_one], np.where(s > p, -np.inf, np.inf)[only_one])
+
+
+SCORES = {"logit": lambda z: z, "log_softmax": jax.nn.log_softmax, "softmax": jax.nn.softmax}
+
+
+@pytest.mark.parametrize("scale", effect.SCALES)
+@pytest.mark.parametrize("method", ["leave_one_out", "add_one_in"])
+def test_methods_and_scales_against_a_slow_loop(method, scale):
+    (clean, adversarial), net = pairs(), small_net()
+    e = effect.pse(net, clean, adversarial, LABELS, TARGETS, 5, method=method, scale=scale)
+
+    def score(images):
+        return np.asarray(SCORES[scale](net(jnp.asarray(images))), np.float64)
+
+    rows = np.arange(BATCH)
+    base, rest, sign = (adversarial, clean, -1) if method == "leave_one_out" else (clean, adversarial, 1)
+    for i, line in enumerate(cells_of(5)):
+        for j, (r, c) in enumerate(line):
+            changed = base.copy()
+            changed[:, r, c] = rest[:, r, c]
+            change = sign * (score(changed) - score(base))
+            np.testing.assert_allclose(e.label_change[:, i, j], change[rows, LABELS], atol=1e-5)
+            np.testing.assert_allclose(e.target_change[:, i, j], change[rows, TARGETS], atol=1e-5)
+    assert np.abs(np.asarray(e.target_change)).max() > (0.01 if scale == "softmax" else 0.1)
+
+
+@pytest.mark.parametrize("scale", effect.SCALES)
+def test_first_order_is_the_derivative_along_the_cell(scale):
+    """Against forward mode, along the perturbation of one cell at a time."""
+    (clean, adversarial), net = pairs(), small_net()
+    e = effect.pse(net, clean, adversarial, LABELS, TARGETS, 5, method="first-order", scale=scale)
+    delta, rows = adversarial - clean, np.arange(BATCH)
+    for i, line in enumerate(cells_of(5)):
+        for j, (r, c) in enumerate(line):
+            part = np.zeros_like(delta)
+            part[:, r, c] = delta[:, r, c]
+            slope = np.asarray(jax.jvp(lambda x: SCORES[scale](net(x)), (adversarial,), (part,))[1])
+            np.testing.assert_allclose(e.label_change[:, i, j], slope[rows, LABELS], atol=1e-5)
+            np.testing.assert_allclose(e.target_change[:, i, j], slope[rows, TARGETS], atol=1e-5)
+    assert np.abs(np.asarray(e.label_change)).max() > 0.01
+    perturbed = (delta != 0).any(axis=(1, 2, 3))
+    np.testing.assert_array_equal(e.forward, perturbed)
+    np.testing.assert_array_equal(e.backward, 2 * perturbed)
 
 
 # Kinds
@@ -266,6 +313,43 @@ def test_cells_are_whole_numbers_of_any_type():
         assert_same(effect.pse(small_net(), *pairs(), LABELS, TARGETS, cell), solved())
 
 
+def stripes(batch=None):
+    """A partition that is no grid: diagonal stripes, another one for each image if asked."""
+    rows, columns = np.indices((HEIGHT, WIDTH))
+    one = (rows + columns) // 3
+    return one if batch is None else np.stack([(one + i) % (4 + i) for i in range(batch)])
+
+
+@pytest.mark.parametrize("batch", [None, BATCH])
+@pytest.mark.parametrize("method", effect.METHODS)
+def test_any_partition(batch, method):
+    (clean, adversarial), (model, weights) = pairs(), linear()
+    cells = stripes(batch)
+    e = effect.pse(model, clean, adversarial, LABELS, TARGETS, cells, method=method)
+    count = cells.max() + 1
+    assert e.kind.shape == (BATCH, count)
+    by_pixel = (adversarial.astype(np.float64) - clean)[..., None] * weights.reshape(1, HEIGHT, WIDTH, 3, CLASSES)
+    by_pixel = by_pixel.sum(axis=3)
+    for i in range(BATCH):
+        mine = cells if batch is None else cells[i]
+        for cell in range(count):
+            change = by_pixel[i][mine == cell].sum(axis=0)
+            np.testing.assert_allclose(e.label_change[i, cell], change[LABELS[i]], atol=3e-5)
+            np.testing.assert_allclose(e.target_change[i, cell], change[TARGETS[i]], atol=3e-5)
+            squares = np.square(adversarial - clean)[i][mine == cell].sum()
+            np.testing.assert_allclose(e.norm[i, cell], np.sqrt(squares), rtol=1e-5)
+            if cell > mine.max():  # only other images have it
+                assert e.kind[i, cell] == Kind.NONE
+
+
+def test_a_grid_given_as_a_partition_is_the_grid():
+    e = effect.pse(small_net(), *pairs(), LABELS, TARGETS, effect.cell_map(HEIGHT, WIDTH, 4))
+    for name in FIELDS:
+        np.testing.assert_array_equal(
+            np.asarray(getattr(solved(), name)).reshape(getattr(e, name).shape), getattr(e, name)
+        )
+
+
 # Cost
 
 
@@ -327,6 +411,24 @@ def test_one_program_for_any_number_of_perturbed_cells():
         assert count(images) <= again
 
 
+def test_one_program_for_cells_of_any_size_and_shape():
+    net, images, traced = small_net(), pairs(), []
+
+    def model(x):
+        traced.append(1)
+        return net(x)
+
+    def count(cells):
+        before = len(traced)
+        jax.block_until_ready(effect.pse(model, *images, LABELS, TARGETS, cells))
+        return len(traced) - before
+
+    first, again = count(4), count(4)
+    assert first > again
+    for cells in (1, 5, (3, 6), (10, 13), stripes()):
+        assert count(cells) <= again
+
+
 # An image's result is its own
 
 
@@ -353,6 +455,29 @@ def test_eight_devices_give_what_one_gives():
     e = effect.pse(small_net(), clean, adversarial, LABELS, TARGETS, 4)
     assert len(e.kind.sharding.device_set) == 8
     assert_same(e, solved())
+    estimate, alone = (
+        effect.pse(small_net(), *x, LABELS, TARGETS, 4, method="first_order") for x in ((clean, adversarial), pairs())
+    )
+    assert_same(estimate, alone)
+
+
+def test_eight_devices_share_the_cells_of_one_image():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    passes = []
+
+    def counted(m, x):
+        jax.debug.callback(lambda: passes.append(1))
+        return m(x)
+
+    clean, adversarial = (x[:1] for x in pairs())
+    places = NamedSharding(mesh, PartitionSpec())
+    everywhere = jax.device_put(clean, places), jax.device_put(adversarial, places)
+    model = Partial(counted, small_net())
+    e = effect.pse(model, *everywhere, LABELS[:1], TARGETS[:1], 1, chunk=4)
+    jax.block_until_ready(e)
+    jax.effects_barrier()
+    assert len(passes) == -(-int(e.forward[0]) // 4)  # each done once, by one of the devices
+    assert_same(e, effect.pse(small_net(), clean, adversarial, LABELS[:1], TARGETS[:1], 1))
 
 
 def test_under_jit():
@@ -380,6 +505,14 @@ def test_under_jit():
         ({"tolerance": -1e-6}, ValueError, "tolerance must be finite and not negative, got -1e-06"),
         ({"tolerance": float("nan")}, ValueError, "tolerance must be finite"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
+        ({"cells": np.zeros((10, 13))}, TypeError, r"partition into cells must be integers.*float64"),
+        ({"cells": np.zeros((13, 10), int)}, ValueError, r"must have shape \[10,13\] or \[8,10,13\], got \(13, 10\)"),
+        ({"cells": np.zeros((7, 10, 13), int)}, ValueError, r"must have shape .*got \(7, 10, 13\)"),
+        ({"cells": stripes() - 1}, ValueError, "leaves 6 pixels out.*row 0, column 0 has -1"),
+        ({"cells": stripes(8) - 1}, ValueError, "leaves .* pixels out.*row 0, column 0 of example 0 has -1"),
+        ({"cells": stripes() + 130}, ValueError, "at most as many cells as pixels, 130, got number 137"),
+        ({"method": "leave_one_in"}, ValueError, "unknown method 'leave_one_in'; did you mean 'leave_one_out'"),
+        ({"scale": "logits"}, ValueError, "unknown scale 'logits'; did you mean 'logit'"),
         ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, "model must map"),
     ],
 )
