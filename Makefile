@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 DEMO_OUT ?= results/demo
-DEMO_ARGS ?= --limit 6
+DEMO_ARGS ?= --limit 4
 NETWORKS := efficientnet_lite0 efficientnet_lite1 efficientnet_lite2 caffe_squeezenet1_1 cifar10_cnn
 
 .PHONY: help env weights demo test exhaustive lint parity clean

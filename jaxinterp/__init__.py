@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 from jaxinterp.network import Network
 
 if TYPE_CHECKING:
-    from jaxinterp import attacks, cam, data, effect, localize, models, network, weights
+    from jaxinterp import attacks, attribution, cam, data, effect, faithfulness, localize, models, network, weights
     from jaxinterp.weights import load
 
 __version__ = "0.1.0"
 __all__ = [
     "Network",
     "attacks",
+    "attribution",
     "cam",
     "data",
     "effect",
+    "faithfulness",
     "load",
     "localize",
     "models",

@@ -11,7 +11,10 @@ import jaxinterp
 
 PACKAGE = Path(jaxinterp.__file__).parent
 LATE = ("optax", "orbax", "matplotlib", "PIL", "tyro", "tensorflow_datasets", "tqdm", "torch", "tensorflow", "jinja2")
-CORE = ("network", "canonical", "models", "attacks", "effect", "cam", "localize", "pytree", "sharding")
+CORE = (
+    *("network", "canonical", "models", "attacks", "effect", "cam", "attribution", "faithfulness", "localize"),
+    *("pytree", "sharding"),
+)
 SHELL = {
     path.stem if path.is_file() else path.name
     for path in PACKAGE.iterdir()
