@@ -1,4 +1,6 @@
-"""The interpretability score in closed form, its null level and its shuffled control."""
+"""Scores in closed form with their nulls, the identities of the four maps, kinds on maps, refined attacks."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinterp import localize
+from jaxinterp import Network, attacks, cam, effect, localize
+from jaxinterp.effect import Kind
 
 SIDE = 10
 PERCENTILES = (30.0, 50.0, 70.0, 90.0)
@@ -183,3 +186,203 @@ def test_a_batch_is_scores_of_one(size):
         np.testing.assert_array_equal(score(delta[i : i + 1], maps[i : i + 1])[0], whole[i])
         alone = localize.null_score(jnp.asarray(delta[i : i + 1]), jnp.asarray(maps[i : i + 1]))
         np.testing.assert_array_equal(alone[0], null[i])
+
+
+# The four maps
+
+CLASSES = 4
+LABELS, TARGETS = np.array([0, 1, 2, 3]), np.array([2, 3, 0, 0])
+
+
+def small():
+    """A network of one convolution, the mean over positions and a linear layer."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "kernel": jax.random.normal(keys[0], (3, 3, 3, 8)) * 0.4,
+        "head": jax.random.normal(keys[1], (8, CLASSES)) * 4,
+        "bias": jax.random.normal(keys[2], (CLASSES,)),
+    }
+
+    def apply(params, images, tap):
+        maps = jax.lax.conv_general_dilated(
+            images - 0.5, params["kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(tap("conv", jax.nn.relu(maps)), axis=(1, 2)) @ params["head"] + params["bias"]
+
+    return Network(
+        name="small", apply=apply, nodes=("conv",), image_size=SIDE, classes=CLASSES, cam_node="conv"
+    ), params
+
+
+def images():
+    clean = np.random.default_rng(7).uniform(0.2, 0.8, (4, SIDE, SIDE, 3)).astype(np.float32)
+    return clean, np.clip(clean + 10 * noise(), 0, 1)
+
+
+def test_suppression_and_promotion_maps_sum_to_the_changes_of_the_logits():
+    (network, params), (clean, adversarial) = small(), images()
+    four = localize.four_maps(network, params, clean, adversarial, LABELS, TARGETS)
+    model, rows = network.bind(params), np.arange(4)
+    before, after = (np.asarray(model(jnp.asarray(x))) for x in (clean, adversarial))
+    np.testing.assert_allclose(four.suppression.sum((1, 2)), (before - after)[rows, LABELS], atol=1e-4)
+    np.testing.assert_allclose(four.promotion.sum((1, 2)), (after - before)[rows, TARGETS], atol=1e-4)
+    assert np.abs(before - after).max() > 0.1
+    each = zip(
+        (four.label_clean, four.label_adversarial, four.target_clean, four.target_adversarial),
+        ((clean, LABELS), (adversarial, LABELS), (clean, TARGETS), (adversarial, TARGETS)),
+        strict=True,
+    )
+    for i, (mine, (pictures, classes)) in enumerate(each):
+        np.testing.assert_allclose(mine, cam.maps(network, params, pictures, classes), atol=1e-6)
+        np.testing.assert_array_equal(four.stacked()[:, i], mine)
+    other = localize.four_maps(network, params, clean, adversarial, LABELS, TARGETS, "layercam", "conv")
+    np.testing.assert_allclose(other.target_clean, cam.maps(network, params, clean, TARGETS, "layercam"), atol=1e-6)
+
+
+def test_one_scale_for_the_four_maps_of_an_image():
+    values = np.random.default_rng(0).normal(size=(4, 3, 2, 5)).astype(np.float32)
+    scaled = np.asarray(localize.FourMaps(*jnp.asarray(values)).one_scale())
+    stacked = values.swapaxes(0, 1)
+    low, high = stacked.min(axis=(1, 2, 3), keepdims=True), stacked.max(axis=(1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(scaled, (stacked - low) / (high - low), atol=1e-6)
+
+
+# Curves, and the saliency map in place of a class activation map
+
+
+def test_curves_are_scores_at_every_percentile():
+    delta, maps = jnp.asarray(noise()), jnp.asarray(ramp(4))
+    scores, nulls = localize.score_curve(delta, maps, (30, 50, 90))
+    assert scores.shape == nulls.shape == (4, 3)
+    for column, percentile in enumerate((30.0, 50.0, 90.0)):
+        np.testing.assert_allclose(scores[:, column], score(delta, maps, percentile), rtol=1e-6)
+        np.testing.assert_allclose(nulls[:, column], np.sqrt(1 - percentile / 100), rtol=1e-6)
+    assert localize.score_curve(delta, maps)[0].shape == (4, 7)
+
+
+def test_saliency_by_hand():
+    """Of a linear model the gradients are its weights."""
+    weights = np.random.default_rng(3).normal(size=(SIDE, SIDE, 3, CLASSES)).astype(np.float32)
+
+    def model(x):
+        return jnp.einsum("bhwc,hwck->bk", x, weights)
+
+    found = localize.adversarial_saliency(model, images()[0], LABELS, TARGETS)
+    for i in range(4):
+        up, down = weights[..., TARGETS[i]], weights[..., LABELS[i]]
+        expected = np.where((up < 0) | (down > 0), 0, up * np.abs(down)).sum(axis=-1)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5, atol=1e-6)
+
+
+# Kinds on maps
+
+
+@pytest.mark.parametrize("cells", [3, (2, 5), "rings"], ids=str)
+def test_mean_of_a_map_by_kind(cells):
+    if cells == "rings":
+        rows, columns = np.indices((SIDE, SIDE))
+        cells = np.maximum(np.abs(rows - 4), np.abs(columns - 4))
+    where = np.asarray(effect.partition(cells, 2, SIDE, SIDE)[0])[0]
+    shape = effect.partition(cells, 2, SIDE, SIDE)[1]
+    rng = np.random.default_rng(4)
+    kind = rng.integers(0, 4, (2, *shape)).astype(np.int32)
+    kind[1][kind[1] == Kind.BALANCED] = Kind.NONE
+    maps = rng.normal(size=(2, 4, 3)).astype(np.float32)
+    large = np.asarray(cam.resize(jnp.asarray(maps), SIDE))
+    found = localize.mean_by_kind(jnp.asarray(maps), jnp.asarray(kind), cells, (SIDE, SIDE))
+    for i in range(2):
+        by_pixel = kind[i].ravel()[where]
+        for column, k in enumerate((Kind.SUPPRESSION, Kind.BALANCED, Kind.PROMOTION)):
+            inside = large[i][by_pixel == k]
+            expected = inside.mean() if inside.size else np.nan
+            np.testing.assert_allclose(found[i, column], expected, rtol=1e-4, atol=1e-5)
+    assert np.isnan(found[1, 1])
+
+
+# Refinement
+
+
+def test_top_cells_by_hand():
+    overall = np.array([[[5, 1, 3], [2, 2, 4]], [[0, 0, 0], [0, 0, 0]]], np.float32)
+    mask = np.asarray(localize.top_cells(jnp.asarray(overall), (2, 2), (4, 5), 0.5))
+    expected = np.zeros((4, 5), bool)
+    expected[:2, :2] = expected[:2, 4:] = expected[2:, 4:] = True  # 5, 3 and 4
+    np.testing.assert_array_equal(mask[0], expected)
+    first = np.zeros((4, 5), bool)
+    first[:2] = True  # of equal cells the first ones
+    np.testing.assert_array_equal(mask[1], first)
+    assert np.asarray(localize.top_cells(jnp.asarray(overall), (2, 2), (4, 5), 1.0)).all()
+    assert np.asarray(localize.top_cells(jnp.asarray(overall), (2, 2), (4, 5), 0.01)).sum() == 4 + 4
+    with pytest.raises(ValueError, match="fraction must be above 0 and at most 1, got 0"):
+        localize.top_cells(jnp.asarray(overall), (2, 2), (4, 5), 0)
+
+
+REFINED = {
+    "ifgsm": attacks.IFGSM(eps=0.3, steps=5),
+    "pgd": attacks.PGD(norm="l2", eps=3.0, steps=5),
+    "mifgsm": attacks.MIFGSM(eps=0.3, steps=5),
+    "cw": attacks.CW(steps=60, search_steps=3, initial_const=1.0),
+    "ead": attacks.EAD(steps=60, search_steps=3, initial_const=1.0),
+    "strattack": attacks.StrAttack(steps=60, search_steps=3, refit_search_steps=1, refit_steps=20, eps=1.0, tau=0.1),
+    "deepfool": attacks.DeepFool(),
+}
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_a_refined_attack_stays_on_its_support_and_succeeds_there(name):
+    """On the half of the image that matters most; the perturbation found before is where it begins."""
+    (network, params), (clean, _) = small(), images()
+    model, attack = network.bind(params), REFINED[name]
+    labels = np.asarray(jnp.argmax(model(jnp.asarray(clean)), axis=-1))
+    targets = (labels + 1) % CLASSES
+    key = jax.random.key(0)
+    whole = attacks.run(attack, model, clean, labels, targets, key=key)
+    assert np.asarray(whole.success).all()
+    cells = effect.pse(model, clean, whole.images, labels, targets, 2)
+    support = localize.top_cells(cells.suppression + cells.promotion, 2, (SIDE, SIDE), 0.6)
+    refined = localize.refine(attack, model, clean, whole.images, labels, targets, support, key=key)
+    changed = np.asarray(refined.images) != clean
+    assert not changed[~np.asarray(support)].any()
+    assert np.asarray(refined.success).sum() >= 3
+    assert (np.asarray(refined.l0) <= 3 * np.asarray(support).sum(axis=(1, 2))).all()
+    # The same for an image on its own.
+    alone = localize.refine(
+        attack, model, clean[2:3], whole.images[2:3], labels[2:3], targets[2:3], support[2:3], key=key
+    )
+    np.testing.assert_array_equal(alone.images[0], refined.images[2])
+
+
+@pytest.mark.parametrize("name", [name for name in REFINED if name != "deepfool"])
+def test_a_warm_start_is_where_the_attack_begins(name):
+    """From a success far away an attack without time to search still knows it, or a point between."""
+    (network, params), (clean, _) = small(), images()
+    model = network.bind(params)
+    labels = np.asarray(jnp.argmax(model(jnp.asarray(clean)), axis=-1))
+    targets = (labels + 1) % CLASSES
+    far = attacks.run(attacks.IFGSM(eps=0.3, steps=20), model, clean, labels, targets, key=jax.random.key(0))
+    assert np.asarray(far.success).all()
+    few = {"steps": 1} if name in ("ifgsm", "pgd", "mifgsm") else {"steps": 2, "search_steps": 2}
+    short = {"eps": 6.0 if name == "pgd" else 0.3, "step_size": 1e-3} if "search_steps" not in few else {}
+    if name == "ead":
+        short = {"lr": 1e-4}
+    if name == "strattack":
+        short = {"refit": False, "tau": 1e-3, "gamma": 1e-3, "eps": 1.0}
+    attack = dataclasses.replace(REFINED[name], **few, **short)
+    cold = attacks.run(attack, model, clean, labels, targets, key=jax.random.key(0))
+    warm = attacks.run(attack, model, clean, labels, targets, key=jax.random.key(0), initial=far.images)
+    assert not np.asarray(cold.success).all()
+    assert np.asarray(warm.success).all()
+    stay = attacks.run(attack, model, clean, labels, targets, key=jax.random.key(0), initial=clean)
+    if name != "pgd":  # whose own start is random
+        np.testing.assert_array_equal(stay.images, cold.images)
+
+
+def test_a_warm_start_must_be_an_image_and_the_attack_must_have_one():
+    (network, params), (clean, _) = small(), images()
+    arguments = (network.bind(params), clean, LABELS, TARGETS)
+    with pytest.raises(TypeError, match="DeepFool cannot begin at given images"):
+        attacks.run(attacks.DeepFool(), *arguments, key=jax.random.key(0), initial=clean)
+    with pytest.raises(ValueError, match=r"initial must have the images' shape \(4, 10, 10, 3\), got \(4, 9, 10, 3\)"):
+        attacks.run(attacks.CW(), *arguments, key=jax.random.key(0), initial=clean[:, :9])
+    with pytest.raises(ValueError, match=r"initial must be finite and in \[0, 1\]"):
+        attacks.run(attacks.CW(), *arguments, key=jax.random.key(0), initial=clean + 1)

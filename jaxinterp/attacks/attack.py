@@ -34,7 +34,9 @@ class State(Protocol):
 class Attack(Protocol):
     """Three pure functions and the number of steps, in the manner of optax.
 
-    An attack with fields that hold words (a norm, a rule) lists the words of each in a class variable `choices`.
+    An attack with fields that hold words (a norm, a rule) lists the words of each in a class variable `choices`. One
+    that can begin elsewhere than at the originals has a method `warm(state, initial) -> state`, which the driver calls
+    on the state that `init` returns, with images in the box that differ from the originals on the support only.
     """
 
     name: ClassVar[str]
@@ -86,12 +88,21 @@ class AttackResult:
 
 @pytree
 class Examples:
-    """The problem: images, their true classes, the targets of a targeted attack, where the images may change."""
+    """The problem: images, their true classes, the targets of a targeted attack, where the images may change.
+
+    A search begins at the images themselves, or at `initial` where it is warm-started.
+    """
 
     images: Float[Array, "b h w c"]
     labels: Int[Array, " b"]
     targets: Int[Array, " b"] | None
     support: Bool[Array, "b h w c"] | None
+    initial: Float[Array, "b h w c"] | None = None
+
+    @property
+    def start(self) -> Float[Array, "b h w c"]:
+        """Where every problem of a search begins."""
+        return self.images if self.initial is None else self.initial
 
 
 @pytree

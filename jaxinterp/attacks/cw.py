@@ -83,6 +83,12 @@ class CW:
         )
 
     @canonical
+    def warm(self, state: CWState, initial) -> CWState:
+        """Begins every problem at `initial`."""
+        examples = dataclasses.replace(state.examples, initial=initial)
+        return dataclasses.replace(state, examples=examples, variable=Boxed.start(initial))
+
+    @canonical
     def step(self, model, state: CWState) -> CWState:
         """One iteration of Adam for every example, at its own place in its own search."""
         examples, active = state.examples, ~state.done
@@ -115,10 +121,10 @@ class CW:
         return self._next_problem(select(active, moved, state), active & ended)
 
     def _next_problem(self, state: CWState, ended: Bool[Array, " b"]) -> CWState:
-        """Where a problem has ended: the next constant, from the original."""
+        """Where a problem has ended: the next constant, from the start."""
         return dataclasses.replace(
             state,
-            variable=restart(ended, lambda: Boxed.start(state.examples.images), state.variable),
+            variable=restart(ended, lambda: Boxed.start(state.examples.start), state.variable),
             bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
             progress=select(ended, state.progress.next_problem(), state.progress),
             done=state.done | (ended & (state.progress.problem + 1 >= self.search_steps)),

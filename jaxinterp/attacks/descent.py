@@ -81,6 +81,12 @@ def start(
     )
 
 
+def warm(state: DescentState, initial: Float[Array, "b h w c"], which: Norm) -> DescentState:
+    """The state at `initial`, or the nearest point inside the ball, in place of the starting point."""
+    examples = state.examples
+    return dataclasses.replace(state, images=project(initial, examples.images, state.eps, which, examples.support))
+
+
 def gradient(model: Model, state: DescentState) -> tuple[Float[Array, "b k"], Float[Array, "b h w c"]]:
     """Logits and the gradient of `objective.likelihood` at the iterate."""
     examples = state.examples

@@ -38,6 +38,7 @@ def run(
     key: jax.Array,
     support: Any = None,
     ids: Any = None,
+    initial: Any = None,
     compact: bool = True,
 ) -> AttackResult:
     """Runs an attack to its end.
@@ -57,6 +58,8 @@ def run(
             images may change.
         ids: [B] integers that identify the examples for randomness. By default an example is identified by its
             pixels, so that neither order nor batch matters.
+        initial: [B,H,W,C] in [0, 1], where the search begins (a warm start) in place of the originals, such as the
+            result of another attack; off the support the originals are taken. For attacks that have a method `warm`.
         compact: go on with the unfinished examples alone when many are done, see `advance`.
 
     Returns:
@@ -65,9 +68,10 @@ def run(
     Raises:
         ValueError: images of the wrong rank, outside [0, 1] or not finite; labels or targets out of range; a target
             equal to its label; shapes that do not fit; a hyper-parameter that is negative or not finite.
-        TypeError: a model that is not callable, images that are not floats, labels that are not integers.
+        TypeError: a model that is not callable, images that are not floats, labels that are not integers, a warm
+            start of an attack that has none.
     """
-    state = start(attack, model, images, labels, targets, key=key, support=support, ids=ids)
+    state = start(attack, model, images, labels, targets, key=key, support=support, ids=ids, initial=initial)
     return finish(attack, advance(attack, model, state, compact=compact))
 
 
@@ -81,13 +85,20 @@ def start(
     key: jax.Array,
     support: Any = None,
     ids: Any = None,
+    initial: Any = None,
 ) -> Any:
     """The state before the first step. Arguments and errors are those of `run`."""
     attack, model = coerce(attack), as_model(model)
     images, labels, targets, support = check(model, images, labels, targets, support)
     attack = by_example(attack, images.shape[0])
     keys = example_keys(key, images, ids)
-    return _start(mesh_of(images))(attack, model, (images, labels, targets, keys, support))
+    if initial is not None:
+        if not hasattr(attack, "warm"):
+            raise TypeError(f"{type(attack).__name__} cannot begin at given images: it has no warm start")
+        initial = check(model, initial, labels, names=("initial", "labels"))[0]
+        if initial.shape != images.shape:
+            raise ValueError(f"initial must have the images' shape {images.shape}, got {initial.shape}")
+    return _start(mesh_of(images))(attack, model, (images, labels, targets, keys, support, initial))
 
 
 def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *, compact: bool = True) -> S:
@@ -167,8 +178,11 @@ def finished(state: Any) -> bool:
 @functools.cache
 def _start(mesh: Mesh | None):
     def one_program(attack, model, problem):
-        images, labels, targets, keys, support = problem
-        return attack.init(model, images, labels, targets, keys, support)
+        images, labels, targets, keys, support, initial = problem
+        state = attack.init(model, images, labels, targets, keys, support)
+        if initial is None:
+            return state
+        return attack.warm(state, initial if support is None else jnp.where(support, initial, images))
 
     return on_mesh(mesh, one_program, (True, False, True))
 

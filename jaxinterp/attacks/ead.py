@@ -96,6 +96,12 @@ class EAD:
         )
 
     @canonical
+    def warm(self, state: EADState, initial) -> EADState:
+        """Begins every problem at `initial`."""
+        examples = dataclasses.replace(state.examples, initial=initial)
+        return dataclasses.replace(state, examples=examples, x=initial, y=initial)
+
+    @canonical
     def step(self, model, state: EADState) -> EADState:
         """One iteration of FISTA for every example: a gradient at y_k, and a forward pass that judges x_{k+1}."""
         examples, active, original = state.examples, ~state.done, state.examples.images
@@ -135,9 +141,9 @@ class EAD:
         return self._next_problem(select(active, moved, state), active & ended)
 
     def _next_problem(self, state: EADState, ended: Bool[Array, " b"]) -> EADState:
-        """Where a problem has ended: the next constant, from the original."""
-        original = state.examples.images
-        x, y = restart(ended, lambda: (original, original), (state.x, state.y))
+        """Where a problem has ended: the next constant, from the start."""
+        begin = state.examples.start
+        x, y = restart(ended, lambda: (begin, begin), (state.x, state.y))
         return dataclasses.replace(
             state,
             x=x,

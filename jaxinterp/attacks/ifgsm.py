@@ -49,6 +49,11 @@ class IFGSM:
         )
 
     @canonical
+    def warm(self, state: descent.DescentState, initial) -> descent.DescentState:
+        """Starts at `initial`."""
+        return descent.warm(state, initial, "linf")
+
+    @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One signed step."""
         return descent.step(

@@ -83,6 +83,11 @@ class MIFGSM:
         )
 
     @canonical
+    def warm(self, state: descent.DescentState, initial) -> descent.DescentState:
+        """Starts at `initial`."""
+        return descent.warm(state, initial, "linf")
+
+    @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One signed step along the momentum."""
         chain = self.transforms

@@ -66,6 +66,11 @@ class PGD:
         return self._begin(state) if self.random_start else state
 
     @canonical
+    def warm(self, state: descent.DescentState, initial) -> descent.DescentState:
+        """Starts the first run at `initial`."""
+        return descent.warm(state, initial, self.norm)
+
+    @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One step of steepest descent."""
         state = descent.step(

@@ -143,6 +143,13 @@ class StrAttack:
         return Grids(group, self.stride or group)
 
     @canonical
+    def warm(self, state: StrAttackState, initial) -> StrAttackState:
+        """Begins every problem of the search at `initial`, the refit at the best success as ever."""
+        examples = dataclasses.replace(state.examples, initial=initial)
+        admm = dataclasses.replace(state.admm, z=initial - examples.images)
+        return dataclasses.replace(state, examples=examples, admm=admm)
+
+    @canonical
     def step(self, model, state: StrAttackState) -> StrAttackState:
         """One iteration of ADMM for every example, in its own search step or refit."""
         examples, active, original = state.examples, ~state.done, state.examples.images
@@ -200,7 +207,7 @@ class StrAttack:
         return self._next_problem(select(active, moved, state), active & ended)
 
     def _next_problem(self, state: StrAttackState, ended: Bool[Array, " b"]) -> StrAttackState:
-        """Where a problem has ended: the next constant; from the original, or in the refit from the best so far."""
+        """Where a problem has ended: the next constant; from the start, or in the refit from the best so far."""
         original, problem = state.examples.images, state.progress.problem + 1
         begins, refitting = problem == self.search_steps, problem >= self.search_steps
         # Without a success there is nothing to refit.
@@ -211,7 +218,7 @@ class StrAttack:
             best = state.record.best - original
             kept = select(begins, state.kept & largest(best, _DROPPED), state.kept)
             admm = _zero(original, self._grids(original))
-            z = jnp.where(along(refitting, best) & kept, best, 0)
+            z = jnp.where(along(refitting, best), jnp.where(kept, best, 0), state.examples.start - original)
             return dataclasses.replace(admm, z=z), kept
 
         admm, kept = restart(ended, fresh, (state.admm, state.kept))
