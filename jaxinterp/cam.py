@@ -68,9 +68,7 @@ def maps(
         ValueError: an unknown method or node; "cam" of a network that does not end in global average pooling and one
             linear layer; a network without nodes; classes out of range; images as in `jaxinterp.attacks.run`.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}{suggest(method, METHODS)}")
-    node = _node(network, method, node)
+    node = check_method(network, method, node)
     classes = jnp.asarray(classes)
     if classes.ndim not in (1, 2) or 0 in classes.shape[1:] or not jnp.issubdtype(classes.dtype, jnp.integer):
         raise ValueError(f"classes must be integers [B] or [B,n], got {classes.dtype} of shape {classes.shape}")
@@ -82,8 +80,10 @@ def maps(
     return result if classes.ndim == 2 else result[:, 0]
 
 
-def _node(network: Network, method: str, node: str | None) -> str:
-    """The node that is meant."""
+def check_method(network: Network, method: str, node: str | None = None) -> str:
+    """The node that is meant. Raises ValueError as `maps` where method, node and network do not fit together."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}{suggest(method, METHODS)}")
     if method == "cam" and network.cam_node is None:
         raise ValueError(
             f"{network.name} has no cam_node: class activation maps in the original sense need a network that ends in "

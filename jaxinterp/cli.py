@@ -22,6 +22,7 @@ def explain(
     model: str = "efficientnet_lite0",
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     cell: int = 14,
+    maps: str = "auto",
     out: Path = Path("results/explain"),
     labels: str = "auto",
     data_dir: Path | None = None,
@@ -42,6 +43,9 @@ def explain(
         attack: NAME or NAME:parameter=value,... such as cw:steps=200,kappa=2 or ifgsm:eps=4/255; may be given
             several times. `jaxinterp attack --list` explains them. Without it: ifgsm and cw.
         cell: Side of a cell, in pixels.
+        maps: Class activation maps: cam, gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam, scorecam or
+            ablationcam; auto means cam where the network ends in global average pooling and one linear layer, else
+            gradcam.
         out: Results directory.
         labels: Where labels come from: auto (labels file, class folders or file names where they fit, else the
             network's own prediction), names, predicted, or a file of lines "picture,label".
@@ -59,6 +63,7 @@ def explain(
         model=model,
         specs=attack or DEFAULT_ATTACKS,
         cell=cell,
+        method=maps,
         out=out,
         labels=labels,
         data_dir=data_dir,

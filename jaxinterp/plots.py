@@ -35,6 +35,7 @@ from PIL import Image
 from scipy import stats
 
 from jaxinterp.runs import replacing
+from jaxinterp.statistics import Estimate
 
 KINDS = ("none", "suppression", "balanced", "promotion")
 """Names of the kinds of cells; a kind's code is its position."""
@@ -483,44 +484,6 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
     return figure
 
 
-@style.context(_STYLE)
-def scores(values: Mapping[str, ArrayLike], *, null: float) -> Figure:
-    """Interpretability scores of the pictures for each attack, with their mean and the null.
-
-    Args:
-        values: attack -> one score for each picture; those that are not finite are left out.
-        null: the score of an even perturbation.
-
-    Returns:
-        A figure with one column of points per attack.
-
-    Raises:
-        ValueError: no attack.
-    """
-    if not values:
-        raise ValueError("values is empty, expected at least one attack")
-    figure = Figure(figsize=(max(6.0, 2.0 + 1.7 * len(values)), 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for place, column in enumerate(values.values()):
-        points = np.asarray(column, np.float64)
-        points = np.sort(points[np.isfinite(points)])
-        # Spread sideways in a fixed zigzag, so that equal scores do not hide each other.
-        sideways = place + 0.22 * ((np.arange(len(points)) % 5) / 2 - 1)
-        axes.scatter(sideways, points, s=26, color="#0072b2", alpha=0.75, linewidths=0)
-        if len(points):
-            mean = float(np.mean(points))
-            axes.plot([place - 0.32, place + 0.32], [mean, mean], color="#111111", linewidth=2)
-            axes.annotate(f"{mean:.3f}", (place + 0.34, mean), va="center", size=8.5, color=_MUTED)
-    axes.axhline(null, color="#d55e00", linestyle="--", linewidth=1.2)
-    right = (len(values) - 0.33, null)
-    axes.annotate(f"null {null:.3f}", right, xytext=(0, -11), textcoords="offset points", ha="right", size=8.5)
-    axes.set_xticks(range(len(values)), [_wrap(attack, 1.7, 10.0) for attack in values], size=10)
-    axes.set_xlim(-0.6, len(values) - 0.3)
-    axes.set_ylabel("interpretability score, true class's map")
-    _quiet(axes)
-    return figure
-
-
 _NORM_LABELS = {"l0": "L0: components changed", "l1": "L1", "l2": "L2", "linf": "Linf"}
 # Okabe and Ito's palette without its yellow, which is too light for a line.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#111111")
@@ -581,6 +544,114 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
     wrapped = [_wrap(label, 4.2 * columns, 10.0) for label in labels]
     figure.legend(handles, wrapped, loc="outside upper left", frameon=False, ncols=1)
     return figure
+
+
+@style.context(_STYLE)
+def curves(
+    panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
+    x: Sequence[float],
+    *,
+    xlabel: str,
+    reference: tuple[str, ArrayLike] | None = None,
+    log: bool = False,
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """Means with their 95 % intervals against a parameter.
+
+    Args:
+        panels: what is measured -> line -> its estimate at every value of `x`.
+        x: values of the parameter.
+        xlabel: its name.
+        reference: name and values of a line without an interval, drawn in every panel.
+        log: whether `x` has a logarithmic axis.
+        colours: of lines, by name.
+
+    Returns:
+        A figure with one panel for each measure.
+
+    Raises:
+        ValueError: nothing to draw, or a line that is not as long as `x`.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("panels is empty, expected at least one measure and one line")
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure = Figure(figsize=(max(4.2 * columns, 5.4) + 0.4, 3.4 * rows + 0.7), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        for name, estimates in lines.items():
+            if len(estimates) != len(x):
+                raise ValueError(f"{title}, {name}: {len(estimates)} estimates for {len(x)} values of {xlabel}")
+            mean, low, high = np.array([e.interval for e in estimates], np.float64).T
+            i = names.index(name)
+            colour = (colours or {}).get(name, _LINES[i % len(_LINES)])
+            axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+            axes.plot(x, mean, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
+        if reference is not None:
+            axes.plot(x, np.asarray(reference[1]), color="#111111", linestyle="--", linewidth=1.2, label=reference[0])
+        if log:
+            axes.set_xscale("log")
+            axes.set_xticks(list(x), [f"{value:g}" for value in x])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, size=10.5)
+        axes.set_xlabel(xlabel)
+        _quiet(axes)
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
+    return figure
+
+
+@style.context(_STYLE)
+def bars(
+    panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
+    *,
+    ylabel: str,
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """Means with their 95 % intervals, in groups of bars.
+
+    Args:
+        panels: title -> group -> bar -> its estimate.
+        ylabel: what is measured.
+        colours: of bars, by name; without them, those of kinds for kinds and of lines for others.
+
+    Returns:
+        A figure with one panel for each title.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("panels is empty, expected at least one title and one group")
+    chosen = {name: COLOURS.get(name, _LINES[i % len(_LINES)]) for i, name in enumerate(_bar_names(panels))}
+    chosen |= dict(colours or {})
+    groups = max(len(each) for each in panels.values())
+    figure = Figure(figsize=(len(panels) * max(4.4, 1.2 + 1.5 * groups) + 0.4, 4.4), layout="constrained")
+    for axes, (title, by_group) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        width = 0.8 / max(1, len(chosen))
+        for order, name in enumerate(chosen):
+            found = [by_group[group].get(name) for group in by_group]
+            values = np.array([e.interval if e is not None else (np.nan,) * 3 for e in found], np.float64)
+            spots = np.arange(len(by_group)) + (order - (len(chosen) - 1) / 2) * width
+            axes.bar(spots, values[:, 0], width * 0.92, color=chosen[name], edgecolor="#333333", linewidth=0.6)
+            axes.vlines(spots, values[:, 1], values[:, 2], color="#111111", linewidth=1.2)
+        axes.axhline(0, color="#555555", linewidth=0.8)
+        axes.set_xticks(range(len(by_group)), [_wrap(group, 1.4, 10.0) for group in by_group], size=10)
+        axes.set_title(title, size=10.5)
+        axes.set_ylabel(ylabel)
+        _quiet(axes)
+    handles = [Patch(facecolor=colour, edgecolor="#333333", label=name) for name, colour in chosen.items()]
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
+    return figure
+
+
+def _bar_names(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]]) -> list[str]:
+    return list(dict.fromkeys(name for by_group in panels.values() for named in by_group.values() for name in named))
 
 
 # ---- Files -------------------------------------------------------------------------------------------------

@@ -55,6 +55,15 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int, level: fl
     return Estimate(mean, float(interval.low), float(interval.high), int(finite.size))
 
 
+def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rank correlation; NaN of fewer than three pairs, or where one side is constant."""
+    from scipy.stats import spearmanr
+
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(spearmanr(np.asarray(a), np.asarray(b)).statistic)  # type: ignore[attr-defined]  # not in its stubs
+
+
 def proportion(count: int, total: int, *, level: float = 0.95) -> Estimate:
     """A share with its exact interval (Clopper and Pearson 1934); NaN where there are none."""
     from scipy.stats import binomtest

@@ -427,20 +427,6 @@ def test_pyplot_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_scores_draw_every_picture_its_mean_and_the_null():
-    figure = plots.scores({"a": [0.5, np.nan, 0.7], "b": []}, null=0.548)
-    (axes,) = figure.axes
-    offsets = np.asarray(axes.collections[0].get_offsets())
-    np.testing.assert_allclose(sorted(offsets[:, 1]), [0.5, 0.7])
-    assert np.all(np.abs(offsets[:, 0]) < 0.3)
-    levels = [np.asarray(line.get_ydata(), float) for line in axes.lines]
-    np.testing.assert_allclose(levels[0], 0.6)  # the mean of a; b has none
-    np.testing.assert_allclose(levels[1], 0.548)
-    assert len(levels) == 2
-    with pytest.raises(ValueError, match="at least one attack"):
-        plots.scores({}, null=0.5)
-
-
 def test_success_curves_rise_at_the_distances_to_the_share_broken():
     distances = {
         "l2": {"pgd": [0.5, 0.25, 1.0], "cw:steps=5": []},

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinterp import cam, effect, localize, parallel
+from jaxinterp import effect, localize, parallel
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.data import Batch, Source
@@ -16,6 +16,9 @@ from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures, Progress, chunk_size, classify, load_chunk, silent
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run, file_name
+
+PERCENTILES = (30, 40, 50, 60, 70, 80, 90)
+"""Of maps, at which interpretability scores are stored."""
 
 
 def explain_batch(
@@ -26,6 +29,7 @@ def explain_batch(
     targets: np.ndarray,
     *,
     cell: int,
+    cam: str,
     seed: int,
     run: Run,
     part: str,
@@ -40,6 +44,7 @@ def explain_batch(
         batch: pictures [B,H,W,C]; rows that only pad it are dropped from the result.
         targets: [B] the class that each picture is attacked towards.
         cell: side of a cell, in pixels.
+        cam: method of the class activation maps.
         seed: of the attack's randomness and the shuffled control.
         run: where the state of a long attack is stored,
         part: and under which name.
@@ -71,12 +76,11 @@ def explain_batch(
     cells = effect.pse(model, clean, adversarial, labels, wanted, cell)
     jax.block_until_ready(cells)
     progress("maps", 0.0)
-    both = jnp.stack([labels, wanted], axis=1)
-    before = cam.maps(network, params, clean, both)
-    after = cam.maps(network, params, adversarial, both)
-    four = jnp.stack([before[:, 0], after[:, 0], before[:, 1], after[:, 1]], axis=1)
-    delta = adversarial - clean
-    shuffled = localize.shuffled_score(delta, before[:, 0], example_keys(key, clean))
+    four = localize.four_maps(network, params, clean, adversarial, labels, wanted, cam)
+    delta, size = adversarial - clean, (clean.shape[1], clean.shape[2])
+    shuffled = localize.shuffled_score(delta, four.label_clean, example_keys(key, clean))
+    curve, null_curve = localize.score_curve(delta, four.label_clean, PERCENTILES)
+    saliency = localize.adversarial_saliency(model, clean, labels, wanted)
     result = {
         "adversarial": adversarial,
         "adversarial_class": classify(model, adversarial),
@@ -84,11 +88,17 @@ def explain_batch(
         **{name: getattr(found, name) for name in ("iterations", "forward", "backward")},
         **{name: getattr(cells, name) for name in ("suppression", "promotion", "ratio", "kind", "norm")},
         "pse_forward": cells.forward,
-        "maps": four,
-        "is_label": localize.interpretability_score(delta, before[:, 0]),
-        "is_target": localize.interpretability_score(delta, after[:, 1]),
-        "is_null": localize.null_score(delta, before[:, 0]),
+        "maps": four.stacked(),
+        "is_label": localize.interpretability_score(delta, four.label_clean),
+        "is_target": localize.interpretability_score(delta, four.target_adversarial),
+        "is_null": localize.null_score(delta, four.label_clean),
         "is_shuffled": shuffled,
+        "is_curve": curve,
+        "is_null_curve": null_curve,
+        "is_asm": localize.interpretability_score(delta, saliency),
+        "is_asm_null": localize.null_score(delta, saliency),
+        "label_map_by_kind": localize.mean_by_kind(four.label_clean, cells.kind, cell, size),
+        "target_map_by_kind": localize.mean_by_kind(four.target_adversarial, cells.kind, cell, size),
     }
     kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
     kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
@@ -106,6 +116,7 @@ def parts(
     chosen: Mapping[str, Attack],
     *,
     cell: int,
+    cam: str,
     seed: int,
     batch_size: int,
     progress: Progress = silent,
@@ -133,6 +144,7 @@ def parts(
                     batch,
                     targets,
                     cell=cell,
+                    cam=cam,
                     seed=seed,
                     run=run,
                     part=part,
@@ -146,13 +158,14 @@ def parts(
 
 def stored_parts(
     run: Run, names: Iterable[str], pictures: Pictures, batch_size: int
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Every chunk of a finished run, read back in order."""
+) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
+    """Every chunk of a finished run, read back in order: its name, the attack's, its arrays."""
     for start in range(0, len(pictures.correct), chunk_size(pictures, batch_size)):
         for name in names:
-            arrays = run.read_part(_part_name(name, start))
+            part = _part_name(name, start)
+            arrays = run.read_part(part)
             if arrays is not None:
-                yield name, arrays
+                yield part, name, arrays
 
 
 def _part_name(attack: str, start: int) -> str:

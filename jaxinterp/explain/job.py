@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from jaxinterp import effect
+from jaxinterp import cam, effect
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.explain import compute, page, tables
 from jaxinterp.job import BAR, begin, choose_attacks
-from jaxinterp.network import Network
+from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures
 from jaxinterp.runs import Run
 
 # Settings for explaining: a perturbation near the attack's best, at a cost of minutes on a laptop. The classes
 # themselves keep their papers' defaults.
-PRESETS: dict[str, dict[str, Any]] = {"cw": {"search_steps": 4, "steps": 100, "initial_const": 0.3}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cw": {"search_steps": 4, "steps": 100, "initial_const": 0.3},
+    "ead": {"search_steps": 4, "steps": 100, "initial_const": 0.3},
+    "strattack": {"search_steps": 3, "steps": 100, "refit_search_steps": 2, "refit_steps": 50},
+}
 DEFAULT_ATTACKS = ("ifgsm", "cw")
+FORMAT = 2  # of the stored chunks; directories of another one are refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +36,28 @@ class Explained:
     Attributes:
         run: the results directory.
         network: the network that was attacked.
+        params: its parameters.
         attacks: by the name under which tables list them.
         pictures: all pictures, attacked or not.
         rows: one for every picture and attack, with `tables.IMAGE_COLUMNS`.
         summary: one for every attack, with `tables.SUMMARY_COLUMNS`.
         page: index.html.
+        batch_size: pictures in a chunk, at most.
     """
 
     run: Run
     network: Network
+    params: Params
     attacks: dict[str, Attack]
     pictures: Pictures
     rows: list[dict[str, Any]]
     summary: list[dict[str, Any]]
     page: Path
+    batch_size: int
+
+    def parts(self) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
+        """Every chunk of every attack: its name, the attack's, and the arrays of `compute.explain_batch`."""
+        return compute.stored_parts(self.run, self.attacks, self.pictures, self.batch_size)
 
 
 def explain(
@@ -52,6 +66,7 @@ def explain(
     model: str = "efficientnet_lite0",
     specs: Sequence[str] = DEFAULT_ATTACKS,
     cell: int = 14,
+    method: str = "auto",
     out: Path,
     labels: str = "auto",
     data_dir: Path | None = None,
@@ -68,6 +83,8 @@ def explain(
         model: name of the network; its weights must have been converted.
         specs: attacks as text, see `jaxinterp.attacks.spec`.
         cell: side of a cell, in pixels.
+        method: of the class activation maps, one of `jaxinterp.cam.METHODS`; "auto" means "cam" where the network has
+            them, else "gradcam" on its last feature map.
         out: results directory.
         labels: "auto", "names", "predicted", or the path of a labels file; see `jaxinterp.data.Folder`.
         data_dir: where TensorFlow data sets were prepared.
@@ -87,15 +104,19 @@ def explain(
 
     def check(network: Network) -> None:
         effect.grid(network.image_size, network.image_size, cell)
-        if network.cam_node is None:
-            raise ValueError(f"{model} has no class activation maps, which explaining needs; see jaxinterp models")
+        cam.check_method(network, chosen_method(network))
+
+    def chosen_method(network: Network) -> str:
+        if method == "auto":
+            return "gradcam" if network.cam_node is None else "cam"
+        return method
 
     job = begin(
         "explain",
         pictures,
         model=model,
         chosen=chosen,
-        config={"cell": cell},
+        config={"cell": cell, "maps": method, "format": FORMAT},
         check=check,
         out=out,
         labels=labels,
@@ -122,6 +143,7 @@ def explain(
             seen,
             chosen,
             cell=cell,
+            cam=chosen_method(network),
             seed=seed,
             batch_size=batch_size,
             progress=progress,
@@ -133,7 +155,7 @@ def explain(
         bar.set_description_str("done")
 
     def stored():
-        return compute.stored_parts(run, chosen, seen, batch_size)
+        return ((name, arrays) for _, name, arrays in compute.stored_parts(run, chosen, seen, batch_size))
 
     place = {(picture, name): (i, j) for i, picture in enumerate(seen.ids) for j, name in enumerate(chosen)}
     rows.sort(key=lambda row: place[row["id"], row["attack"]])
@@ -144,4 +166,4 @@ def explain(
     summary = tables.summarise(rows, list(chosen), seed=seed)
     run.write_json("summary.json", tables.as_json(summary))
     written = page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored())
-    return Explained(run, network, chosen, seen, rows, summary, written)
+    return Explained(run, network, job.params, chosen, seen, rows, summary, written, batch_size)

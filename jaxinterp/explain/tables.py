@@ -11,13 +11,15 @@ import numpy as np
 
 from jaxinterp import cam, effect
 from jaxinterp.network import Network
-from jaxinterp.statistics import Estimate, bootstrap_mean
+from jaxinterp.statistics import Estimate, bootstrap_mean, spearman
 
 IMAGE_COLUMNS = (
     *("id", "attack", "label", "label_name", "target", "target_name", "success", "adversarial_class"),
     *("l0", "l1", "l2", "linf", "first_success", "forward", "backward", "pse_forward"),
     *("cells", "cells_none", "share_suppression", "share_balanced", "share_promotion", "rho_effect_norm"),
-    *("is_label", "is_target", "is_null", "is_shuffled", "is_shuffled_sd"),
+    *("is_label", "is_target", "is_null", "is_shuffled", "is_shuffled_sd", "is_asm", "is_asm_null"),
+    *("label_map_suppression", "label_map_balanced", "label_map_promotion"),
+    *("target_map_suppression", "target_map_balanced", "target_map_promotion"),
 )
 CELL_COLUMNS = (
     *("id", "attack", "row", "column", "suppression", "promotion", "ratio", "kind", "norm"),
@@ -68,7 +70,12 @@ def image_rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) 
             "share_balanced": shares[i, 1],
             "share_promotion": shares[i, 2],
             "rho_effect_norm": _rho(arrays, i),
-            **{key: arrays[key][i] for key in ("is_label", "is_target", "is_null")},
+            **{key: arrays[key][i] for key in ("is_label", "is_target", "is_null", "is_asm", "is_asm_null")},
+            **{
+                f"{which}_map_{share.removeprefix('share_')}": arrays[f"{which}_map_by_kind"][i, j]
+                for which in ("label", "target")
+                for j, share in enumerate(SHARE_COLUMNS)
+            },
             "is_shuffled": np.mean(arrays["is_shuffled"][i]),
             "is_shuffled_sd": np.std(arrays["is_shuffled"][i]),
         }
@@ -155,14 +162,9 @@ def overview_columns(chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]]) -> 
 
 def _rho(arrays: Mapping[str, np.ndarray], i: int) -> float:
     """Spearman's rho between the overall effect s + p of the cells and the norm of the perturbation in them."""
-    from scipy.stats import spearmanr
-
     norms = arrays["norm"][i].ravel()
     touched = norms > 0
-    overall = (arrays["suppression"][i] + arrays["promotion"][i]).ravel()[touched]
-    if len(overall) < 3 or np.ptp(norms[touched]) == 0 or np.ptp(overall) == 0:
-        return float("nan")
-    return float(spearmanr(overall, norms[touched]).statistic)  # type: ignore[attr-defined]  # not in its stubs
+    return spearman((arrays["suppression"][i] + arrays["promotion"][i]).ravel()[touched], norms[touched])
 
 
 def summary_lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -1,0 +1,131 @@
+"""Does a perturbation need the whole picture? Attacks confined to what the maps and the effects point at.
+
+    python experiments/refined_attacks.py --model efficientnet_lite0 --fractions 0.2 0.35 0.5
+
+Each attack that succeeded is run once more with no perturbation outside a part of the picture, begun at what it found
+before. That refined attacks exist is the paper's finding (arXiv 1904.02057, section 5); where to look is ours: the top
+of the class activation map of the true class, of the target, the union of both, and the cells with the largest s + p.
+A control takes as many cells at random. Reported are success and the norms of the refined perturbation relative to the
+original one, at every fraction of the picture kept. Writes refined_attacks/answers.json and refined.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxinterp import localize, plots
+from jaxinterp.attacks.driver import example_keys
+from jaxinterp.statistics import bootstrap_mean, proportion
+from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Setting, begin, problem, verdict
+
+SUPPORTS = ("map of t0", "map of t", "union of maps", "top cells by s + p", "random cells")
+NORMS = ("l0", "l1", "l2", "linf")
+TOP, RANDOM = SUPPORTS.index("top cells by s + p"), SUPPORTS.index("random cells")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refined(Setting):
+    """What `Setting` has, and the fractions.
+
+    Attributes:
+        fractions: Parts of the picture that are kept (of the union, of each of its two maps).
+    """
+
+    fractions: tuple[float, ...] = (0.2, 0.35, 0.5)
+
+
+def supports(arrays, cell: int, fraction: float, key: jax.Array) -> dict[str, jax.Array]:
+    """Masks [B,H,W] by name."""
+    size = arrays["clean"].shape[1:3]
+    of_label, of_target = (
+        localize.salient(jnp.asarray(arrays["maps"][:, i]), size, 100 * (1 - fraction)) for i in (0, 3)
+    )
+    overall = jnp.asarray(arrays["suppression"] + arrays["promotion"])
+    keys = example_keys(key, jnp.asarray(arrays["clean"]))
+    chance = jax.vmap(lambda k: jax.random.uniform(k, overall.shape[1:]))(keys)
+    top, random = (localize.top_cells(values, cell, size, fraction) for values in (overall, chance))
+    return dict(zip(SUPPORTS, (of_label, of_target, of_label | of_target, top, random), strict=True))
+
+
+def main(setting: Refined) -> None:
+    """Refined attacks, by support and fraction."""
+    fractions = sorted(set(setting.fractions))
+    study = begin("refined_attacks", setting, {"fractions": fractions}, attacks=("ifgsm", "cw"))
+    model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)
+
+    def analyse(attack, arrays):
+        made = []
+        for fraction in fractions:
+            for support in supports(arrays, setting.cell, fraction, key).values():
+                result = localize.refine(attack, model, *problem(arrays), support, key=key)
+                norms = [np.asarray(getattr(result, norm), np.float64) / arrays[norm] for norm in NORMS]
+                made.append(
+                    np.stack([np.asarray(result.success, np.float64), np.mean(support, (1, 2)), *norms], axis=1)
+                )
+        shape = (len(fractions), len(SUPPORTS), len(arrays["labels"]), 2 + len(NORMS))
+        return {"refined": np.array(made).reshape(shape).transpose(2, 0, 1, 3)}
+
+    parts = defaultdict(list)
+    for attack, arrays, extra in study.analysed(analyse):
+        parts[attack].append(extra["refined"][arrays["success"]])
+    found = {attack: np.concatenate(each) for attack, each in parts.items()}  # [pictures, fractions, supports, columns]
+
+    def mean(values):
+        return bootstrap_mean(values, seed=setting.seed)
+
+    def ratio(values, f, s, norm):
+        """Of the pictures whose refined attack succeeded, the mean norm relative to the original one's."""
+        of = values[:, f, s]
+        return mean(of[of[:, 0] > 0, 2 + NORMS.index(norm)])
+
+    answers, middle = [], len(fractions) // 2
+    for attack, values in found.items():
+        won = int(np.sum(values[:, middle, TOP, 0]))
+        share = proportion(won, len(values))
+        settled = CONFIRMED if share.low > 0.5 else NOT_CONFIRMED if share.high < 0.5 else UNDECIDED
+        claim = f"{attack}: on the top {fractions[middle]:.0%} of cells by s + p most attacks still succeed"
+        answers.append(Answer(claim, f"{won} of {len(values)}, {share}", settled))
+        more = mean(values[:, middle, TOP, 0] - values[:, middle, RANDOM, 0])
+        claim = f"{attack}: they succeed more often there than on as many random cells"
+        answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
+        both = values[(values[:, middle, TOP, 0] > 0) & (values[:, middle, RANDOM, 0] > 0), middle]
+        less = mean(both[:, RANDOM, 2 + NORMS.index("l2")] - both[:, TOP, 2 + NORMS.index("l2")])
+        claim = f"{attack}: and need a smaller L2 than there"
+        answers.append(Answer(claim, f"by {less} of the original's, {less.count} pictures", verdict(less, 0.0)))
+    panels = {}
+    for attack, values in found.items():
+        panels[f"{attack}: success"] = {
+            name: [mean(values[:, f, s, 0]) for f in range(len(fractions))] for s, name in enumerate(SUPPORTS)
+        }
+        for norm in ("l2", "l0"):
+            panels[f"{attack}: {norm.upper()}, refined / original"] = {
+                name: [ratio(values, f, s, norm) for f in range(len(fractions))] for s, name in enumerate(SUPPORTS)
+            }
+    plots.save(plots.curves(panels, fractions, xlabel="fraction kept"), study.run.directory / "refined.png")
+    study.conclude(
+        answers,
+        {
+            attack: {
+                f"{fraction:g}": {
+                    name: {
+                        "part of the picture": format(mean(values[:, f, s, 1])),
+                        "success": f"{int(np.sum(values[:, f, s, 0]))} of {len(values)}",
+                        **{norm: format(ratio(values, f, s, norm)) for norm in NORMS},
+                    }
+                    for s, name in enumerate(SUPPORTS)
+                }
+                for f, fraction in enumerate(fractions)
+            }
+            for attack, values in found.items()
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Refined, description=__doc__))

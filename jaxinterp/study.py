@@ -1,0 +1,179 @@
+"""What the experiments share: pictures attacked once, an analysis of every chunk, answers to claims.
+
+A study is an `explain` run and an analysis beside it, in a directory of its own inside the run's:
+
+    OUT/                    the run: attacks, effects of cells, maps, as `jaxinterp explain` leaves them
+    OUT/NAME/config.json    what determines the analysis; another config is refused
+    OUT/NAME/parts/         one part for each chunk of the run, so that a stopped analysis continues
+    OUT/NAME/answers.json   the claims and what was found, with versions and machine
+
+Several studies share one run, so that nothing is attacked twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from jaxinterp.attacks.attack import Attack
+from jaxinterp.explain import Explained, explain
+from jaxinterp.runs import Run, machine
+from jaxinterp.statistics import Estimate
+
+PAPER = ("ifgsm", "cw", "ead", "strattack")
+"""The attacks of the paper (arXiv 1904.02057)."""
+
+CONFIRMED, NOT_CONFIRMED, UNDECIDED = "confirmed", "not confirmed", "undecided at this sample size"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every study is asked.
+
+    Attributes:
+        pictures: Picture files and folders; none means the labelled ImageNet pictures of the `samples` extra.
+        model: Network, converted with `jaxinterp convert`.
+        attack: As in `jaxinterp explain`; may be given several times. None means the four of the paper.
+        cell: Side of a cell, in pixels.
+        maps: Class activation maps, as in `jaxinterp explain`.
+        out: Results directory; studies of one model may share it. None means results/study/MODEL.
+        labels: As in `jaxinterp explain`.
+        limit: Use only the first so many pictures.
+        seed: Of targets, random starts, shuffled controls and the bootstrap.
+        batch_size: Pictures that are attacked at once.
+    """
+
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    model: str = "efficientnet_lite0"
+    attack: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    cell: int = 14
+    maps: str = "auto"
+    out: Path | None = None
+    labels: str = "auto"
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A claim, what was measured, and whether that settles it."""
+
+    claim: str
+    measured: str
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A finished run and the directory of an analysis of it.
+
+    Attributes:
+        name: of the study.
+        found: the run.
+        run: the analysis' own directory.
+        seed: of the bootstrap, too.
+    """
+
+    name: str
+    found: Explained
+    run: Run
+    seed: int
+
+    def analysed(
+        self,
+        analyse: Callable[[Attack, Mapping[str, np.ndarray]], Mapping[str, Any]],
+        attacks: Collection[str] | None = None,
+    ) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """For every chunk the attack's name, the run's arrays, and what `analyse` makes of them, computed once.
+
+        Args:
+            analyse: takes an attack and the arrays of a chunk, the picture being their first axis; returns arrays.
+            attacks: names of those whose chunks are wanted; None means all.
+        """
+        wanted = self.found.attacks if attacks is None else attacks
+        parts = [part for part, attack, _ in self.found.parts() if attack in wanted]
+        with tqdm(parts, desc=self.name, unit="chunk") as left:
+            for part, attack, arrays in self.found.parts():
+                if part not in parts:
+                    continue
+                extra = self.run.read_part(part)
+                if extra is None:
+                    made = analyse(self.found.attacks[attack], arrays)
+                    extra = {name: np.asarray(value) for name, value in made.items()}
+                    self.run.write_part(part, extra)
+                yield attack, arrays, extra
+                left.update()
+
+    def conclude(self, answers: Sequence[Answer], results: Any = None) -> None:
+        """Stores answers.json and prints the answers.
+
+        Args:
+            answers: to the claims.
+            results: numbers behind them, as JSON.
+        """
+        self.run.write_json(
+            "answers.json",
+            {
+                "study": self.name,
+                "pictures": len(self.found.pictures.correct),
+                "run": self.found.run.config,
+                "config": self.run.config,
+                "machine": machine(),
+                "answers": [dataclasses.asdict(answer) for answer in answers],
+                "results": results,
+            },
+        )
+        print()
+        for answer in answers:
+            print(f"{answer.verdict:<30} {answer.claim}: {answer.measured}")
+        print(f"\n{len(self.found.pictures.correct)} pictures; {self.run.directory}/answers.json, {self.found.page}")
+
+
+def begin(name: str, setting: Setting, config: Mapping[str, Any], attacks: Sequence[str] = PAPER) -> Study:
+    """Runs or continues the explaining that a study looks at, and opens the study's directory.
+
+    Args:
+        name: of the study.
+        setting: what the user asked.
+        config: what else determines the analysis.
+        attacks: the attacks if the user names none.
+
+    Raises:
+        ValueError, OSError: as `jaxinterp.explain.explain`.
+    """
+    out = setting.out or Path("results/study") / setting.model
+    found = explain(
+        setting.pictures,
+        model=setting.model,
+        specs=setting.attack or attacks,
+        cell=setting.cell,
+        method=setting.maps,
+        out=out,
+        labels=setting.labels,
+        limit=setting.limit,
+        seed=setting.seed,
+        batch_size=setting.batch_size,
+    )
+    run = Run(out / name, {"study": name, "run": found.run.config, **config})
+    return Study(name, found, run, setting.seed)
+
+
+def problem(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Clean and adversarial images, true classes and targets of a chunk."""
+    return arrays["clean"], arrays["adversarial"], arrays["labels"], arrays["targets"]
+
+
+def verdict(estimate: Estimate, above: float) -> str:
+    """Whether the interval lies above a value, below it, or around it."""
+    if estimate.count < 2:
+        return UNDECIDED
+    if estimate.low > above:
+        return CONFIRMED
+    return NOT_CONFIRMED if estimate.high < above else UNDECIDED
