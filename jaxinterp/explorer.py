@@ -32,7 +32,7 @@ KEYS = (
 
 _DIGITS = 4  # of the numbers of a cell
 _MAP_DIGITS = 6  # differences of maps are taken from these, and lose digits
-_STOPS = 33  # of a colour map; linear between them it is within 1/255 or so of the whole
+_STOPS = 33  # of a colour map; linear between them it differs by less than 4 of 255 levels from the whole
 
 
 def item(
