@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from jaxinterp import explorer, plots
+from jaxinterp.explain import page
 
 
 def arguments(size=(8, 8), cell=4, channels=3, seed=0, **changes: Any) -> dict[str, Any]:
@@ -193,3 +194,41 @@ def test_colours_are_those_of_the_figures():
         between = np.stack([np.interp(places, np.linspace(0, 1, len(known)), channel) for channel in known.T], axis=1)
         exact = matplotlib.colormaps[name](places)[:, :3] * 255
         assert np.abs(between - exact).max() < 4
+
+
+def chunks(ids, attacks, size=2):
+    """As `compute.stored_parts` yields them: the attacks of the same pictures one after the other."""
+    for start in range(0, len(ids), size):
+        some = ids[start : start + size]
+        for attack in attacks:
+            given = [arguments(seed=ids.index(name)) for name in some]
+            arrays = {key: np.stack([each[key] for each in given]) for key in ("clean", "adversarial", "maps", "norm")}
+            cells = ("suppression", "promotion", "ratio", "kind")
+            arrays |= {key: np.stack([each[key] for each in given]) for key in cells}
+            yield attack, arrays | {"ids": np.array(some), "adversarial_class": np.arange(len(some)) + start}
+
+
+@pytest.mark.parametrize(("most", "pictures"), [(96, 5), (8, 4), (7, 3), (1, 1)])
+def test_a_run_shows_its_first_pictures_under_every_attack(monkeypatch, most, pictures):
+    monkeypatch.setattr(page, "EXPLORED", most)
+    ids, read = [f"{index}.png" for index in range(5)], []
+    rows = [
+        {"id": name, "attack": attack, "label_name": f"true {name}", "target_name": "t", "success": attack == "A"}
+        for name in ids
+        for attack in "AB"
+    ]
+
+    def reading():
+        for attack, arrays in chunks(ids, "AB"):
+            read.append(attack)
+            yield attack, arrays
+
+    items = list(page.explored("class {}".format, rows, reading(), 4))
+    assert sorted((item["id"], item["attack"]) for item in items) == [(n, a) for n in ids[:pictures] for a in "AB"]
+    assert len(read) <= 2 * -(-pictures // 2) + 1  # chunks beyond the last that is shown are not read
+    for item in items:
+        index = ids.index(item["id"])
+        given = arguments(seed=index)
+        assert item["suppression"] == [float(f"{value:.4g}") for value in given["suppression"].ravel()]
+        assert (item["true"], item["predicted"]) == (f"true {item['id']}", f"class {index}")
+        assert item["success"] == (item["attack"] == "A")

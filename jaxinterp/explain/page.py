@@ -151,12 +151,12 @@ def write_page(
         notes=NOTES,
         overview=_overview(run, summary, chunks()),
         skipped=left_out(network, pictures),
-        explorer=explored(network, rows, chunks(), config["cell"]),
+        explorer=explored(network.class_name, rows, chunks(), config["cell"]),
     )
 
 
 def explored(
-    network: Network,
+    class_name: Callable[[int], str],
     rows: Sequence[Mapping[str, Any]],
     chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
     cell: int,
@@ -164,7 +164,7 @@ def explored(
     """What the explorer shows: the first pictures of the run, as many as `EXPLORED` allows, under every attack.
 
     Args:
-        network: the network that was attacked.
+        class_name: names the classes.
         rows: one for every picture and attack, in the order of the page.
         chunks: the finished chunks, the attacks of the same pictures one after the other.
         cell: side of a cell, in pixels.
@@ -184,7 +184,7 @@ def explored(
                     attack=attack,
                     true=row["label_name"],
                     target=row["target_name"],
-                    predicted=network.class_name(int(arrays["adversarial_class"][i])),
+                    predicted=class_name(int(arrays["adversarial_class"][i])),
                     success=bool(row["success"]),
                     **{key: arrays[key][i] for key in _EXPLORED_ARRAYS},
                     cell=cell,
