@@ -15,6 +15,7 @@ map's range, since networks differ in the scale of logits. Writes cam_localizati
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import tyro
 
 from jaxinterp import plots
+from jaxinterp.cli import guarded
 from jaxinterp.explain.compute import PERCENTILES
 from jaxinterp.statistics import Estimate, bootstrap_mean
 from jaxinterp.study import Answer, Setting, Study, begin, verdict
@@ -125,4 +127,4 @@ def main(setting: Setting) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Setting, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Setting, description=__doc__))))

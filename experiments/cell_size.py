@@ -11,12 +11,14 @@ cell_size/answers.json and shares.png.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 
 import numpy as np
 import tyro
 
 from jaxinterp import effect, plots
+from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.statistics import bootstrap_mean
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Setting, begin, problem
@@ -92,4 +94,4 @@ def main(setting: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Sizes, description=__doc__))))

@@ -13,6 +13,7 @@ definitions/answers.json and agreement.png.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import tyro
 
 from jaxinterp import effect, plots
+from jaxinterp.cli import guarded
 from jaxinterp.statistics import bootstrap_mean, spearman
 from jaxinterp.study import Answer, Setting, begin, problem, verdict
 
@@ -109,4 +111,4 @@ def main(setting: Definitions) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Definitions, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Definitions, description=__doc__))))

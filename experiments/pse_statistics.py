@@ -15,11 +15,13 @@ and page of `jaxinterp explain`, which show s + p against the norm and the ratio
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
 
+from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS, as_json, summary_lines
 from jaxinterp.study import Answer, Setting, begin, verdict
 
@@ -51,4 +53,4 @@ def main(setting: Setting) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Setting, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Setting, description=__doc__))))

@@ -12,6 +12,7 @@ original one, at every fraction of the picture kept. Writes refined_attacks/answ
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
 
 import jax
@@ -21,6 +22,7 @@ import tyro
 
 from jaxinterp import localize, plots
 from jaxinterp.attacks.driver import example_keys
+from jaxinterp.cli import guarded
 from jaxinterp.statistics import bootstrap_mean, proportion
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Setting, begin, problem, verdict
 
@@ -31,12 +33,14 @@ TOP, RANDOM = SUPPORTS.index("top cells by s + p"), SUPPORTS.index("random cells
 
 @dataclasses.dataclass(frozen=True)
 class Refined(Setting):
-    """What `Setting` has, and the fractions.
+    """What `Setting` has, the fractions, and the attacks.
 
     Attributes:
+        refine: Attacks that are refined, of those that are run; each is run again for every part of the picture.
         fractions: Parts of the picture that are kept (of the union, of each of its two maps).
     """
 
+    refine: tuple[str, ...] = ("ifgsm", "cw")
     fractions: tuple[float, ...] = (0.2, 0.35, 0.5)
 
 
@@ -56,7 +60,11 @@ def supports(arrays, cell: int, fraction: float, key: jax.Array) -> dict[str, ja
 def main(setting: Refined) -> None:
     """Refined attacks, by support and fraction."""
     fractions = sorted(set(setting.fractions))
-    study = begin("refined_attacks", setting, {"fractions": fractions}, attacks=("ifgsm", "cw"))
+    study = begin("refined_attacks", setting, {"fractions": fractions, "refine": sorted(setting.refine)})
+    if missing := [name for name in setting.refine if name not in study.found.attacks]:
+        raise ValueError(
+            f"--refine names {missing[0]}, which is not among the attacks: {', '.join(study.found.attacks)}"
+        )
     model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)
 
     def analyse(attack, arrays):
@@ -72,7 +80,7 @@ def main(setting: Refined) -> None:
         return {"refined": np.array(made).reshape(shape).transpose(2, 0, 1, 3)}
 
     parts = defaultdict(list)
-    for attack, arrays, extra in study.analysed(analyse):
+    for attack, arrays, extra in study.analysed(analyse, setting.refine):
         parts[attack].append(extra["refined"][arrays["success"]])
     found = {attack: np.concatenate(each) for attack, each in parts.items()}  # [pictures, fractions, supports, columns]
 
@@ -128,4 +136,4 @@ def main(setting: Refined) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Refined, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Refined, description=__doc__))))

@@ -11,12 +11,14 @@ untargeted_and_strength/answers.json and strength.png.
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
 import tyro
 
 from jaxinterp import attacks, effect, plots
+from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.pictures import classify
 from jaxinterp.statistics import bootstrap_mean, proportion
@@ -43,7 +45,7 @@ def main(setting: Strengths) -> None:
     """Kinds of cells against eps, targeted and untargeted."""
     strengths = sorted(set(setting.strengths))
     config = {"strengths": strengths, "size": setting.size}
-    study = begin("untargeted_and_strength", setting, config, attacks=("ifgsm",))
+    study = begin("untargeted_and_strength", setting, config)
     model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)
 
     def analyse(_, arrays):
@@ -109,4 +111,4 @@ def main(setting: Strengths) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Strengths, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Strengths, description=__doc__))))

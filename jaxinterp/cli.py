@@ -9,6 +9,7 @@ import io
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -250,14 +251,25 @@ def validate(
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
     commands = {"explain": explain, "attack": attack, "convert": convert, "models": models, "validate": validate}
+    return guarded(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="jaxinterp", description=_DESCRIPTION, args=args, sort_subcommands=False
+        )
+    )
+
+
+def guarded(job: Callable[[], object]) -> int:
+    """Runs a command line's job; bad input, a full disk and an interruption end in a message, not in a traceback.
+
+    Returns:
+        The exit status: 0, 2 or 130.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of a picture's name
             stream.reconfigure(errors="backslashreplace")
     try:
         _keep_compiled_programs()
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="jaxinterp", description=_DESCRIPTION, args=args, sort_subcommands=False
-        )
+        job()
     except KeyboardInterrupt:
         print("\njaxinterp: stopped; the same command continues from the last finished part", file=sys.stderr)
         return 130

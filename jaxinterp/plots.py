@@ -64,8 +64,8 @@ _STYLE: list[Any] = [
         "legend.fontsize": 10.0,
     },
 ]
-_MAPS = "viridis"
-_DIFFERENCE = "PuOr_r"  # no blue and no red: those stand for kinds of cells
+MAP_COLOURS = "viridis"
+DIFFERENCE_COLOURS = "PuOr_r"  # no blue and no red: those stand for kinds of cells
 _OPACITY = 0.7  # of a map over its picture
 _MUTED = "#555555"
 
@@ -192,7 +192,7 @@ def explanation(
         heading, line = columns[column]
         axes = panel(row, 2 + column, heading.format(symbol), line.format(who))
         show(axes, 0.2 + 0.6 * _grey((before, after)[column]))
-        show(axes, value, cmap=_MAPS, norm=norm, alpha=_OPACITY, **smooth)
+        show(axes, value, cmap=MAP_COLOURS, norm=norm, alpha=_OPACITY, **smooth)
     scale = axes.images[-1]
 
     changes = (
@@ -204,7 +204,7 @@ def explanation(
     for row, (change, heading, line) in enumerate(changes):
         axes = panel(row, 4, heading, line)
         show(axes, 0.2 + 0.6 * _grey(after))
-        show(axes, change, cmap=_DIFFERENCE, norm=balance, alpha=_OPACITY, **smooth)
+        show(axes, change, cmap=DIFFERENCE_COLOURS, norm=balance, alpha=_OPACITY, **smooth)
 
     # Below: what the colours mean, each under its own columns.
     top = header + 2 * (caption + height) + 0.24
@@ -282,12 +282,27 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
     if not np.isin(codes, range(len(KINDS))).all():
         raise ValueError(f"kind holds the codes {np.unique(codes).tolist()}, expected 0 to {len(KINDS) - 1}")
     codes = codes.astype(int)
-    acts = codes != 0
-    full = max(float(np.percentile(power[acts], 98)), np.finfo(np.float64).tiny) if acts.any() else 1.0
-    opacity = np.where(acts, 0.3 + 0.65 * np.sqrt(np.clip(power / full, 0.0, 1.0)), 0.0)
+    share = np.clip(power / full_strength(codes, power), 0.0, 1.0)
+    opacity = np.where(codes != 0, 0.3 + 0.65 * np.sqrt(share), 0.0)
     palette = np.array([to_rgb(COLOURS[name]) for name in KINDS])
     colours = np.concatenate([palette[codes], opacity[..., None]], axis=-1)
     return colours.repeat(cell, axis=0).repeat(cell, axis=1)[: size[0], : size[1]]
+
+
+def full_strength(kind: ArrayLike, strength: ArrayLike) -> float:
+    """The strength from which a cell is drawn with full opacity.
+
+    Args:
+        kind: codes of the cells, the positions in `KINDS`.
+        strength: s + p, as `kind`.
+
+    Returns:
+        The 98th percentile of the cells that act, above 0; 1 where none acts.
+    """
+    acts = np.asarray(kind) != 0
+    if not acts.any():
+        return 1.0
+    return max(float(np.percentile(np.asarray(strength, np.float64)[acts], 98)), float(np.finfo(np.float64).tiny))
 
 
 def magnification(delta: ArrayLike) -> int:

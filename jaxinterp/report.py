@@ -1,26 +1,34 @@
 """One page of HTML that shows what was found, picture by picture.
 
-The page is a single file: figures are inside it as base64 PNG, the styles too, and it fetches nothing. It
-reads well without JavaScript; with it, tables sort and pictures can be filtered by attack and outcome.
-Figures are read while the page is written, one at a time, so memory does not grow with their number.
+The page is a single file: figures are inside it as base64 PNG, the styles too, and it fetches nothing. Only
+where there are more figures than a browser opens at ease does it link to their files instead. It reads well
+without JavaScript; with it, tables sort, pictures can be filtered by attack and outcome, and an explorer shows
+the layers of a picture one over the other and the numbers of every cell. Figures and what the explorer shows are
+read while the page is written, one at a time, so memory does not grow with their number.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import numbers
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from jaxinterp import explorer as explore
 from jaxinterp.runs import replacing
+
+EMBEDDED = 24
+"""Up to so many figures of pictures are inside the page; of more, none is."""
 
 _KEYS = ("id", "attack", "true", "target", "success", "facts", "figure")
 
@@ -36,6 +44,7 @@ def write(
     notes: Sequence[str] = (),
     overview: Sequence[tuple[str, str | os.PathLike]] = (),
     skipped: Sequence[tuple[str, str]] = (),
+    explorer: Iterable[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes the page, whole or not at all.
 
@@ -51,16 +60,19 @@ def write(
             or NaN is shown as a dash; text is shown as it is.
         pictures: one mapping per picture and attack, in the order of the page: `id` the picture's name,
             `attack`, `true` and `target` the names of the classes, `success` whether the target was reached,
-            `facts` name -> text or number, `figure` the path of a PNG.
+            `facts` name -> text or number, `figure` the path of a PNG. Up to `EMBEDDED` figures are inside the
+            page; where there are more, it links to them by paths relative to its own.
         notes: paragraphs on how the numbers came about.
         overview: (caption, path of a PNG) of figures over all pictures, shown below the summary.
         skipped: (picture, reason) of pictures that were left out.
+        explorer: what `jaxinterp.explorer.item` gives for pictures and attacks, in the order of the menus. They are
+            asked for one at a time. Without any, the page has no explorer.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: a picture lacks a key, a figure is no PNG, or a format does not fit its value. Nothing is
+        ValueError: a picture or an item lacks a key, a figure is no PNG, or a format does not fit its value. Nothing is
             written.
         FileNotFoundError: a figure does not exist. Nothing is written.
     """
@@ -90,6 +102,9 @@ def write(
         lstrip_blocks=True,
     )
     environment.filters["embed"] = _embed
+    environment.filters["relative"] = lambda figure: _relative(figure, Path(path).parent)
+    embedded = explore.pieces(explorer)
+    first = next(embedded, None)
     page = environment.get_template("report.html").generate(
         title=title,
         facts={key: _text(value) for key, value in facts.items()},
@@ -103,6 +118,10 @@ def write(
         notes=list(notes),
         overview=[{"caption": caption, "figure": figure, "size": _png_size(figure)} for caption, figure in overview],
         skipped=list(skipped),
+        inside=len(sections) <= EMBEDDED,
+        embedded=EMBEDDED,
+        explored=itertools.chain((first,), embedded) if first else None,
+        colours=explore.as_json(explore.colours()) if first else None,
         null=math.sqrt(0.3),
     )
     with replacing(path) as stream:
@@ -122,6 +141,11 @@ def _png_size(path: str | os.PathLike) -> tuple[int, int]:
 
 def _embed(path: str | os.PathLike) -> Markup:
     return Markup("data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii"))
+
+
+def _relative(path: str | os.PathLike, folder: Path) -> str:
+    """A URL for a file, relative to the folder of the page."""
+    return quote(Path(os.path.relpath(path, folder)).as_posix())
 
 
 def _plain(value: Any) -> Any:

@@ -1,16 +1,22 @@
 """The page: one file that says what it was given, whatever the names contain."""
 
 import base64
+import io
+import json
+import re
+import shutil
+import subprocess
 import tracemalloc
 from html.parser import HTMLParser
 from typing import Any
+from urllib.parse import unquote
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import report
+from jaxinterp import cam, explorer, report
 
 NAME = "<b>\"x\"</b> & 'y'"
 
@@ -23,7 +29,8 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
         self.texts: list[str] = []
-        self.in_cell = False
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.in_cell = self.in_script = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -33,13 +40,19 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
             self.in_cell = True
+        if tag == "script":
+            self.in_script = True
 
     def handle_endtag(self, tag):
+        if tag == "script":
+            self.in_script = False
         if tag in ("td", "th"):
             self.in_cell = False
 
     def handle_data(self, data):
         self.texts.append(data)
+        if self.in_script:
+            self.scripts.append((self.elements[-1][1], data))
         if self.in_cell:
             self.rows[-1][-1] += data
 
@@ -217,6 +230,27 @@ def test_a_format_that_does_not_fit_is_named(tmp_path):
         written(tmp_path, summary_columns=[("success", "rate", "d")])
 
 
+def test_many_figures_are_linked_by_relative_paths_and_not_inside(tmp_path):
+    values = arguments(tmp_path / "figures of <all>")
+    one = values["pictures"][0]
+    values["pictures"] = [{**one, "id": str(n)} for n in range(report.EMBEDDED)]
+    path = tmp_path / "out" / "page.html"
+    page = Page(report.write(path, **values).read_text(encoding="utf-8"))
+    assert len(page.all("img")) == report.EMBEDDED
+    values["pictures"].append({**one, "id": "last"})
+    wide = figure(tmp_path / "wide.png", 9, (4, 1000))
+    text = report.write(path, **values, overview=[("Kinds of cells", wide)]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert [image["width"] for image in page.all("img")] == ["1000"]  # figures over all pictures stay inside
+    files = [href for anchor in page.all("a") if not (href := anchor["href"] or "").startswith("#")]
+    assert files == ["../figures%20of%20%3Call%3E/0.png"] * (report.EMBEDDED + 1)
+    assert (path.parent / unquote(files[0])).read_bytes() == one["figure"].read_bytes()
+    assert any(f"more than {report.EMBEDDED} figures" in text for text in page.texts)
+    assert f"figure: C&W on last, {NAME} to tabby cat" in page.texts
+    with pytest.raises(FileNotFoundError):
+        report.write(path, **{**values, "pictures": [{**one, "figure": "missing.png"}] * 30})
+
+
 def test_figures_are_read_one_at_a_time(tmp_path):
     big = figure(tmp_path / "big.png", 0, (700, 700))
     values = arguments(tmp_path / "figures")
@@ -227,3 +261,201 @@ def test_figures_are_read_one_at_a_time(tmp_path):
     tracemalloc.stop()
     assert path.stat().st_size > 24 * big.stat().st_size
     assert peak < 10 * big.stat().st_size
+
+
+def layers(id="img 0", attack="C&W", *, side=12, cell=5, seed=0, **changes: Any):
+    """The arguments of `explorer.item` for a picture whose cells at the far edges are smaller than the others."""
+    random = np.random.default_rng(seed)
+    count = -(-side // cell)
+    clean = random.random((side, side, 3), np.float32)
+    suppression, promotion = random.random((2, count, count), np.float32)
+    ratio = np.log2(promotion / suppression)
+    return {
+        **{"id": id, "attack": attack, "true": NAME, "target": "tabby cat", "predicted": "tabby cat", "success": True},
+        "clean": clean,
+        "adversarial": np.clip(clean + random.normal(0, 0.01, clean.shape), 0, 1).astype(np.float32),
+        **{"suppression": suppression, "promotion": promotion, "ratio": ratio},
+        "kind": 2 + (ratio > 1) - (ratio < -1),
+        "norm": random.random((count, count), np.float32),
+        "maps": random.normal(size=(4, 3, 3)).astype(np.float32),
+        "cell": cell,
+    } | changes
+
+
+def unchanged(**changes: Any):
+    """As `layers`, of an attack that failed."""
+    given = layers(**changes)
+    none = np.zeros_like(given["norm"])
+    given |= {"adversarial": given["clean"], "success": False, "ratio": np.full_like(none, np.nan)}
+    return given | {"suppression": none, "promotion": none, "norm": none, "kind": none.astype(int)}
+
+
+def test_the_page_holds_what_the_explorer_was_given(tmp_path):
+    items = [explorer.item(**layers(attack="C&W")), explorer.item(**unchanged(attack=NAME))]
+    page = Page(written(tmp_path, explorer=items))
+    pictures = [json.loads(text) for attributes, text in page.scripts if "data-embedded" in attributes]
+    found = [(attributes, json.loads(text)) for attributes, text in page.scripts if "data-explored" in attributes]
+    assert [(a["data-explored"], a["data-by"]) for a, _ in found] == [("img 0", "C&W"), ("img 0", NAME)]
+    for item, (_, embedded) in zip(items, found, strict=True):
+        assert {**embedded, **{layer: pictures[embedded[layer]] for layer in explorer.LAYERS}} == item
+    assert found[0][1]["original"] == found[1][1]["original"] == found[1][1]["adversarial"]
+    stream = io.BytesIO(base64.b64decode(pictures[found[0][1]["original"]].partition(",")[2]))
+    np.testing.assert_array_equal(np.asarray(Image.open(stream)), np.rint(layers()["clean"].astype(float) * 255))
+    assert "#explorer" in [anchor["href"] for anchor in page.all("a")]
+    assert page.all("noscript")
+    radios = [field for field in page.all("input") if field["type"] == "radio"]
+    assert len(radios) == 10
+    assert next(a for _, a in page.elements if a.get("id") == "explore").keys() >= {"hidden", "aria-label"}
+
+
+def test_names_in_the_explorer_are_text(tmp_path):
+    hostile = "</script><b>x</b><!-- <script>"
+    given = layers(id=hostile, attack=hostile, true=hostile, target=hostile, predicted=hostile)
+    text = written(tmp_path, explorer=[explorer.item(**given)])
+    page = Page(text)
+    assert "<b>" not in text
+    assert not page.all("b")
+    assert text.count("</script>") == text.count("<script") == len(page.all("script"))
+    attributes, found = next(script for script in page.scripts if "data-explored" in script[0])
+    assert (attributes["data-explored"], attributes["data-by"]) == (hostile, hostile)
+    assert json.loads(found)["predicted"] == hostile
+
+
+def test_without_items_there_is_no_explorer(tmp_path):
+    for items in ((), iter([])):
+        text = written(tmp_path, explorer=items)
+        assert 'id="explore' not in text
+        assert "#explorer" not in text
+        assert not Page(text).all("canvas")
+    assert "The explorer holds" not in written(tmp_path, explorer=[explorer.item(**layers())] * 3)
+    few = written(tmp_path, explorer=[explorer.item(**layers())])
+    assert "The explorer holds the first 1 of 3 pairs" in few
+
+
+def test_items_are_embedded_one_at_a_time(tmp_path):
+    def items(count):
+        for seed in range(count):
+            yield explorer.item(**layers(id=str(seed), side=200, cell=20, seed=seed))
+
+    def peak(count):
+        tracemalloc.start()
+        size = report.write(tmp_path / "page.html", **arguments(tmp_path / "figures", explorer=items(count)))
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used, size.stat().st_size
+
+    peak(1)  # what is read once and kept, the template above all
+    (few, small), (many, large) = peak(2), peak(12)
+    assert large - small > 10 * 300_000
+    assert many < few + 300_000
+
+
+def test_an_item_that_does_not_fit_leaves_the_old_page(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    items = [explorer.item(**layers()), {"id": "img 1", "attack": "C&W"}]
+    with pytest.raises(ValueError, match=r"explorer\[1\] lacks true"):
+        report.write(path, **arguments(tmp_path / "figures", explorer=items))
+    assert path.read_text() == "old"
+
+
+# Steps through the explorer as a person would, and leaves what it saw in the document.
+_STEPS = """<pre id="seen"></pre><script>
+addEventListener("load", async () => {
+  const root = document.getElementById("explore"), canvas = document.getElementById("explore-canvas"), seen = {};
+  const drawn = async name => {
+    while (root.dataset.drawn !== name) await new Promise(next => setTimeout(next, 10));
+    delete root.dataset.drawn;
+  };
+  const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const numbers = () => [...document.querySelectorAll("#explore-numbers dd")].map(entry => entry.textContent);
+  const one = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const pixel = (y, x) => {
+    const side = canvas.width / SIDE;
+    one.drawImage(canvas, (x + .5) * side, (y + .5) * side, 1, 1, 0, 0, 1, 1);
+    return [...one.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  await drawn("kinds");
+  seen.start = numbers();
+  for (const key of ["End", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowLeft"]) press(canvas, key);
+  seen.moved = numbers();
+  const layers = [...root.querySelectorAll("input[type=radio]")].map(radio => radio.value);
+  seen.pixels = {};
+  for (const [at, name] of layers.entries()) {
+    press(canvas, String((at + 1) % 10));
+    await drawn(name);
+    const slider = document.getElementById("explore-opacity");
+    slider.value = 100;
+    if (!slider.disabled) { slider.dispatchEvent(new Event("input")); await drawn(name); }
+    seen.pixels[name] = pixel(2, 2);
+  }
+  const box = canvas.getBoundingClientRect();
+  const [clientX, clientY] = [box.left + box.width * .5, box.top + box.height * .1];
+  canvas.dispatchEvent(new PointerEvent("pointermove", { clientX, clientY }));
+  seen.hovered = numbers();
+  canvas.dispatchEvent(new PointerEvent("pointerleave"));
+  seen.left = numbers();
+  const attack = document.getElementById("explore-attack");
+  attack.value = "none";
+  attack.dispatchEvent(new Event("change"));
+  await drawn("promotion");
+  seen.failed = numbers();
+  seen.about = document.getElementById("explore-about").textContent;
+  document.getElementById("seen").textContent = "seen:" + encodeURIComponent(JSON.stringify(seen)) + ":";
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_explorer_draws_and_answers_in_a_browser(tmp_path):
+    given, side, cell = layers(), 12, 5
+    items = [explorer.item(**given), explorer.item(**unchanged(attack="none"))]
+    text = written(tmp_path, explorer=items)
+    path = tmp_path / "stepped.html"
+    path.write_text(text.replace("</body>", _STEPS.replace("SIDE", str(side))), encoding="utf-8")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--enable-logging=stderr")
+    command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in ran.stderr, ran.stderr
+    match = re.search("seen:([^:]+):", ran.stdout)
+    assert match is not None, ran.stderr
+    seen = json.loads(unquote(match[1]))
+
+    full = np.asarray(cam.resize(jnp.asarray(given["maps"]), side))
+
+    def numbers(row, column):
+        window = np.s_[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        means = full[window].mean((1, 2))
+        cells = [given[key][row, column] for key in ("suppression", "promotion", "ratio", "norm")]
+        return [*cells, *means, means[0] - means[1], means[3] - means[2]]
+
+    for name, at, pixels in (
+        ("start", (0, 0), "x 0–4, y 0–4"),
+        ("moved", (2, 1), "x 5–9, y 10–11"),
+        ("hovered", (0, 1), "x 5–9, y 0–4"),
+        ("left", (2, 1), "x 5–9, y 10–11"),
+    ):
+        place, where, kind, *texts = seen[name]
+        assert (place, where) == (f"{at[0]}, {at[1]}", pixels)
+        assert kind == ("suppression-dominated", "balanced", "promotion-dominated")[given["kind"][at] - 1]
+        shown = [float(text.replace("−", "-")) for text in texts]
+        np.testing.assert_allclose(shown, numbers(*at), rtol=6e-4, atol=2e-5)
+
+    y = x = 2
+    maps = {f"map{index}": (full[index], *items[0]["scale"], "maps") for index in range(4)}
+    for name, change in (("suppression", full[0] - full[1]), ("promotion", full[3] - full[2])):
+        maps[name] = (change, -items[0]["limit"], items[0]["limit"], "differences")
+    for name, pixel in seen["pixels"].items():
+        if name in explorer.LAYERS:
+            stream = io.BytesIO(base64.b64decode(items[0][name].partition(",")[2]))
+            assert pixel == np.asarray(Image.open(stream))[y, x].tolist()
+        elif name != "kinds":
+            values, low, high, key = maps[name]
+            stops = [[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in explorer.colours()[key]]
+            place = (values[y, x] - low) / (high - low) * (len(stops) - 1)
+            expected = [np.interp(place, range(len(stops)), channel) for channel in zip(*stops, strict=True)]
+            np.testing.assert_allclose(pixel, expected, atol=3)
+    kinds = seen["pixels"]["kinds"]
+    assert max(kinds) > min(kinds)  # coloured over grey
+    assert seen["failed"][2:7] == ["none", "0", "0", "–", "0"]
+    assert "failure; the picture is unchanged" in seen["about"]

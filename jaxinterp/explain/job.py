@@ -165,5 +165,5 @@ def explain(
     )
     summary = tables.summarise(rows, list(chosen), seed=seed)
     run.write_json("summary.json", tables.as_json(summary))
-    written = page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored())
+    written = page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored)
     return Explained(run, network, job.params, chosen, seen, rows, summary, written, batch_size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxinterp import plots, report
+from jaxinterp import explorer, plots, report
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.spec import describe
 from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
@@ -16,6 +16,9 @@ from jaxinterp.network import Network
 from jaxinterp.pictures import Pictures, left_out
 from jaxinterp.runs import Run, file_name, machine
 from jaxinterp.statistics import Estimate
+
+EXPLORED = 96
+"""The explorer holds at most about so many pictures times attacks, a third of a megabyte each: a browser opens that."""
 
 NOTES = (
     "Norms and passes are medians over the pictures for which the attack succeeded. Shares of kinds, rho and IS are "
@@ -25,6 +28,8 @@ NOTES = (
     "picture and on the map of the target on the adversarial one; its null is the score of an even perturbation, and "
     "the shuffled control that of the same perturbation with its pixels in random order.",
 )
+
+_EXPLORED_ARRAYS = ("clean", "adversarial", "suppression", "promotion", "ratio", "kind", "norm", "maps")
 
 
 def figure_path(run: Run, attack: str, picture: str) -> Path:
@@ -101,9 +106,20 @@ def write_page(
     chosen: Mapping[str, Attack],
     rows: Sequence[Mapping[str, Any]],
     summary: Sequence[Mapping[str, Any]],
-    chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
+    chunks: Callable[[], Iterable[tuple[str, Mapping[str, np.ndarray]]]],
 ) -> Path:
-    """Writes index.html, with the figures over all pictures, and returns its path."""
+    """Writes index.html, with the figures over all pictures, and returns its path.
+
+    Args:
+        run: the results directory.
+        network: the network that was attacked.
+        pictures: all pictures, attacked or not.
+        label_origin: where the labels come from, as text.
+        chosen: the attacks by name.
+        rows: one for every picture and attack, in the order of the page.
+        summary: one row for every attack.
+        chunks: reads the finished chunks, (name of the attack, arrays), from the first one on at every call.
+    """
     config = run.config
     return report.write(
         run.directory / "index.html",
@@ -133,9 +149,46 @@ def write_page(
             for row in rows
         ],
         notes=NOTES,
-        overview=_overview(run, summary, chunks),
+        overview=_overview(run, summary, chunks()),
         skipped=left_out(network, pictures),
+        explorer=explored(network.class_name, rows, chunks(), config["cell"]),
     )
+
+
+def explored(
+    class_name: Callable[[int], str],
+    rows: Sequence[Mapping[str, Any]],
+    chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
+    cell: int,
+) -> Iterator[dict[str, Any]]:
+    """What the explorer shows: the first pictures of the run, as many as `EXPLORED` allows, under every attack.
+
+    Args:
+        class_name: names the classes.
+        rows: one for every picture and attack, in the order of the page.
+        chunks: the finished chunks, the attacks of the same pictures one after the other.
+        cell: side of a cell, in pixels.
+    """
+    ids = list(dict.fromkeys(row["id"] for row in rows))
+    attacks = len({row["attack"] for row in rows})
+    shown = set(ids[: max(EXPLORED // max(attacks, 1), 1)])
+    found = {(row["id"], row["attack"]): row for row in rows if row["id"] in shown}
+    for attack, arrays in chunks:
+        if not found:
+            return
+        for i, name in enumerate(map(str, arrays["ids"])):
+            row = found.pop((name, attack), None)
+            if row is not None:
+                yield explorer.item(
+                    id=name,
+                    attack=attack,
+                    true=row["label_name"],
+                    target=row["target_name"],
+                    predicted=class_name(int(arrays["adversarial_class"][i])),
+                    success=bool(row["success"]),
+                    **{key: arrays[key][i] for key in _EXPLORED_ARRAYS},
+                    cell=cell,
+                )
 
 
 def _overview(
