@@ -28,8 +28,9 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxinterp import windowed
 from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model, suggest
@@ -119,12 +120,16 @@ def grid(height: int, width: int, cell: Cell) -> tuple[int, int]:
 
 def cell_map(height: int, width: int, cell: Cell) -> Int[Array, "h w"]:
     """The index of the cell of every pixel, counted row by row. Raises ValueError as `grid` does."""
+    return jnp.asarray(_numbered(height, width, cell))
+
+
+def _numbered(height: int, width: int, cell: Cell) -> Int[np.ndarray, "h w"]:
     ch, cw = _sides(cell)
     _, columns = grid(height, width, cell)
-    return (jnp.arange(height) // ch * columns)[:, None] + jnp.arange(width) // cw
+    return (np.arange(height, dtype=np.int32) // ch * columns)[:, None] + np.arange(width, dtype=np.int32) // cw
 
 
-def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[Array, "n h w"], tuple[int, ...]]:
+def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[np.ndarray, "n h w"], tuple[int, ...]]:
     """The number of the cell of every pixel, and the shape in which results are arranged.
 
     Args:
@@ -145,7 +150,7 @@ def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[Arra
     """
     if not hasattr(cells, "shape") or len(cells.shape) < 2:
         cell = _sides(cells)
-        return cell_map(height, width, cell)[None], grid(height, width, cell)
+        return _numbered(height, width, cell)[None], grid(height, width, cell)
     if isinstance(cells, Tracer):
         raise TypeError("a partition must be concrete, since its largest number decides the shape of the result")
     given = np.asarray(cells)
@@ -164,7 +169,7 @@ def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[Arra
         )
     if (largest := int(np.max(given))) >= height * width:
         raise ValueError(f"a partition has at most as many cells as pixels, {height * width}, got number {largest}")
-    return jnp.asarray(given, jnp.int32), (largest + 1,)
+    return given.astype(np.int32), (largest + 1,)
 
 
 def pse(
@@ -179,6 +184,7 @@ def pse(
     scale: str = "logit",
     tolerance: float = 1e-6,
     chunk: int | None = None,
+    windows: bool | None = None,
 ) -> Effect:
     """The effect of every cell.
 
@@ -199,6 +205,9 @@ def pse(
         tolerance: effects up to this fraction of the range of an image's scores are rounding: a cell with both
             effects below is of kind NONE.
         chunk: cells in one forward pass; None chooses by backend.
+        windows: compute only what a cell can reach, see `jaxinterp.windowed`: the same effects from less arithmetic, by
+            a program of its own for each set of cells. None chooses: on CPU, where that saves more than it costs
+            to compile.
 
     Raises:
         ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label,
@@ -227,9 +236,49 @@ def pse(
     else:
         # A power of two below `chunk` where there are fewer cells than that.
         chunk = min(chunk, 1 << (batch * (math.prod(shape) + 1) - 1).bit_length())
-        program = _one_at_a_time(mesh_of(clean, anyhow=True), method, scale, chunk)
+        boxes = None if windows is False else _boxes(where, math.prod(shape))
+        if windows is None and boxes is not None and not _pays(model, clean, boxes):
+            boxes = None
+        program = _one_at_a_time(mesh_of(clean, anyhow=True), method, scale, chunk, boxes)
     changes = program(model, clean, adversarial, where, labels, targets)
     return _effect(shape)(*changes, jnp.float32(tolerance))
+
+
+def _boxes(numbers: Int[np.ndarray, "n h w"], cells: int) -> tuple[tuple[int, int, int, int], ...]:
+    """The rectangle around every cell: first row and column, and those after the last."""
+    lows, highs = np.full((cells, 2), np.iinfo(np.int64).max), np.zeros((cells, 2), np.int64)
+    for axis in (0, 1):
+        places = np.broadcast_to(np.expand_dims(np.arange(numbers.shape[1 + axis]), 1 - axis), numbers.shape)
+        np.minimum.at(lows[:, axis], numbers.ravel(), places.ravel())
+        np.maximum.at(highs[:, axis], numbers.ravel(), places.ravel() + 1)
+    lows = np.where(highs == 0, 0, lows)  # a number that no pixel has
+    return tuple(map(tuple, np.concatenate([lows, np.maximum(highs, 1)], axis=1).tolist()))
+
+
+# What must be saved in one call, in multiplications and relative to all: compiling takes some seconds more. The last
+# is the work, in pixels, below which no network saves as much.
+_SAVED, _SAVING, _PIXELS = 3e11, 1.2, 1e6
+
+
+def _pays(model: Model, clean: Array, boxes: tuple[tuple[int, int, int, int], ...]) -> bool:
+    batch, height, width, _ = clean.shape
+    if jax.default_backend() != "cpu" or batch * len(boxes) * height * width < _PIXELS:
+        return False
+    leaves, treedef = jax.tree.flatten(model)
+    specs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    cost = _cost(treedef, specs, clean.shape[1:], boxes)
+    saved = (cost.whole - cost.windowed) * len(boxes) * clean.shape[0]
+    return cost.saving >= _SAVING and saved >= _SAVED
+
+
+@functools.lru_cache(maxsize=64)
+def _cost(treedef, specs, shape: tuple[int, ...], boxes) -> windowed.Cost:
+    model = jax.tree.unflatten(treedef, specs)
+    return windowed.cost(_call, model, jax.ShapeDtypeStruct((1, *shape), jnp.float32), np.array(boxes))
+
+
+def _call(model: Model, images: Array) -> Array:
+    return model(images)
 
 
 def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
@@ -268,40 +317,29 @@ def _range(scores: Float[Array, "b k"]) -> Float[Array, " b"]:
 
 
 @functools.cache
-def _one_at_a_time(mesh: Mesh | None, method: str, scale: str, chunk: int):
+def _one_at_a_time(
+    mesh: Mesh | None, method: str, scale: str, chunk: int, boxes: tuple[tuple[int, int, int, int], ...] | None
+):
     devices = 1 if mesh is None else mesh.size
+    together = _through_windows if boxes is not None else _all_together
 
     @canonical
     def passes(me, model, clean, adversarial, where, labels, targets):
-        batch, cells = clean.shape[0], clean.shape[1] * clean.shape[2]
         norm, perturbed = _perturbation(clean, adversarial, where)
-        # One pair (image, cell) a forward pass; cell number `cells` is no cell, and its pass the one of the image that
-        # the others are compared with, in the same program, so that a cell without effect gives exactly zero.
+        if boxes is not None:
+            norm, perturbed = norm[:, : len(boxes)], perturbed[:, : len(boxes)]
+        base, cell = (clean, adversarial) if method == "add_one_in" else (adversarial, clean)
+        # One pair (image, cell) a forward pass; the number after the last is no cell, and its pass the one of the
+        # image that the others are compared with, in the same program, so that a cell without effect gives exactly
+        # zero.
         needed = jnp.concatenate([perturbed, jnp.any(perturbed, axis=1, keepdims=True)], axis=1)
-        count = jnp.sum(needed, dtype=jnp.int32)
-        (pairs,) = jnp.nonzero(needed.reshape(-1), size=needed.size, fill_value=0)
-        pairs = jnp.concatenate([pairs, jnp.zeros(chunk, pairs.dtype)])
 
-        def body(carry):
-            start, by_label, by_target, spread = carry
-            chosen = lax.dynamic_slice(pairs, (start,), (chunk,))
-            image, cut = chosen // (cells + 1), chosen % (cells + 1)
-            inside = (where[image % where.shape[0]] == cut[:, None, None])[..., None]
-            rest, cell = (clean, adversarial) if method == "add_one_in" else (adversarial, clean)
-            scores = _score(model(jnp.where(inside, cell[image], rest[image])), scale)
-            valid = start + jnp.arange(chunk) < count
-            to = jnp.where(valid, chosen, needed.size)  # beyond the end: dropped
-            return (
-                start + devices * chunk,
-                by_label.at[to].set(_of(scores, labels[image]), mode="drop"),
-                by_target.at[to].set(_of(scores, targets[image]), mode="drop"),
-                spread.at[to].set(_range(scores), mode="drop"),
-            )
+        def measures(logits, image):
+            scores = _score(logits, scale)
+            return _of(scores, labels[image]), _of(scores, targets[image]), _range(scores)
 
-        empty = jnp.zeros(needed.size)
-        start = jnp.asarray(me * chunk, jnp.int32)
-        _, *found = lax.while_loop(lambda carry: carry[0] < count, body, (start, empty, empty, empty))
-        return [x.reshape(batch, cells + 1) for x in found], norm, perturbed
+        found = together(model, base, cell, where, needed, measures, me, devices, chunk, boxes)
+        return found, norm, perturbed
 
     def changes(found, norm, perturbed):
         by_label, by_target, spread = found
@@ -321,6 +359,57 @@ def _one_at_a_time(mesh: Mesh | None, method: str, scale: str, chunk: int):
 
     nowhere = PartitionSpec()
     return jax.jit(jax.shard_map(on_each, mesh=mesh, in_specs=nowhere, out_specs=nowhere, check_vma=False))
+
+
+def _loop(needed: Bool[Array, " n"], score: Callable, me: Array, devices: int, chunk: int) -> list[Array]:
+    """Three measures of every entry that is needed, chunk by chunk, each chunk on one of the devices; else zeros."""
+    count = jnp.sum(needed, dtype=jnp.int32)
+    (entries,) = jnp.nonzero(needed, size=needed.size, fill_value=0)
+    entries = jnp.concatenate([entries, jnp.zeros(chunk, entries.dtype)])
+
+    def body(carry):
+        start, *found = carry
+        chosen = lax.dynamic_slice(entries, (start,), (chunk,))
+        to = jnp.where(start + jnp.arange(chunk) < count, chosen, needed.size)  # beyond the end: dropped
+        measured = score(chosen)
+        return start + devices * chunk, *(x.at[to].set(y, mode="drop") for x, y in zip(found, measured, strict=True))
+
+    start, empty = jnp.asarray(me * chunk, jnp.int32), jnp.zeros(needed.size)
+    return list(lax.while_loop(lambda carry: carry[0] < count, body, (start, empty, empty, empty))[1:])
+
+
+def _all_together(model, base, cell, where, needed, measures, me, devices, chunk, boxes):
+    """Whole forward passes, of any cells of any images."""
+
+    def score(chosen):
+        image, cut = chosen // needed.shape[1], chosen % needed.shape[1]
+        inside = (where[image % where.shape[0]] == cut[:, None, None])[..., None]
+        return measures(model(jnp.where(inside, cell[image], base[image])), image)
+
+    return [x.reshape(needed.shape) for x in _loop(needed.reshape(-1), score, me, devices, chunk)]
+
+
+def _through_windows(model, base, cell, where, needed, measures, me, devices, chunk, boxes):
+    """What a cell reaches, image by image: the feature maps of an image are computed once, and kept for its cells."""
+
+    def of_image(i):
+        logits = windowed.evaluator(_call, model, base[i][None], np.array(boxes))
+        numbers = where[i % where.shape[0]]
+
+        def score(chosen):
+            def one(cut):
+                changed = jnp.where((numbers == cut)[..., None], cell[i], base[i])
+                return logits(changed, jnp.minimum(cut, len(boxes) - 1))
+
+            return measures(jax.vmap(one)(chosen), jnp.full(chosen.shape, i))
+
+        return _loop(needed[i], score, me, devices, chunk)
+
+    def nothing(i):
+        return [jnp.zeros(needed.shape[1])] * 3
+
+    work = me * chunk < jnp.sum(needed, axis=1)
+    return lax.map(lambda i: lax.cond(work[i], of_image, nothing, i), jnp.arange(needed.shape[0]))
 
 
 @functools.cache

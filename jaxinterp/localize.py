@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from jaxinterp import cam
@@ -226,7 +227,7 @@ def mean_by_kind(
     return jnp.stack([mean(k) for k in list(Kind)[1:]], axis=1)
 
 
-def _of_cells(values: Array, where: Int[Array, "n h w"]) -> Array:
+def _of_cells(values: Array, where: Int[np.ndarray, "n h w"]) -> Array:
     """The value of every pixel's cell, [B,H,W]."""
     flat = values.reshape(values.shape[0], -1)
     return jax.vmap(lambda v, w: v[w])(flat, jnp.broadcast_to(where, (flat.shape[0], *where.shape[1:])))
