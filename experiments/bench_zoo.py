@@ -54,25 +54,34 @@ def jax_programs(name: str, images: Any) -> dict[str, dict[str, Callable[[], Any
     }
 
 
-def torch_programs(name: str, images: Any) -> dict[str, Callable[[], Any]]:
-    """The same of the original, in channels_last; the gradient comes as [B,H,W,C]."""
+def torch_network(name: str) -> Callable[[Any], Any]:
+    """The original on images in [0, 1], in channels_last and with frozen weights."""
     import make_references  # imports torch
     import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
     import torch_zoo
 
     torch.set_num_threads(cores())
-    network = make_references.original(name).float().to(memory_format=torch.channels_last)
+    network = make_references.original(name).float().eval().to(memory_format=torch.channels_last)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
     own = name in torch_zoo.NETWORKS or name.startswith("efficientnet_lite")  # preprocess inside
-    preprocess = (lambda x: x) if own else torch_zoo.NORMALIZE
+    return network if own else lambda x: network(torch_zoo.NORMALIZE(x))
+
+
+def torch_programs(name: str, images: Any) -> dict[str, Callable[[], Any]]:
+    """The same of the original, in channels_last; the gradient comes as [B,H,W,C]."""
+    import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
+
+    network = torch_network(name)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
 
     def forward() -> Any:
         with torch.inference_mode():
-            return network(preprocess(x)).numpy()
+            return network(x).numpy()
 
     def gradient() -> Any:
         leaf = x.detach().requires_grad_()
-        (by_image,) = torch.autograd.grad(network(preprocess(leaf)).sum(), leaf)
+        (by_image,) = torch.autograd.grad(network(leaf).sum(), leaf)
         return by_image.permute(0, 2, 3, 1).numpy()
 
     return {"forward": forward, "input gradient": gradient}

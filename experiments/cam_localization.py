@@ -39,7 +39,7 @@ def of_pictures(study: Study) -> dict[str, list[dict[str, Any]]]:
     for _, attack, arrays in study.found.parts():
         for i in np.flatnonzero(arrays["success"]):
             four = arrays["maps"][i]
-            scale = {"label": np.ptp(four[0]), "target": np.ptp(four[3])}
+            scale = {"label": np.ptp(four[0]) or np.nan, "target": np.ptp(four[3]) or np.nan}
             found[attack].append(
                 {
                     "id": str(arrays["ids"][i]),

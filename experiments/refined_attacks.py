@@ -57,6 +57,11 @@ def supports(arrays, cell: int, fraction: float, key: jax.Array) -> dict[str, ja
     return dict(zip(SUPPORTS, (of_label, of_target, of_label | of_target, top, random), strict=True))
 
 
+def _relative(refined, original) -> np.ndarray:
+    """NaN where the original attack failed, and so has no norm."""
+    return np.asarray(refined, np.float64) / np.where(original > 0, original, np.nan)
+
+
 def main(setting: Refined) -> None:
     """Refined attacks, by support and fraction."""
     fractions = sorted(set(setting.fractions))
@@ -72,7 +77,7 @@ def main(setting: Refined) -> None:
         for fraction in fractions:
             for support in supports(arrays, setting.cell, fraction, key).values():
                 result = localize.refine(attack, model, *problem(arrays), support, key=key)
-                norms = [np.asarray(getattr(result, norm), np.float64) / arrays[norm] for norm in NORMS]
+                norms = [_relative(getattr(result, norm), arrays[norm]) for norm in NORMS]
                 made.append(
                     np.stack([np.asarray(result.success, np.float64), np.mean(support, (1, 2)), *norms], axis=1)
                 )

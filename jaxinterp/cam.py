@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 
 from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
-from jaxinterp.network import Network, Params, features, head, suggest
+from jaxinterp.network import Network, Params, capture, features, head, suggest
 
 _TINY = 1e-12
 _PLUS = 1e-6  # in the denominator of Grad-CAM++, as in pytorch-grad-cam; where gradients are small it decides
@@ -57,8 +57,8 @@ def maps(
         images: [B,H,W,C] float in [0, 1].
         classes: [B], one class for each image, or [B,n], several.
         method: one of `METHODS`.
-        node: the feature map; None means the network's `cam_node`, or where it has none its last node. "cam" is defined
-            for the `cam_node` only.
+        node: the feature map; None means the network's `cam_node`, or where it has none its last feature map of more
+            than one position. "cam" is defined for the `cam_node` only.
 
     Returns:
         [B,h,w], or [B,n,h,w] for several classes. The map of "eigencam" does not depend on the class; its sign is
@@ -68,7 +68,7 @@ def maps(
         ValueError: an unknown method or node; "cam" of a network that does not end in global average pooling and one
             linear layer; a network without nodes; classes out of range; images as in `jaxinterp.attacks.run`.
     """
-    node = check_method(network, method, node)
+    check_method(network, method, node)
     classes = jnp.asarray(classes)
     if classes.ndim not in (1, 2) or 0 in classes.shape[1:] or not jnp.issubdtype(classes.dtype, jnp.integer):
         raise ValueError(f"classes must be integers [B] or [B,n], got {classes.dtype} of shape {classes.shape}")
@@ -76,12 +76,14 @@ def maps(
     several = classes if classes.ndim == 2 else classes[:, None]
     for column in range(several.shape[1]):
         images, _, _, _ = check(model, images, several[:, column], names=("images", "classes"))
+    if node is None:
+        node = network.cam_node or _last_map(network, params, images)
     result = _program(network, method, node)(params, images, several)
     return result if classes.ndim == 2 else result[:, 0]
 
 
-def check_method(network: Network, method: str, node: str | None = None) -> str:
-    """The node that is meant. Raises ValueError as `maps` where method, node and network do not fit together."""
+def check_method(network: Network, method: str, node: str | None = None) -> None:
+    """Raises ValueError as `maps` where method, node and network do not fit together."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{suggest(method, METHODS)}")
     if method == "cam" and network.cam_node is None:
@@ -93,12 +95,24 @@ def check_method(network: Network, method: str, node: str | None = None) -> str:
         network.check_node(node)
         if method == "cam" and node != network.cam_node:
             raise ValueError(f'method "cam" is defined for node {network.cam_node!r} of {network.name}, not {node!r}')
-        return node
-    if network.cam_node is not None:
-        return network.cam_node
-    if not network.nodes:
+    elif network.cam_node is None and not network.nodes:
         raise ValueError(f"{network.name} has no nodes: nothing passes through its tap")
-    return network.nodes[-1]
+
+
+def _last_map(network: Network, params: Params, images: Float[Array, "b H W c"]) -> str:
+    leaves, treedef = jax.tree.flatten((params, images[:1]))
+    specs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _last_map_of(network, treedef, specs)
+
+
+@functools.cache
+def _last_map_of(network: Network, treedef, specs) -> str:
+    def every(params, images):
+        return capture(network, params, images, network.nodes)[1]
+
+    shapes = jax.eval_shape(every, *jax.tree.unflatten(treedef, specs))
+    large = [name for name, x in shapes.items() if x.ndim == 4 and x.shape[1] * x.shape[2] > 1]
+    return large[-1] if large else network.nodes[-1]
 
 
 @functools.cache

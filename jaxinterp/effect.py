@@ -236,15 +236,15 @@ def pse(
     else:
         # A power of two below `chunk` where there are fewer cells than that.
         chunk = min(chunk, 1 << (batch * (math.prod(shape) + 1) - 1).bit_length())
-        boxes = None if windows is False else _boxes(where, math.prod(shape))
-        if windows is None and boxes is not None and not _pays(model, clean, boxes):
-            boxes = None
-        program = _one_at_a_time(mesh_of(clean, anyhow=True), method, scale, chunk, boxes)
+        around = None if windows is False else boxes(where, math.prod(shape))
+        if windows is None and around is not None and not _pays(model, clean, around):
+            around = None
+        program = _one_at_a_time(mesh_of(clean, anyhow=True), method, scale, chunk, around)
     changes = program(model, clean, adversarial, where, labels, targets)
     return _effect(shape)(*changes, jnp.float32(tolerance))
 
 
-def _boxes(numbers: Int[np.ndarray, "n h w"], cells: int) -> tuple[tuple[int, int, int, int], ...]:
+def boxes(numbers: Int[np.ndarray, "n h w"], cells: int) -> tuple[tuple[int, int, int, int], ...]:
     """The rectangle around every cell: first row and column, and those after the last."""
     lows, highs = np.full((cells, 2), np.iinfo(np.int64).max), np.zeros((cells, 2), np.int64)
     for axis in (0, 1):

@@ -564,7 +564,7 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
 @style.context(_STYLE)
 def curves(
     panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
-    x: Sequence[float],
+    x: Sequence[float | int],
     *,
     xlabel: str,
     reference: tuple[str, ArrayLike] | None = None,

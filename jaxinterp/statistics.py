@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Estimate:
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int, level: float = 0.95) -> Estimate:
+def bootstrap_mean(values: Sequence[Any] | np.ndarray, *, seed: int, level: float = 0.95) -> Estimate:
     """The mean of the finite values with a bias-corrected and accelerated bootstrap interval.
 
     Args:
@@ -55,7 +56,7 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int, level: fl
     return Estimate(mean, float(interval.low), float(interval.high), int(finite.size))
 
 
-def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+def spearman(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarray) -> float:
     """Spearman's rank correlation; NaN of fewer than three pairs, or where one side is constant."""
     from scipy.stats import spearmanr
 

@@ -313,6 +313,22 @@ def test_a_network_without_pooling_and_linear_layer_is_refused():
         cam.maps(network, random_params(), IMAGES, classes, "layercam"),
         cam.maps(NETWORK, random_params(), IMAGES, classes, "layercam"),
     )
+    # The last one with more than one position.
+    pooled = Network(
+        name="pooled",
+        apply=lambda params, images, tap: (
+            apply(params, images, tap)
+            + 0 * jnp.sum(tap("mean", jnp.mean(images, axis=(1, 2), keepdims=True)), axis=(1, 2))[:, :1]
+        ),
+        nodes=(*PADDING, "mean"),
+        classes=6,
+    )
+    np.testing.assert_allclose(
+        cam.maps(pooled, random_params(), IMAGES, classes, "layercam"),
+        cam.maps(NETWORK, random_params(), IMAGES, classes, "layercam"),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     without = Network(name="bare", apply=lambda params, images: images.mean((1, 2)) @ params, classes=6)
     with pytest.raises(ValueError, match="bare has no nodes"):
         cam.maps(without, jnp.ones((3, 6)), IMAGES, classes, "gradcam")

@@ -38,7 +38,7 @@ def test_what_a_convolution_passes_on_is_in_the_window(data):
     if any(n + sum(p) < k for n, p, k in zip(size, pads, kernel, strict=True)):
         return
     out = lax.conv_general_dilated(
-        x, jnp.ones((*kernel, 1, 1)), stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        jnp.asarray(x), jnp.ones((*kernel, 1, 1)), stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     full = out.shape[1:3]
     reach = windowed.Reach(np.array([low]), np.array([high])).through(kernel, stride, [p[0] for p in pads], full)
@@ -210,7 +210,9 @@ def test_windows_cost_less_arithmetic_in_the_compiled_program():
         return windowed.evaluator(call, model, base, boxes(SIDE, 5))(image, cell)
 
     def flops(function, *args):
-        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+        analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+        assert analysis is not None
+        return analysis["flops"]
 
     whole = flops(call, model, base)
     once = flops(through, model, base, base[0], jnp.int32(9))  # with the feature maps of the unchanged image

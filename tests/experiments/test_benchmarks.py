@@ -147,3 +147,19 @@ def test_groups_of_the_attack_table():
         "net", [{"attack": "a", "success": 0, "pictures": 2, **dict.fromkeys(("l0", "l1", "l2", "linf", "groups"))}
         | {"forward": 1.0, "backward": 0.0}],
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_effect(tmp_path, capsys):
+    bench = importlib.import_module("bench_effect")
+    bench.main(("small_cnn",), ("small_cnn",), batch=2, sampled=16, rounds=2, out=tmp_path / "r.jsonl")
+    assert "torch is not installed" in capsys.readouterr().out
+    found = record(tmp_path / "r.jsonl")
+    [effects], [maps] = found["effects"], found["maps"]
+    assert effects["equal bit for bit"]
+    assert effects["cells"] == 256
+    assert effects["arithmetic saved"] > 1
+    assert set(effects["seconds"]) == {"windows", "whole"}
+    assert effects["whole / windows"]["median"] > 0
+    for ratio in ("CAM, 1 class / forward", "CAM, 10 classes / forward", "50 gradients / integrated gradients"):
+        assert maps[ratio]["median"] > 0

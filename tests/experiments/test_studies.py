@@ -1,0 +1,151 @@
+"""The experiments on two small pictures: answers follow from the numbers, a study continues, bad input is refused."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxinterp
+from jaxinterp import cam, effect, localize
+from jaxinterp.data import Crop, samples
+from jaxinterp.statistics import Estimate
+from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Setting, problem, verdict
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+ATTACKS = ("ifgsm:steps=5,eps=0.1", "cw:search_steps=2,steps=30,initial_const=1")
+
+
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch):
+    """The scripts import one another, as they do when one of them is run."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Two CIFAR-10 pictures in one results directory."""
+    pictures = tuple(samples("cifar10", crop=Crop(32)).paths[:2])
+    return Setting(
+        pictures=pictures,
+        model="cifar10_cnn",
+        attack=ATTACKS,
+        cell=8,
+        out=tmp_path_factory.mktemp("study") / "run",
+        labels="names",
+        batch_size=2,
+    )
+
+
+def of(kind, setting, **more):
+    return kind(**{field.name: getattr(setting, field.name) for field in dataclasses.fields(setting)}, **more)
+
+
+def answers(setting, name):
+    record = json.loads((setting.out / name / "answers.json").read_text())
+    assert record["study"] == name
+    assert record["pictures"] == 2
+    assert {"jax", "devices"} <= record["machine"].keys()
+    assert all(answer["verdict"] in (CONFIRMED, NOT_CONFIRMED, UNDECIDED) for answer in record["answers"])
+    return record
+
+
+def stored(setting):
+    """The pairs of pictures with the chunk of each attack."""
+    parts = sorted((setting.out / "parts").glob("*-000000.npz"))
+    return {path.name.partition("_")[0]: dict(np.load(path)) for path in parts}
+
+
+def test_verdicts():
+    assert verdict(Estimate(0.5, 0.2, 0.8, 9), 0.1) == CONFIRMED
+    assert verdict(Estimate(0.5, 0.2, 0.8, 9), 0.9) == NOT_CONFIRMED
+    assert verdict(Estimate(0.5, 0.2, 0.8, 9), 0.5) == UNDECIDED
+    assert verdict(Estimate(0.5, np.nan, np.nan, 1), 0.1) == UNDECIDED
+    assert verdict(Estimate(np.nan, np.nan, np.nan, 0), 0.1) == UNDECIDED
+
+
+def test_statistics_and_localization(setting, capsys):
+    for name in ("pse_statistics", "cam_localization"):
+        importlib.import_module(name).main(setting)
+    assert "(a) " in capsys.readouterr().out
+    record = answers(setting, "pse_statistics")
+    assert len(record["answers"]) == 2 * 3 + 2
+    record = answers(setting, "cam_localization")
+    network, params = jaxinterp.load("cifar10_cnn")
+    arrays = next(a for name, a in stored(setting).items() if name.startswith("cw"))
+    four = localize.four_maps(network, params, *problem(arrays), "gradcam")
+    np.testing.assert_allclose(four.stacked(), arrays["maps"], rtol=1e-4, atol=1e-5)
+    delta = jnp.asarray(arrays["adversarial"] - arrays["clean"])
+    scores, _ = localize.score_curve(delta, four.label_clean)
+    mean = np.mean(np.asarray(scores)[arrays["success"]], axis=0)
+    shown = [float(text.split()[0]) for text in record["results"][ATTACKS[1]]["score"]]
+    np.testing.assert_allclose(shown, mean, atol=6e-4)
+    assert (setting.out / "cam_localization" / "curves.png").stat().st_size > 10_000
+    assert (setting.out / "index.html").exists()
+
+
+def test_cell_sizes_and_definitions(setting):
+    sizes = importlib.import_module("cell_size")
+    sizes.main(of(sizes.Sizes, setting, sizes=(16, 8)))
+    record = answers(setting, "cell_size")
+    network, params = jaxinterp.load("cifar10_cnn")
+    arrays = next(a for name, a in stored(setting).items() if name.startswith("cw"))
+    e = effect.pse(network.bind(params), *problem(arrays), 16)
+    expected = np.nanmean(np.asarray(effect.shares(e.kind))[arrays["success"]], axis=0)
+    found = [float(text.split()[0]) for text in record["results"][ATTACKS[1]]["16"].values()]
+    np.testing.assert_allclose(found, expected, atol=6e-4)
+
+    definitions = importlib.import_module("definitions")
+    agreement, chance, rho = definitions.compare(e, e)
+    assert set(agreement[np.isfinite(agreement)]) <= {1.0}
+    assert set(np.round(rho[np.isfinite(rho)], 6)) <= {1.0}
+    assert (chance[np.isfinite(chance)] <= 1).all()
+    definitions.main(of(definitions.Definitions, setting, size=8))
+    record = answers(setting, "definitions")
+    assert set(record["results"][ATTACKS[1]]) == set(definitions.DEFINITIONS)
+
+
+def test_refinement_and_strength_continue_where_they_were(setting):
+    refined = importlib.import_module("refined_attacks")
+    asked = of(refined.Refined, setting, refine=(ATTACKS[0],), fractions=(0.5, 1.0))
+    refined.main(asked)
+    record = answers(setting, "refined_attacks")
+    whole = record["results"][ATTACKS[0]]["1"]
+    assert whole["top cells by s + p"]["part of the picture"].startswith("1.000")
+    parts = {path: path.stat().st_mtime_ns for path in (setting.out / "refined_attacks" / "parts").iterdir()}
+    assert parts
+    refined.main(asked)
+    assert answers(setting, "refined_attacks") == record
+    assert all(path.stat().st_mtime_ns == when for path, when in parts.items())
+    with pytest.raises(ValueError, match=r"holds results of another config.*fractions"):
+        refined.main(dataclasses.replace(asked, fractions=(0.3,)))
+    with pytest.raises(ValueError, match="--refine names pgd, which is not among the attacks: ifgsm"):
+        refined.main(dataclasses.replace(asked, refine=("pgd",)))
+    arrays = next(a for name, a in stored(setting).items() if name.startswith("ifgsm"))
+    masks = refined.supports(arrays, 8, 0.5, jax.random.key(0))
+    np.testing.assert_array_equal(masks["union of maps"], masks["map of t0"] | masks["map of t"])
+    for name in ("top cells by s + p", "random cells"):
+        assert np.mean(masks[name], axis=(1, 2)).tolist() == [0.5, 0.5]
+    resized = cam.resize(jnp.asarray(arrays["maps"][:, 0]), 32)
+    np.testing.assert_array_equal(masks["map of t0"], resized >= np.percentile(resized, 50, axis=(1, 2), keepdims=True))
+
+    strength = importlib.import_module("untargeted_and_strength")
+    strength.main(of(strength.Strengths, setting, strengths=(2, 16), size=8))
+    results = answers(setting, "untargeted_and_strength")["results"]
+    assert results["untargeted"]["16"]["success"] == "2 of 2"
+
+
+def test_bad_input_ends_in_a_message(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXPERIMENTS.parent), str(EXPERIMENTS)])}
+    command = [sys.executable, str(EXPERIMENTS / "cell_size.py"), "--model", "resnet5", "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "resnet50" in done.stderr
