@@ -320,8 +320,11 @@ def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kapp
 # These are put to every rule on every problem whenever the tests run. For the others, the rules and problems that need
 # programs of their own run with --exhaustive (make exhaustive): compiling them all takes an hour.
 LEADING = ("ifgsm", "pgd-linf", "cw")
-# These take longest to compile, and share their parts with others.
-LONG = ("autoattack", "hopskipjump-linf", "cw-l0")
+# These take longest to compile, or differ from another one in a norm only.
+LONG = (
+    *("autoattack", "chain", "hopskipjump-linf", "cw-l0", "mifgsm-chain", "apgdt", "apgd-l1", "apgd-l2", "pgd-l1"),
+    *("square-l1", "square-l2", "fab-l1", "fab-linf", "fab-t", "fmn-l1", "fmn-linf", "deepfool-linf"),
+)
 
 
 def _case(case, *more, always=False):

@@ -86,7 +86,7 @@ def test_statistics_and_localization(setting, capsys):
     scores, _ = localize.score_curve(delta, four.label_clean)
     mean = np.mean(np.asarray(scores)[arrays["success"]], axis=0)
     shown = [float(text.split()[0]) for text in record["results"][ATTACKS[1]]["score"]]
-    np.testing.assert_allclose(shown, mean, atol=6e-4)
+    np.testing.assert_allclose(shown, mean, atol=3e-3)  # a pixel more or less
     assert (setting.out / "cam_localization" / "curves.png").stat().st_size > 10_000
     assert (setting.out / "index.html").exists()
 
