@@ -589,7 +589,7 @@ def curves(
     """
     if not panels or not all(panels.values()):
         raise ValueError("panels is empty, expected at least one measure and one line")
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     figure = Figure(figsize=(max(4.2 * columns, 5.4) + 0.4, 3.4 * rows + 0.7), layout="constrained")

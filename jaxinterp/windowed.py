@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,48 +30,81 @@ _WHOLE = 0.7  # the part of a map from which on a window is taken for the whole 
 # Regions
 
 
+# Rows and columns are followed apart: each axis has as many places as rectangles have different extents along it.
+
+Place = tuple[Array, Array]
+"""Which of the places along each axis is meant."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A window of a feature map for every rectangle: [n,2] its first row and column, and its height and width."""
+    """A window of a feature map: for both axes where it starts, at each place, and its size."""
 
-    start: np.ndarray
+    start: tuple[np.ndarray, np.ndarray]
     size: tuple[int, int]
 
     def key(self) -> tuple:
         """What tells regions apart."""
-        return self.size, self.start.tobytes()
+        return self.size, *(start.tobytes() for start in self.start)
+
+    def moved(self, by: Sequence[Any]) -> Region:
+        """Further on by so many rows and columns."""
+        return Region((self.start[0] + by[0], self.start[1] + by[1]), self.size)
+
+    def seen(self, stride: Sequence[int], kernel: Sequence[int], low: Sequence[int]) -> Region:
+        """The inputs that outputs in this region see, with `low` rows and columns of padding."""
+        start = (self.start[0] * stride[0] - low[0], self.start[1] * stride[1] - low[1])
+        size = ((n - 1) * s + k for n, s, k in zip(self.size, stride, kernel, strict=True))
+        return Region(start, tuple(size))  # type: ignore[arg-type]  # two of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """The positions that a rectangle reaches, [n,2] the first and [n,2] the one after the last."""
+    """The positions that rectangles reach: for both axes the first, and the one after the last, at each place."""
 
-    low: np.ndarray
-    high: np.ndarray
+    low: tuple[np.ndarray, np.ndarray]
+    high: tuple[np.ndarray, np.ndarray]
 
     def region(self, full: tuple[int, int]) -> Region:
         """The window of a map of size `full` that holds them."""
-        size = np.minimum(np.maximum(np.max(self.high - self.low, axis=0), 1), full)
+        pairs = list(zip(self.low, self.high, full, strict=True))
+        size = [min(max(int(np.max(high - low)), 1), n) for low, high, n in pairs]
         if math.prod(size) >= _WHOLE * math.prod(full):
-            return whole(full, len(self.low))
-        return Region(np.clip(self.low, 0, np.array(full) - size), (int(size[0]), int(size[1])))
+            return self.whole(full)
+        start = [np.clip(low, 0, n - k) for (low, _, n), k in zip(pairs, size, strict=True)]
+        return Region((start[0], start[1]), (size[0], size[1]))
+
+    def whole(self, full: tuple[int, int]) -> Region:
+        """The region that is the whole map."""
+        return Region((np.zeros_like(self.low[0]), np.zeros_like(self.low[1])), full)
 
     def union(self, other: Reach) -> Reach:
         """What either reaches."""
-        return Reach(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+        low = np.minimum(self.low[0], other.low[0]), np.minimum(self.low[1], other.low[1])
+        return Reach(low, (np.maximum(self.high[0], other.high[0]), np.maximum(self.high[1], other.high[1])))
 
-    def through(self, kernel: Any, stride: Any, low: Any, full: Any) -> Reach:
+    def moved(self, by: Sequence[Any]) -> Reach:
+        """Further on by so many rows and columns."""
+        return Reach((self.low[0] + by[0], self.low[1] + by[1]), (self.high[0] + by[0], self.high[1] + by[1]))
+
+    def through(self, stride: Sequence[int], kernel: Sequence[int], low: Sequence[int], full: Sequence[int]) -> Reach:
         """The outputs that see the positions through windows of size `kernel`, `low` rows and columns of padding."""
-        k, s, p, last = (np.asarray(x) for x in (kernel, stride, low, full))
-        first = -((k - 1 - self.low - p) // s)  # the ceiling of (low + p - k + 1) / s
-        after = (self.high - 1 + p) // s + 1
-        first = np.clip(first, 0, last)
-        return Reach(first, np.clip(after, first, last))
+
+        def along(axis):
+            k, s, p, last = kernel[axis], stride[axis], low[axis], full[axis]
+            first = np.clip(-((k - 1 - self.low[axis] - p) // s), 0, last)  # the ceiling of (low + p - k + 1) / s
+            return first, np.clip((self.high[axis] - 1 + p) // s + 1, first, last)
+
+        (top, bottom), (left, right) = along(0), along(1)
+        return Reach((top, left), (bottom, right))
 
 
-def whole(full: tuple[int, int], count: int) -> Region:
-    """The region that is the whole map."""
-    return Region(np.zeros((count, 2), np.int64), full)
+def _places(boxes: np.ndarray) -> tuple[Reach, list[np.ndarray]]:
+    """The extents along each axis, and for every rectangle which of them is its own."""
+    rows, of_rows = np.unique(boxes[:, [0, 2]].astype(np.int64), axis=0, return_inverse=True)
+    columns, of_columns = np.unique(boxes[:, [1, 3]].astype(np.int64), axis=0, return_inverse=True)
+    reach = Reach((rows[:, 0], columns[:, 0]), (rows[:, 1], columns[:, 1]))
+    return reach, [of_rows.reshape(-1), of_columns.reshape(-1)]
 
 
 # Values: what a variable of the traced function is for an image with one rectangle changed
@@ -84,44 +117,48 @@ class Window:
         self.base, self.region, self.value, self.reach = base, region, value, reach
         self.full = (base.shape[1], base.shape[2])
 
-    def at(self, region: Region, cell: Array, fill: float | Array = 0.0) -> Array:
-        """The values in another region, which may lie partly outside the map, where `fill` stands."""
+    def at(self, region: Region, place: Place) -> Array:
+        """The values in another region, which may lie partly outside the map, where zeros stand."""
         if region.key() == self.region.key():
             return self.value
         # A piece of the unchanged map around the region and the window; the window is put in its place.
-        before = np.maximum(np.max(region.start - self.region.start, axis=0), 0)
-        ends = self.region.start + self.region.size, region.start + region.size
-        behind = np.maximum(np.max(ends[0] - ends[1], axis=0), 0)
-        start, size = region.start - before, np.array(region.size) + before + behind
-        outside = np.maximum(-np.min(start, axis=0), 0), np.maximum(np.max(start + size, axis=0) - self.full, 0)
+        before, size, outside = [], [], []
+        for axis in (0, 1):
+            mine, wanted = self.region.start[axis], region.start[axis]
+            ahead = max(0, int(np.max(wanted - mine)))
+            behind = max(0, int(np.max(mine + self.region.size[axis] - wanted - region.size[axis])))
+            start, extent = wanted - ahead, region.size[axis] + ahead + behind
+            before.append(ahead)
+            size.append(extent)
+            outside.append((max(0, -int(np.min(start))), max(0, int(np.max(start)) + extent - self.full[axis])))
         everything = self.region.size == self.full
-        source = self.value if everything else self.base
-        if np.any(outside):
-            source = _pad(source, outside[0], outside[1], fill)
-        piece = _cut(source, start + outside[0], size, cell)
+        source = _pad(self.value if everything else self.base, outside)
+        around = Region(region.start, (size[0], size[1])).moved([-x for x in before])
+        piece = _cut(source, around.moved([low for low, _ in outside]), place)
         if not everything:
-            piece = _put(piece, self.value, self.region.start - start, cell)
-        return _slice(piece, before, before + region.size)
+            inside = self.region.moved((-around.start[0], -around.start[1]))
+            piece = _put(piece, self.value, inside, place)
+        return _slice(piece, before, region.size)
 
 
 class Lazy:
     """Elementwise operations on shifted pieces of a map, computed where and when somebody asks."""
 
-    def __init__(self, base: Array, reach: Reach, compute: Callable[[Region, Array], Array]):
+    def __init__(self, base: Array, reach: Reach, compute: Callable[[Region, Place], Array]):
         self.base, self.reach, self.compute = base, reach, compute
         self.full = (base.shape[1], base.shape[2])
         self.known: dict[tuple, Array] = {}
 
-    def at(self, region: Region, cell: Array, fill: float | Array = 0.0) -> Array:
+    def at(self, region: Region, place: Place) -> Array:
         """The values in a region inside the map."""
         if region.key() not in self.known:
-            self.known[region.key()] = self.compute(region, cell)
+            self.known[region.key()] = self.compute(region, place)
         return self.known[region.key()]
 
-    def settled(self, cell: Array) -> Window:
+    def settled(self, place: Place) -> Window:
         """As a window."""
         region = self.reach.region(self.full)
-        return Window(self.base, region, self.at(region, cell), self.reach)
+        return Window(self.base, region, self.at(region, place), self.reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,38 +174,42 @@ class Fixed:
 
     value: Any
 
-    def at(self, region: Region, cell: Array, full: tuple[int, int]) -> Array:
+    def at(self, region: Region, place: Place, full: tuple[int, int]) -> Array:
         """The values in a region, where it has that extent at all."""
         value = self.value
-        for axis, size in ((1, full[0]), (2, full[1])):
-            if value.shape[axis] == size and size > 1:
-                start = _of(region.start[:, axis - 1], cell)
-                value = lax.dynamic_slice_in_dim(value, start, region.size[axis - 1], axis)
+        for axis in (0, 1):
+            if value.shape[1 + axis] == full[axis] > 1:
+                value = lax.dynamic_slice_in_dim(value, _of(region, axis, place), region.size[axis], 1 + axis)
         return value
 
 
-def _of(table: np.ndarray, cell: Array) -> Array:
-    """The entry of a rectangle."""
-    return jnp.int32(int(table[0])) if np.all(table == table[0]) else jnp.asarray(table, jnp.int32)[cell]
+def _of(region: Region, axis: int, place: Place) -> Array:
+    """Where the region starts along an axis, at a place."""
+    starts = region.start[axis]
+    return jnp.int32(int(starts[0])) if np.all(starts == starts[0]) else jnp.asarray(starts, jnp.int32)[place[axis]]
 
 
-def _cut(x: Array, start: np.ndarray, size: np.ndarray, cell: Array) -> Array:
-    place = (0, _of(start[:, 0], cell), _of(start[:, 1], cell), 0)
-    return lax.dynamic_slice(x, place, (x.shape[0], int(size[0]), int(size[1]), x.shape[3]))
+def _cut(x: Array, region: Region, place: Place) -> Array:
+    start = (0, _of(region, 0, place), _of(region, 1, place), 0)
+    return lax.dynamic_slice(x, start, (x.shape[0], *region.size, x.shape[3]))
 
 
-def _put(x: Array, window: Array, start: np.ndarray, cell: Array) -> Array:
-    return lax.dynamic_update_slice(x, window, (0, _of(start[:, 0], cell), _of(start[:, 1], cell), 0))
+def _put(x: Array, window: Array, region: Region, place: Place) -> Array:
+    return lax.dynamic_update_slice(x, window, (0, _of(region, 0, place), _of(region, 1, place), 0))
 
 
-def _slice(x: Array, start: np.ndarray, stop: np.ndarray) -> Array:
-    low, high = (0, int(start[0]), int(start[1]), 0), (x.shape[0], int(stop[0]), int(stop[1]), x.shape[3])
-    return x if (high[1] - low[1], high[2] - low[2]) == x.shape[1:3] else lax.slice(x, low, high)
+def _slice(x: Array, start: Sequence[int], size: tuple[int, int]) -> Array:
+    if x.shape[1:3] == size:
+        return x
+    high = (x.shape[0], start[0] + size[0], start[1] + size[1], x.shape[3])
+    return lax.slice(x, (0, start[0], start[1], 0), high)
 
 
-def _pad(x: Array, before: np.ndarray, behind: np.ndarray, fill: Any) -> Array:
-    sides = ((int(before[0]), int(behind[0]), 0), (int(before[1]), int(behind[1]), 0))
-    return lax.pad(x, jnp.asarray(fill, x.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
+def _pad(x: Array, sides: Sequence[tuple[int, int]]) -> Array:
+    if not any(map(any, sides)):
+        return x
+    (top, bottom), (left, right) = sides
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0)))
 
 
 # The traced function
@@ -207,7 +248,8 @@ def cost(function: Callable, arguments: Any, image: Any, boxes: Int[np.ndarray, 
         counter = Counter()
 
         def trace(arguments, image, some=some, counter=counter):
-            return _Evaluation(function, arguments, image, some, counter).run(image, jnp.int32(0))
+            first = jnp.int32(0), jnp.int32(0)
+            return _Evaluation(function, arguments, image, _places(some)[0], counter).run(image, first)
 
         jax.eval_shape(trace, arguments, image)
         counts.append(counter.products)
@@ -234,16 +276,18 @@ def evaluator(
         base: the unchanged image.
         boxes: first row, first column, the row after the last and the column after the last of every rectangle.
     """
-    evaluation = _Evaluation(function, arguments, base, boxes, Counter())
-    return lambda image, cell: evaluation.run(image[None], cell)[0]
+    reach, numbers = _places(boxes)
+    evaluation = _Evaluation(function, arguments, base, reach, Counter())
+    of_rows, of_columns = (jnp.asarray(each, jnp.int32) for each in numbers)
+    return lambda image, cell: evaluation.run(image[None], (of_rows[cell], of_columns[cell]))[0]
 
 
 class _Evaluation:
     """Values of all variables for the unchanged image, and the rules by which a changed one is computed."""
 
-    def __init__(self, function: Callable, arguments: Any, base: Array, boxes: np.ndarray, counter: Counter):
-        self.counter, self.closed = counter, _flat(jax.make_jaxpr(function)(arguments, base))
-        self.reach = Reach(boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64))
+    def __init__(self, function: Callable, arguments: Any, base: Array, reach: Reach, counter: Counter):
+        self.counter, self.reach = counter, reach
+        self.closed = _flat(jax.make_jaxpr(function)(arguments, base))
         self.base: dict[Any, Any] = {}
         leaves = jax.tree.leaves(arguments)
         jaxpr = self.closed.jaxpr
@@ -258,14 +302,14 @@ class _Evaluation:
     def _read(values, atom):
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
-    def run(self, image: Array, cell: Array) -> Array:
-        """The logits [1,K] of an image [1,H,W,C] with rectangle number `cell` changed."""
+    def run(self, image: Array, place: Place) -> Array:
+        """The logits [1,K] of an image [1,H,W,C] with the rectangle at a place changed."""
         jaxpr, reach = self.closed.jaxpr, self.reach
         full = (image.shape[1], image.shape[2])
         region = reach.region(full)
         values: dict[Any, Any] = {}  # of what depends on the image
         given = jaxpr.invars[-1]
-        values[given] = Window(self.base[given], region, _cut(image, region.start, np.array(region.size), cell), reach)
+        values[given] = Window(self.base[given], region, _cut(image, region, place), reach)
         for eqn in jaxpr.eqns:
             inputs = [
                 values.get(atom, Fixed(self.base[atom])) if isinstance(atom, jex.Var) else Fixed(jnp.asarray(atom.val))
@@ -274,20 +318,20 @@ class _Evaluation:
             if all(isinstance(x, Fixed) for x in inputs):
                 continue
             rule = _RULES.get(eqn.primitive.name)
-            output = None if rule is None else rule(self, eqn, inputs, cell)
-            outputs = self._as_a_whole(eqn, inputs, cell) if output is None else [output]
+            output = None if rule is None else rule(self, eqn, inputs, place)
+            outputs = self._as_a_whole(eqn, inputs, place) if output is None else [output]
             values.update(zip(eqn.outvars, outputs, strict=True))
         (result,) = jaxpr.outvars
         found = values.get(result)
-        return self._read(self.base, result) if found is None else self._whole(found, cell)
+        return self._read(self.base, result) if found is None else self._whole(found, place)
 
-    def _whole(self, value, cell):
+    def _whole(self, value, place):
         if isinstance(value, Fixed | Plain):
             return value.value
-        return value.at(whole(value.full, len(value.reach.low)), cell)
+        return value.at(value.reach.whole(value.full), place)
 
-    def _as_a_whole(self, eqn, inputs, cell):
-        arrays = [self._whole(x, cell) for x in inputs]
+    def _as_a_whole(self, eqn, inputs, place):
+        arrays = [self._whole(x, place) for x in inputs]
         outputs = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
         outputs = outputs if eqn.primitive.multiple_results else [outputs]
         if eqn.primitive.name == "dot_general":
@@ -303,7 +347,7 @@ class _Evaluation:
 
     # Rules; None where the operation is not the kind that they are for
 
-    def _elementwise(self, eqn, inputs, cell):
+    def _elementwise(self, eqn, inputs, place):
         output = eqn.outvars[0].aval
         maps = [x for x in inputs if isinstance(x, Window | Lazy)]
         if any(isinstance(x, Plain) for x in inputs) or output.ndim != 4:
@@ -317,39 +361,38 @@ class _Evaluation:
         for other in maps[1:]:
             reach = reach.union(other.reach)
 
-        def compute(region, cell):
+        def compute(region, place):
             def read(x):
                 if isinstance(x, Fixed):
-                    return x.at(region, cell, full) if x.value.ndim else x.value
-                return x.at(region, cell)
+                    return x.at(region, place, full) if x.value.ndim else x.value
+                return x.at(region, place)
 
             return eqn.primitive.bind(*map(read, inputs), **eqn.primitive.get_bind_params(eqn.params))
 
         base = self.base[eqn.outvars[0]]
         lazy = Lazy(base, reach, compute)
-        return lazy if any(isinstance(x, Lazy) for x in maps) else lazy.settled(cell)
+        return lazy if any(isinstance(x, Lazy) for x in maps) else lazy.settled(place)
 
-    def _concatenate(self, eqn, inputs, cell):
-        return self._elementwise(eqn, inputs, cell) if eqn.params["dimension"] == 3 else None
+    def _concatenate(self, eqn, inputs, place):
+        return self._elementwise(eqn, inputs, place) if eqn.params["dimension"] == 3 else None
 
-    def _padding(self, eqn, inputs, cell):
+    def _padding(self, eqn, inputs, place):
         x, fill = inputs
         sides = eqn.params["padding_config"]
         if isinstance(x, Lazy):
-            x = x.settled(cell)
+            x = x.settled(place)
         local = sides[0] == sides[3] == (0, 0, 0) and all(low >= 0 and high >= 0 and not i for low, high, i in sides)
         if not isinstance(x, Window) or not isinstance(fill, Fixed) or not local:
             return None
-        low = np.array([sides[1][0], sides[2][0]])
+        low = (sides[1][0], sides[2][0])
         base = self.base[eqn.outvars[0]]
-        reach = Reach(x.reach.low + low, x.reach.high + low)
+        reach = x.reach.moved(low)
         if x.region.size == x.full:
-            full = (base.shape[1], base.shape[2])
             value = eqn.primitive.bind(x.value, fill.value, **eqn.params)
-            return Window(base, whole(full, len(reach.low)), value, reach)
-        return Window(base, Region(x.region.start + low, x.region.size), x.value, reach)
+            return Window(base, reach.whole((base.shape[1], base.shape[2])), value, reach)
+        return Window(base, x.region.moved(low), x.value, reach)
 
-    def _piece(self, eqn, inputs, cell):
+    def _piece(self, eqn, inputs, place):
         (x,) = inputs
         p, shape = eqn.params, eqn.invars[0].aval.shape
         if not isinstance(x, Window | Lazy) or len(shape) != 4:
@@ -358,20 +401,19 @@ class _Evaluation:
         if any(p["start_indices"][a] or p["limit_indices"][a] != shape[a] or strides[a] != 1 for a in (0, 3)):
             return None
         if isinstance(x, Lazy):
-            x = x.settled(cell)
-        start, stride = np.array(p["start_indices"][1:3]), np.array(strides[1:3])
+            x = x.settled(place)
+        # Output o reads input start + stride o, as a convolution of one tap does with -start rows of padding.
+        low, stride = [-first for first in p["start_indices"][1:3]], strides[1:3]
         base = self.base[eqn.outvars[0]]
 
-        def compute(region, cell):
-            size = (np.array(region.size) - 1) * stride + 1
-            piece = x.at(Region(region.start * stride + start, (int(size[0]), int(size[1]))), cell)
-            return piece if np.all(stride == 1) else piece[:, :: stride[0], :: stride[1]]
+        def compute(region, place):
+            piece = x.at(region.seen(stride, (1, 1), low), place)
+            return piece if tuple(stride) == (1, 1) else piece[:, :: stride[0], :: stride[1]]
 
-        # Output o reads input start + stride o, as a convolution of one tap does with -start rows of padding.
-        reach = x.reach.through((1, 1), stride, -start, base.shape[1:3])
+        reach = x.reach.through(stride, (1, 1), low, base.shape[1:3])
         return Lazy(base, reach, compute)
 
-    def _convolution(self, eqn, inputs, cell):
+    def _convolution(self, eqn, inputs, place):
         x, kernel = inputs
         p = dict(eqn.params)
         spec = p["dimension_numbers"]
@@ -379,19 +421,18 @@ class _Evaluation:
         if not isinstance(x, Window | Lazy) or not isinstance(kernel, Fixed) or not local or p["batch_group_count"] > 1:
             return None
         if isinstance(x, Lazy):
-            x = x.settled(cell)
+            x = x.settled(place)
         base = self.base[eqn.outvars[0]]
         full = (base.shape[1], base.shape[2])
-        taps = np.array([kernel.value.shape[axis] for axis in spec.rhs_spec[2:]])
-        extent = (taps - 1) * np.array(p["rhs_dilation"]) + 1
-        stride, low = np.array(p["window_strides"]), np.array([side[0] for side in p["padding"]])
-        reach = x.reach.through(extent, stride, low, full)
+        taps = [kernel.value.shape[axis] for axis in spec.rhs_spec[2:]]
+        extent = [(k - 1) * d + 1 for k, d in zip(taps, p["rhs_dilation"], strict=True)]
+        stride, low = p["window_strides"], [side[0] for side in p["padding"]]
+        reach = x.reach.through(stride, extent, low, full)
         region = reach.region(full)
         if x.region.size == x.full and region.size == full:
             value = eqn.primitive.bind(x.value, kernel.value, **p)
         else:
-            size = (np.array(region.size) - 1) * stride + extent
-            seen = x.at(Region(region.start * stride - low, (int(size[0]), int(size[1]))), cell)
+            seen = x.at(region.seen(stride, extent, low), place)
             value = eqn.primitive.bind(seen, kernel.value, **{**p, "padding": ((0, 0), (0, 0))})
         self._count(eqn, value, kernel.value)
         return Window(base, region, value, reach)

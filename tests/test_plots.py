@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import BarContainer
 from PIL import Image
 from scipy import stats
 
 from jaxinterp import plots
+from jaxinterp.statistics import Estimate
 
 PERTURBATION, KINDS = 2, 3  # positions of the panels among the figure's axes
 
@@ -445,3 +446,42 @@ def test_success_curves_rise_at_the_distances_to_the_share_broken():
             plots.success_curves(wrong, total=4)
     with pytest.raises(ValueError, match="3 successes, expected at most 2"):
         plots.success_curves(distances, total=2)
+
+
+def estimates(*means):
+    return [Estimate(mean, mean - 0.1, mean + 0.2, 9) for mean in means]
+
+
+def test_curves_draw_means_bands_and_the_reference():
+    panels = {"one": {"a": estimates(0.2, 0.5), "b": estimates(0.9, 0.1)}, "two": {"b": estimates(0.3, 0.4)}}
+    figure = plots.curves(panels, (1, 4), xlabel="eps", reference=("null", [0.5, 0.6]), log=True)
+    first, second = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
+    lines = {line.get_label(): line for line in first.lines}
+    np.testing.assert_allclose(np.asarray(lines["a"].get_ydata()), [0.2, 0.5])
+    np.testing.assert_allclose(np.asarray(lines["null"].get_ydata()), [0.5, 0.6])
+    heights = np.asarray(first.collections[0].get_paths()[0].vertices)[:, 1]
+    np.testing.assert_allclose([heights.min(), heights.max()], [0.1, 0.7])
+    # A line has the same colour in every panel.
+    assert lines["b"].get_color() == next(line for line in second.lines if line.get_label() == "b").get_color()
+    assert lines["a"].get_color() != lines["b"].get_color()
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "b", "null"}
+    with pytest.raises(ValueError, match="one, a: 2 estimates for 3 values of eps"):
+        plots.curves(panels, (1, 2, 4), xlabel="eps")
+    with pytest.raises(ValueError, match="at least one measure"):
+        plots.curves({}, (1, 2), xlabel="eps")
+
+
+def test_bars_draw_means_and_intervals_in_groups():
+    some: dict[str, Estimate] = dict(zip(("suppression", "promotion"), estimates(0.2, 0.5), strict=True))
+    nothing = {"promotion": Estimate(np.nan, np.nan, np.nan, 0)}
+    figure = plots.bars({"map": {"cw": some, "ead": nothing}}, ylabel="mean")
+    (axes,) = figure.axes
+    drawn = [bar for group in axes.containers if isinstance(group, BarContainer) for bar in group.patches]
+    heights = sorted(bar.get_height() for bar in drawn if np.isfinite(bar.get_height()))
+    np.testing.assert_allclose(heights, [0.2, 0.5])
+    colours = {to_hex(bar.get_facecolor()).upper() for bar in drawn}
+    assert colours == {plots.COLOURS["suppression"], plots.COLOURS["promotion"]}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cw", "ead"]
+    with pytest.raises(ValueError, match="at least one title"):
+        plots.bars({}, ylabel="mean")

@@ -41,13 +41,15 @@ def test_what_a_convolution_passes_on_is_in_the_window(data):
         jnp.asarray(x), jnp.ones((*kernel, 1, 1)), stride, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     full = out.shape[1:3]
-    reach = windowed.Reach(np.array([low]), np.array([high])).through(kernel, stride, [p[0] for p in pads], full)
+    (top, left), (bottom, right) = (map(np.atleast_1d, edge) for edge in (low, high))
+    box = windowed.Reach((top, left), (bottom, right))
+    reach = box.through(stride, kernel, [p[0] for p in pads], full)
     changed = np.argwhere(np.asarray(out)[0, :, :, 0] != 0)
     if not len(changed):
-        assert (reach.high <= reach.low).any()
+        assert any(h <= a for a, h in zip(reach.low, reach.high, strict=True))
         return
-    np.testing.assert_array_equal(reach.low[0], changed.min(axis=0))
-    np.testing.assert_array_equal(reach.high[0], changed.max(axis=0) + 1)
+    np.testing.assert_array_equal(np.ravel(reach.low), changed.min(axis=0))
+    np.testing.assert_array_equal(np.ravel(reach.high), changed.max(axis=0) + 1)
 
 
 # Networks of every kind of layer
