@@ -24,7 +24,7 @@ from jaxinterp import localize, plots
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.cli import guarded
 from jaxinterp.statistics import bootstrap_mean, proportion
-from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Setting, begin, problem, verdict
+from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, PAPER, UNDECIDED, Answer, Setting, begin, problem, verdict
 
 SUPPORTS = ("map of t0", "map of t", "union of maps", "top cells by s + p", "random cells")
 NORMS = ("l0", "l1", "l2", "linf")
@@ -65,11 +65,10 @@ def _relative(refined, original) -> np.ndarray:
 def main(setting: Refined) -> None:
     """Refined attacks, by support and fraction."""
     fractions = sorted(set(setting.fractions))
+    known = setting.attack or PAPER
+    if missing := [name for name in setting.refine if name not in known]:
+        raise ValueError(f"--refine names {missing[0]}, which is not among the attacks: {', '.join(known)}")
     study = begin("refined_attacks", setting, {"fractions": fractions, "refine": sorted(setting.refine)})
-    if missing := [name for name in setting.refine if name not in study.found.attacks]:
-        raise ValueError(
-            f"--refine names {missing[0]}, which is not among the attacks: {', '.join(study.found.attacks)}"
-        )
     model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)
 
     def analyse(attack, arrays):

@@ -134,7 +134,8 @@ def test_refinement_and_strength_continue_where_they_were(setting):
     for name in ("top cells by s + p", "random cells"):
         assert np.mean(masks[name], axis=(1, 2)).tolist() == [0.5, 0.5]
     resized = cam.resize(jnp.asarray(arrays["maps"][:, 0]), 32)
-    np.testing.assert_array_equal(masks["map of t0"], resized >= np.percentile(resized, 50, axis=(1, 2), keepdims=True))
+    upper = resized >= np.percentile(resized, 50, axis=(1, 2), keepdims=True)
+    assert np.mean(np.asarray(masks["map of t0"]) != upper) < 0.005  # pixels at the percentile, by rounding
 
     strength = importlib.import_module("untargeted_and_strength")
     strength.main(of(strength.Strengths, setting, strengths=(2, 16), size=8))
