@@ -245,7 +245,16 @@ def pse(
 
 
 def boxes(numbers: Int[np.ndarray, "n h w"], cells: int) -> tuple[tuple[int, int, int, int], ...]:
-    """The rectangle around every cell: first row and column, and those after the last."""
+    """The rectangle around every cell, over all images.
+
+    Args:
+        numbers: of the cell of every pixel, [1,H,W] or [B,H,W], see `partition`.
+        cells: how many cells there are.
+
+    Returns:
+        First row, first column, the row after the last and the column after the last of every cell, in pixels; a pixel
+        in a corner for a number that no pixel has.
+    """
     lows, highs = np.full((cells, 2), np.iinfo(np.int64).max), np.zeros((cells, 2), np.int64)
     for axis in (0, 1):
         places = np.broadcast_to(np.expand_dims(np.arange(numbers.shape[1 + axis]), 1 - axis), numbers.shape)
@@ -291,21 +300,21 @@ def _score(logits: Float[Array, "b k"], scale: str) -> Float[Array, "b k"]:
     return logits if scale == "logit" else getattr(jax.nn, scale)(logits, axis=-1)
 
 
-def _by_cell(values: Array, where: Int[Array, "n h w"], combine: Callable) -> Array:
-    """`combine` of the values [B,H,W] of every cell, [B,H*W]: the count of cells that there can be."""
+def _by_cell(values: Array, where: Int[Array, "n h w"]) -> Array:
+    """Sums of the values [B,H,W] over every cell, [B,H*W]: as many as there can be cells."""
     capacity = where.shape[1] * where.shape[2]
 
     def of_image(values, where):
-        return combine(values.reshape(-1), where.reshape(-1), num_segments=capacity)
+        return jax.ops.segment_sum(values.reshape(-1), where.reshape(-1), num_segments=capacity)
 
     return jax.vmap(of_image)(values, jnp.broadcast_to(where, values.shape))
 
 
 def _perturbation(clean, adversarial, where):
     """Norm of the perturbation of every cell, and whether there is any, [B,H*W]."""
-    squares = _by_cell(jnp.sum(jnp.square(adversarial - clean), axis=-1), where, jax.ops.segment_sum)
+    squares = _by_cell(jnp.sum(jnp.square(adversarial - clean), axis=-1), where)
     touched = jnp.any(adversarial != clean, axis=-1).astype(jnp.int32)
-    return jnp.sqrt(squares), _by_cell(touched, where, jax.ops.segment_sum) > 0
+    return jnp.sqrt(squares), _by_cell(touched, where) > 0
 
 
 def _of(scores: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
@@ -421,7 +430,7 @@ def _first_order(mesh: Mesh | None, scale: str, of_each: bool):
 
         def change(classes):
             (gradient,) = pull_back(jax.nn.one_hot(classes, scores.shape[-1], dtype=scores.dtype))
-            return _by_cell(jnp.sum(gradient * (adversarial - clean), axis=-1), where, jax.ops.segment_sum)
+            return _by_cell(jnp.sum(gradient * (adversarial - clean), axis=-1), where)
 
         paid = jnp.any(perturbed, axis=1).astype(jnp.int32)
         return change(labels), change(targets), norm, _range(scores), paid, 2 * paid

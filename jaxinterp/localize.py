@@ -159,7 +159,16 @@ def shuffled_score(
 def score_curve(
     delta: Float[Array, "b H W c"], maps: Float[Array, "b h w"], percentiles: Sequence[float | int] = range(30, 91, 10)
 ) -> tuple[Float[Array, "b p"], Float[Array, "b p"]]:
-    """Interpretability scores over percentiles, and their null."""
+    """Interpretability scores over percentiles, and their null (arXiv 1808.01664, section 4, has one percentile).
+
+    Args:
+        delta: perturbations, in pixel units.
+        maps: class activation maps at any resolution, raw or scaled.
+        percentiles: from 0 to 100, of the map's values.
+
+    Returns:
+        Scores and nulls, [B,p] each, as `interpretability_score` and `null_score` give them.
+    """
     levels = jnp.asarray(percentiles, jnp.float32)
     scores = jax.vmap(lambda p: interpretability_score(delta, maps, p), out_axes=1)
     nulls = jax.vmap(lambda p: null_score(delta, maps, p), out_axes=1)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.explain import Explained, explain
+from jaxinterp.pictures import chunk_size
 from jaxinterp.runs import Run, machine
 from jaxinterp.statistics import Estimate
 
@@ -97,12 +98,11 @@ class Study:
             analyse: takes an attack and the arrays of a chunk, the picture being their first axis; returns arrays.
             attacks: names of those whose chunks are wanted; None means all.
         """
-        wanted = self.found.attacks if attacks is None else attacks
-        parts = [part for part, attack, _ in self.found.parts() if attack in wanted]
-        with tqdm(parts, desc=self.name, unit="chunk") as left:
-            for part, attack, arrays in self.found.parts():
-                if part not in parts:
-                    continue
+        pictures = self.found.pictures
+        chunks = -(-len(pictures.correct) // chunk_size(pictures, self.found.batch_size))
+        total = chunks * len(self.found.attacks if attacks is None else attacks)
+        with tqdm(total=total, desc=self.name, unit="chunk") as left:
+            for part, attack, arrays in self.found.parts(attacks):
                 extra = self.run.read_part(part)
                 if extra is None:
                     made = analyse(self.found.attacks[attack], arrays)

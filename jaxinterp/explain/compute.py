@@ -21,6 +21,13 @@ PERCENTILES = (30, 40, 50, 60, 70, 80, 90)
 """Of maps, at which interpretability scores are stored."""
 
 
+def map_method(network: Network, asked: str) -> str:
+    """The method of class activation maps that "auto" stands for: "cam" where the network has them, else "gradcam"."""
+    if asked == "auto":
+        return "gradcam" if network.cam_node is None else "cam"
+    return asked
+
+
 def explain_batch(
     network: Network,
     params: Params,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ class Explained:
     page: Path
     batch_size: int
 
-    def parts(self) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
-        """Every chunk of every attack: its name, the attack's, and the arrays of `compute.explain_batch`."""
-        return compute.stored_parts(self.run, self.attacks, self.pictures, self.batch_size)
+    def parts(self, attacks: Collection[str] | None = None) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
+        """Every chunk: its name, its attack's, and the arrays of `compute.explain_batch`; of all attacks or of some."""
+        wanted = [name for name in self.attacks if attacks is None or name in attacks]
+        return compute.stored_parts(self.run, wanted, self.pictures, self.batch_size)
 
 
 def explain(
@@ -104,12 +105,7 @@ def explain(
 
     def check(network: Network) -> None:
         effect.grid(network.image_size, network.image_size, cell)
-        cam.check_method(network, chosen_method(network))
-
-    def chosen_method(network: Network) -> str:
-        if method == "auto":
-            return "gradcam" if network.cam_node is None else "cam"
-        return method
+        cam.check_method(network, compute.map_method(network, method))
 
     job = begin(
         "explain",
@@ -143,7 +139,7 @@ def explain(
             seen,
             chosen,
             cell=cell,
-            cam=chosen_method(network),
+            cam=compute.map_method(network, method),
             seed=seed,
             batch_size=batch_size,
             progress=progress,

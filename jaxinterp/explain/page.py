@@ -11,6 +11,7 @@ import numpy as np
 from jaxinterp import explorer, plots, report
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.spec import describe
+from jaxinterp.explain.compute import map_method
 from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
 from jaxinterp.network import Network
 from jaxinterp.pictures import Pictures, left_out
@@ -130,6 +131,7 @@ def write_page(
             "labels": label_origin,
             **{f"attack {name}": describe(attack) for name, attack in chosen.items()},
             "cell": f"{config['cell']} x {config['cell']} pixels",
+            "maps": map_method(network, config["maps"]),
             "seed": str(config["seed"]),
             "weights (sha256)": config["weights"],
             **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "devices")},
