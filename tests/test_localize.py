@@ -371,10 +371,32 @@ def test_a_warm_start_is_where_the_attack_begins(name):
     cold = attacks.run(attack, model, clean, labels, targets, key=jax.random.key(0))
     warm = attacks.run(attack, model, clean, labels, targets, key=jax.random.key(0), initial=far.images)
     assert not np.asarray(cold.success).all()
-    assert np.asarray(warm.success).all()
+    np.testing.assert_array_equal(warm.iterations, 0)  # a success from the first iterate on
     stay = attacks.run(attack, model, clean, labels, targets, key=jax.random.key(0), initial=clean)
     if name != "pgd":  # whose own start is random
         np.testing.assert_array_equal(stay.images, cold.images)
+
+
+ITERATES = {
+    "cw": lambda state: state.variable.images(),
+    "ead": lambda state: state.x,
+    "strattack": lambda state: state.examples.images + state.admm.z,
+}
+
+
+@pytest.mark.parametrize("name", ITERATES)
+def test_every_problem_of_a_search_begins_at_the_warm_start(name):
+    (network, params), (clean, initial) = small(), images()
+    model = network.bind(params)
+    labels = np.asarray(jnp.argmax(model(jnp.asarray(clean)), axis=-1))
+    attack = dataclasses.replace(REFINED[name], steps=3, search_steps=2)
+    key, targets = jax.random.key(0), (labels + 1) % CLASSES
+    state = attacks.start(attack, model, clean, labels, targets, key=key, initial=initial)
+    np.testing.assert_allclose(ITERATES[name](state), initial, atol=2e-6)
+    state = attacks.advance(attack, model, state, 1)
+    assert np.abs(np.asarray(ITERATES[name](state)) - initial).max() > 1e-4
+    state = attacks.advance(attack, model, state, 2)
+    np.testing.assert_allclose(ITERATES[name](state), initial, atol=2e-6)
 
 
 def test_a_warm_start_must_be_an_image_and_the_attack_must_have_one():
