@@ -100,7 +100,7 @@ def _evaluate(
         inputs, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
         flags = list(map(is_product, eqn.invars))
         if name in _SUMS:
-            inputs = [_rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
+            inputs = [rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
         rule = _RULES.get(name)
         if name in _CALLS:
             outputs, flags = _evaluate(eqn.params["jaxpr"], inputs, flags)
@@ -134,7 +134,7 @@ def _rounds(eqn: Any) -> bool:
     return jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) and not exact
 
 
-def _rounded(x: Any) -> Any:
+def rounded(x: Any) -> Any:
     """The same values."""
     lowest = jnp.asarray(jnp.finfo(x.dtype).min, x.dtype)
     return lax.select(lax.lt(x, lowest), x, lax.max(x, lowest))
@@ -319,7 +319,11 @@ def _tree(combine):
                 paired = combine(
                     lax.slice_in_dim(x, 0, size - half, axis=axis), lax.slice_in_dim(x, half, size, axis=axis)
                 )
-                x = lax.concatenate([paired, lax.slice_in_dim(x, size - half, half, axis=axis)], axis)
+                x = (
+                    paired
+                    if size == 2 * half
+                    else lax.concatenate([paired, lax.slice_in_dim(x, size - half, half, axis=axis)], axis)
+                )
             x = lax.squeeze(x, [axis])
         return x
 

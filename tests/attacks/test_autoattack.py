@@ -37,7 +37,7 @@ def nearest(model, images, labels, weights, norm):
     )
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", *(pytest.param(more, marks=pytest.mark.exhaustive) for more in ("l2", "l1"))])
 def test_succeeds_just_outside_the_optimum_and_not_inside(norm):
     model, images, labels, weights = linear(3)
     best = nearest(model, images, labels, weights, norm)

@@ -317,14 +317,19 @@ def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kapp
     assert (margin >= kappa)[success].all()
 
 
-# These are put to every rule on every problem whenever the tests run. For the others, the rules and problems that need
-# programs of their own run with --exhaustive (make exhaustive): compiling them all takes an hour.
+# Every rule needs programs of its own for every attack; compiling them all takes an hour (make exhaustive). Whenever the
+# tests run, the leading attacks are put to every rule on every problem, and of the others one of each kind to the rules
+# that its own code could break.
 LEADING = ("ifgsm", "pgd-linf", "cw")
-# These take longest to compile, or differ from another one in a norm only.
-LONG = (
-    *("autoattack", "chain", "hopskipjump-linf", "cw-l0", "mifgsm-chain", "apgdt", "apgd-l1", "apgd-l2", "pgd-l1"),
-    *("square-l1", "square-l2", "fab-l1", "fab-linf", "fab-t", "fmn-l1", "fmn-linf", "deepfool-linf"),
+# These differ from another one in a norm, or consist of others.
+RELATIVES = (
+    *("autoattack", "hopskipjump-linf", "mifgsm-chain", "apgd-l1", "apgd-l2", "pgd-l1", "square-l1", "square-l2"),
+    *("fab-l1", "fab-linf", "fab-t", "fmn-l0", "fmn-l1", "fmn-linf", "deepfool-linf"),
 )
+# These take longest to compile.
+LONG = ("chain", "hopskipjump-l2", "cw-l0", "apgdt", "strattack")
+# Attacks with a state of each kind: one for every device is up to the driver.
+SPREAD = (*LEADING, "spsa", "square-linf", "fab-l2", "strattack", "ead")
 
 
 def _case(case, *more, always=False):
@@ -332,18 +337,29 @@ def _case(case, *more, always=False):
     return pytest.param(case, *more, marks=marks)
 
 
+def _attacks(chosen):
+    return pytest.mark.parametrize("case", [_case(case, always=case in chosen) for case in CASES])
+
+
+KINDS = tuple(case for case in CASES if case not in RELATIVES)
+
+
 def each_attack(test):
-    return pytest.mark.parametrize("case", CASES)(test)
+    return _attacks(KINDS)(test)
+
+
+def spread_attacks(test):
+    return _attacks(SPREAD)(test)
 
 
 def some_attacks(test):
-    return pytest.mark.parametrize("case", list(map(_case, CASES)))(test)
+    return _attacks(LEADING)(test)
 
 
-def each_attack_over(problems, always):
+def each_attack_over(problems, always, kinds=KINDS):
     """On some problems always, on the rest with --exhaustive."""
     pairs = [
-        _case(case, name, always=name in always and not (case in LONG and name != "linear"))
+        _case(case, name, always=name in always and case in kinds and not (case in LONG and name != "linear"))
         for case in CASES
         for name in problems
     ]
@@ -379,7 +395,7 @@ def test_an_odd_batch_is_part_of_a_larger_one(case):
     assert_same(part, jax.tree.map(lambda x: x[rows], solved(case, "network-targeted")))
 
 
-@each_attack_over(SMALL, always=("linear",))
+@each_attack_over(SMALL, always=("linear",), kinds=SPREAD)
 def test_eight_devices_give_what_one_gives(case, name):
     p = problem(name)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -389,7 +405,7 @@ def test_eight_devices_give_what_one_gives(case, name):
     assert_same(result, solved(case, name))
 
 
-@each_attack
+@spread_attacks
 def test_a_hyper_parameter_for_every_example_is_separate_runs_on_any_devices(case):
     p, field = problem("linear"), SWEEPS[case]
     values = np.linspace(0.2, 2, BATCH, dtype=np.float32) * getattr(CASES[case], field)
@@ -449,7 +465,9 @@ def test_no_support_at_all_returns_the_original(case):
     np.testing.assert_array_equal(result.images, p.images)
 
 
-@pytest.mark.parametrize("case", [case for case, attack in CASES.items() if hasattr(attack, "eps")])
+@pytest.mark.parametrize(
+    "case", [_case(case, always=case in KINDS) for case, attack in CASES.items() if hasattr(attack, "eps")]
+)
 def test_radius_zero_returns_the_input(case):
     p = problem("linear")
     result = attack_on(dataclasses.replace(CASES[case], eps=0.0), p)
@@ -638,7 +656,9 @@ def test_passes_are_counted_as_they_run(case):
     assert (counts["backward"] > 0) == (case not in BLACK_BOX)
 
 
-@pytest.mark.parametrize("case", [case for case, attack in CASES.items() if hasattr(attack, "stop_on_success")])
+@pytest.mark.parametrize(
+    "case", [_case(case, always=case in KINDS) for case, attack in CASES.items() if hasattr(attack, "stop_on_success")]
+)
 def test_stopping_at_success_saves_passes(case):
     p = problem("linear")
     attack = dataclasses.replace(CASES[case], stop_on_success=True)

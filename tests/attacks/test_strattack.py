@@ -212,7 +212,7 @@ def groups_used(images, original):
     return used.any(axis=(2, 4)).sum(axis=(1, 2))
 
 
-@pytest.mark.parametrize("stride", [2, 1])
+@pytest.mark.parametrize("stride", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_only_the_groups_that_matter_change_and_the_refit_brings_them_near_the_optimum(stride):
     model, images, labels, weights, _, gap, important = grouped_model()
     common: dict[str, Any] = {**ADMM, "initial_const": 1.0, "search_steps": 6, "steps": 80, "stride": stride}

@@ -115,6 +115,7 @@ def test_decode(tmp_path, capsys):
     assert "target >= 0.9" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("without_torch")
 def test_attacks(tmp_path, capsys):
     bench = importlib.import_module("bench_attacks")

@@ -112,6 +112,7 @@ def test_cell_sizes_and_definitions(setting):
     assert set(record["results"][ATTACKS[1]]) == set(definitions.DEFINITIONS)
 
 
+@pytest.mark.exhaustive
 def test_refinement_and_strength_continue_where_they_were(setting):
     refined = importlib.import_module("refined_attacks")
     asked = of(refined.Refined, setting, refine=(ATTACKS[0],), fractions=(0.5, 1.0))
