@@ -317,9 +317,9 @@ def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kapp
     assert (margin >= kappa)[success].all()
 
 
-# Every rule needs programs of its own for every attack; compiling them all takes an hour (make exhaustive). Whenever the
-# tests run, the leading attacks are put to every rule on every problem, and of the others one of each kind to the rules
-# that its own code could break.
+# Every rule needs programs of its own for every attack; compiling them all takes an hour (make exhaustive). Whenever
+# the tests run, the leading attacks are put to every rule on every problem, and of the others one of each kind to the
+# rules that its own code could break.
 LEADING = ("ifgsm", "pgd-linf", "cw")
 # These differ from another one in a norm, or consist of others.
 RELATIVES = (

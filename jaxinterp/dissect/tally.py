@@ -1,0 +1,357 @@
+"""How often units and concepts occur together: the counts behind the IoU of network dissection.
+
+A unit's mask is where its feature map, interpolated to the label map, exceeds the unit's threshold (Bau et al. 2017,
+section 2.2). Over all images are counted: pixels under the mask that carry a label (`intersection`), pixels under the
+mask (`activation`), those of images in which a label's category occurs (`activation_by_category`), and pixels that
+carry a label (`label_area`). All of them are integers, so the order of images, the size of batches and the number of
+devices do not change anything.
+
+The two published programs disagree about when a category occurs: anywhere in the image (`union="image"`, the
+definition in the paper and its first program), or somewhere under the unit's mask (`union="lite"`, NetDissect-Lite).
+Both are counted.
+
+Only labels that are present in an image are compared, and where it is faster only units that fire: `gated` takes image
+after image and, of the units, as many as fire; `dense` takes all units of all images at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxinterp.dissect import shares, wide
+from jaxinterp.dissect.upsample import upsample
+from jaxinterp.dissect.wide import Wide
+from jaxinterp.pytree import pytree
+from jaxinterp.sharding import mesh_of
+
+Union = Literal["image", "lite"]
+Form = Literal["auto", "gated", "dense"]
+UNIONS, FORMS = ("image", "lite"), ("auto", "gated", "dense")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tally:
+    """Counts of pixels, int64.
+
+    Attributes:
+        intersection: [U,L] under the mask of a unit and with a label. A label that a pixel carries in two channels
+            counts twice, as in the published programs.
+        activation: [U] under the mask.
+        activation_by_category: [U,C] under the mask, in images where the category occurs under the rule `union`.
+        label_area: [L] with the label; a whole-image label covers every pixel.
+        union: the rule.
+    """
+
+    intersection: np.ndarray
+    activation: np.ndarray
+    activation_by_category: np.ndarray
+    label_area: np.ndarray
+    union: str
+
+
+@pytree
+class TallyState:
+    """Counts so far. Label first, so that the rows of present labels are contiguous."""
+
+    intersection: Wide  # [L,U]
+    activation: Wide  # [U]
+    by_category: Wide  # [2,C,U]: in the order of UNIONS
+    label_area: Wide  # [L]
+
+
+@pytree
+class Present:
+    """The labels of some images, reduced to those that are present.
+
+    Attributes:
+        places: [B,channels,sh,sw] the place of a pixel's label in `labels` plus 1; 0 = no label.
+        labels: [B,P] the labels present in an image; places that are not needed hold 0.
+        times: [B,P] how many whole-image labels have this number (0 for a label that only pixels carry).
+        area: [B,P] pixels with the label.
+    """
+
+    places: Int[Any, "batch channels sh sw"]
+    labels: Int[Any, "batch present"]
+    times: Int[Any, "batch present"]
+    area: Int[Any, "batch present"]
+
+
+def present(planes: Any, scalars: Any, number: int, *, least: int = 8) -> Present:
+    """Finds the labels that are present in each image, with NumPy.
+
+    Args:
+        planes: [B,channels,sh,sw] label numbers, 0 = none.
+        scalars: [B,n] whole-image labels, 0 = none.
+        number: L, one more than the largest label number.
+        least: places that are kept at least; their number is the next power of two, so that few programs are needed.
+
+    Raises:
+        TypeError: labels are not integers.
+        ValueError: a wrong rank, or a label number out of range.
+    """
+    planes, scalars = np.asarray(planes), np.asarray(scalars)
+    for name, labels, rank in (("planes", planes, 4), ("scalars", scalars, 2)):
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(f"{name}: expected integers, got {labels.dtype}")
+        if labels.ndim != rank or len(labels) != len(planes):
+            raise ValueError(f"{name}: expected {rank} axes, the first of length {len(planes)}, got {labels.shape}")
+        if labels.size and not 0 <= labels.min() <= labels.max() < number:
+            raise ValueError(
+                f"{name}: expected label numbers from 0 to {number - 1}, got {labels.min()} to {labels.max()}"
+            )
+    pixels = planes.shape[2] * planes.shape[3]
+    found, places = [], np.zeros(planes.shape, np.uint16)
+    for plane, scalar, place in zip(planes, scalars, places, strict=True):
+        counts = np.bincount(plane.ravel(), minlength=number)
+        times = np.bincount(scalar, minlength=number)
+        counts[0] = times[0] = 0
+        labels = np.flatnonzero(counts + times)
+        table = np.zeros(number, np.uint16)
+        table[labels] = np.arange(1, len(labels) + 1)
+        np.take(table, plane, out=place)
+        found.append((labels, times[labels], counts[labels] + times[labels] * pixels))
+    most = max([least, *(len(labels) for labels, _, _ in found)])
+    width = 1 << (most - 1).bit_length()
+    packed = np.zeros((3, len(planes), width), np.int32)
+    for i, columns in enumerate(found):
+        for row, column in zip(packed, columns, strict=True):
+            row[i, : len(column)] = column
+    return Present(places.astype(np.uint8) if width < 255 else places, *packed)
+
+
+def init(units: int, labels: int, categories: int) -> TallyState:
+    """Counts of no image."""
+    return TallyState(
+        wide.zeros(labels, units),
+        wide.zeros(units),
+        wide.zeros(len(UNIONS), categories, units),
+        wide.zeros(labels),
+    )
+
+
+def update(
+    state: TallyState,
+    features: Float[Array, "batch h w units"],
+    thresholds: Float[Array, " units"],
+    labels: Present,
+    membership: Float[Array, "labels categories"],
+    *,
+    form: Form = "auto",
+) -> TallyState:
+    """Adds a batch of images.
+
+    Args:
+        state: counts so far.
+        features: feature maps of B images.
+        thresholds: one for each unit.
+        labels: what the images carry; an image without labels and with features below the thresholds adds nothing.
+        membership: 1 where a label belongs to a category, see `memberships`.
+        form: "gated" or "dense"; "auto" is gated on CPUs and dense elsewhere.
+    """
+    if form == "auto":
+        form = "gated" if jax.default_backend() == "cpu" else "dense"
+    count = _gated if form == "gated" else _dense
+    counted = count(features, thresholds, labels, membership, state.intersection.low.shape[0])
+    areas = jnp.zeros(state.label_area.low.shape, jnp.int32).at[labels.labels].add(labels.area)
+    return jax.tree.map(wide.add, state, TallyState(*counted, areas), is_leaf=lambda node: isinstance(node, Wide))
+
+
+def merge(a: TallyState, b: TallyState) -> TallyState:
+    """The counts of both."""
+    return jax.tree.map(wide.merge, a, b, is_leaf=lambda node: isinstance(node, Wide))
+
+
+def result(state: TallyState, union: Union = "image") -> Tally:
+    """The counts on the host, with activations by category under the rule `union`.
+
+    Raises:
+        ValueError: `union` is neither "image" nor "lite".
+    """
+    check_union(union)
+    return Tally(
+        wide.total(state.intersection).T,
+        wide.total(state.activation),
+        wide.total(state.by_category)[UNIONS.index(union)].T,
+        wide.total(state.label_area),
+        union,
+    )
+
+
+def check_union(union: str) -> None:
+    """Raises ValueError for a rule that does not exist."""
+    if union not in UNIONS:
+        raise ValueError(f"union: expected one of {', '.join(UNIONS)}, got {union!r}")
+
+
+def memberships(categories: Sequence[int] | np.ndarray, number: int | None = None) -> np.ndarray:
+    """The matrix [L,C] of float32 that is 1 where a label belongs to a category; label 0 belongs to none.
+
+    Args:
+        categories: [L] the index of every label's category, -1 = none.
+        number: C; by default the largest index plus one.
+
+    Raises:
+        ValueError: an index out of range, or no label at all.
+    """
+    index = np.asarray(categories)
+    if index.ndim != 1 or not index.size or not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(f"categories: expected a list of integers, one for each label, got shape {index.shape}")
+    number = int(index.max()) + 1 if number is None else number
+    if index.min() < -1 or index.max() >= number or number < 1:
+        raise ValueError(f"categories: expected indices from 0 to {number - 1}, got {index.min()} to {index.max()}")
+    matrix = (index[:, None] == np.arange(number)).astype(np.float32)
+    matrix[0] = 0
+    return matrix
+
+
+def _pixel_counts(labels: Present, pixels: int):
+    """[P,pixels] of one image: how many channels of a pixel carry each of the present labels."""
+    numbers = 1 + jnp.arange(labels.labels.shape[-1], dtype=labels.places.dtype)
+    hits = (labels.places.reshape(-1, 1, pixels) == numbers[:, None]).astype(jnp.float32)
+    return hits.sum(axis=0) if hits.shape[0] > 1 else hits[0]
+
+
+def _of_image(features, thresholds, labels: Present, membership):
+    """Counts of one image: intersections [P,F], activations [F], activations by category [2,C,F].
+
+    Sums of at most 2^24 ones are exact in float32, whatever their order, and so are factors in fewer bits.
+    """
+    sh, sw = labels.places.shape[-2:]
+    mask = (upsample(features, (sh, sw)) > thresholds) & (features.max(axis=(0, 1)) > thresholds)
+    mask = mask.reshape(sh * sw, -1).astype(jnp.float32)
+    counts = jnp.concatenate([_pixel_counts(labels, sh * sw), jnp.ones((1, sh * sw), jnp.float32)])
+    together = jnp.dot(counts, mask).astype(jnp.int32)
+    intersection, activation = together[:-1], together[-1]
+    intersection = intersection + labels.times[:, None] * activation
+    member = membership[labels.labels]  # [P,C]
+    anywhere = ((labels.area > 0).astype(jnp.float32) @ member > 0)[:, None]  # [C,1]
+    under = jnp.einsum("pc,pf->cf", member, (intersection > 0).astype(jnp.float32)) > 0
+    by_category = jnp.stack([jnp.where(anywhere, activation, 0), jnp.where(under, activation, 0)])
+    return intersection, activation, by_category
+
+
+def _buckets(units: int) -> list[int]:
+    """Numbers of units that a program is made for."""
+    sizes = [units]
+    while sizes[-1] > 32:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes[::-1]
+
+
+def _gated(features, thresholds, labels: Present, membership, number: int):
+    """Image after image, units that fire only, in the smallest bucket that holds them."""
+    units, categories = features.shape[-1], membership.shape[1]
+    sizes = _buckets(units)
+    fired = (features.max(axis=(1, 2)) > thresholds).astype(jnp.int32)
+    which = sum((fired.sum(axis=1) > size).astype(jnp.int32) for size in sizes[:-1]) + jnp.zeros(len(fired), jnp.int32)
+
+    def some(size, counts, feature, fire, label):
+        chosen = jnp.nonzero(fire, size=size, fill_value=units)[0] if size < units else jnp.arange(units)
+        maps = jnp.take(feature, chosen, axis=-1, mode="fill", fill_value=0)
+        limits = jnp.take(thresholds, chosen, mode="fill", fill_value=0)
+        both, active, by_category = _of_image(maps, limits, label, membership)
+        return (
+            counts[0].at[label.labels[:, None], chosen[None, :]].add(both, mode="drop"),
+            counts[1].at[chosen].add(active, mode="drop"),
+            counts[2].at[:, :, chosen].add(by_category, mode="drop"),
+        )
+
+    def step(counts, one):
+        bucket, rest = one[0], one[1:]
+        return lax.switch(bucket, [functools.partial(some, size) for size in sizes], counts, *rest), None
+
+    start = (
+        jnp.zeros((number, units), jnp.int32),
+        jnp.zeros(units, jnp.int32),
+        jnp.zeros((len(UNIONS), categories, units), jnp.int32),
+    )
+    return lax.scan(step, start, (which, features, fired, labels))[0]
+
+
+def _dense(features, thresholds, labels: Present, membership, number: int):
+    """All units of all images at once."""
+    both, active, by_category = jax.vmap(_of_image, in_axes=(0, None, 0, None))(
+        features, thresholds, labels, membership
+    )
+    intersection = jnp.zeros((number, features.shape[-1]), jnp.int32).at[labels.labels].add(both)
+    return intersection, active.sum(axis=0), by_category.sum(axis=0)
+
+
+_MOST_PIXELS = 1 << 24  # of a label map, over all channels
+
+
+def tally(
+    features: Float[Any, "images h w units"],
+    thresholds: Float[Any, " units"],
+    planes: Int[Any, "images channels sh sw"],
+    scalars: Int[Any, "images n"],
+    categories: Int[Any, " labels"],
+    union: Union = "image",
+    *,
+    batch_size: int = 32,
+    form: Form = "auto",
+) -> Tally:
+    """Counts how often units and concepts occur together, over all images.
+
+    Features that are sharded by image over a mesh are counted where they are.
+
+    Args:
+        features: [N,h,w,U] feature maps.
+        thresholds: [U], see `jaxinterp.dissect.thresholds`.
+        planes: [N,channels,sh,sw] label numbers, 0 = none.
+        scalars: [N,n] whole-image labels, 0 = none.
+        categories: [L] the index of the category of every label, -1 = none.
+        union: when a category occurs: anywhere in the "image", or under the mask ("lite").
+        batch_size: images that are counted at once; the result does not depend on it.
+        form: "gated" (units that fire, image after image), "dense", or "auto".
+
+    Raises:
+        TypeError: labels are not integers.
+        ValueError: an unknown rule or form, shapes that do not fit, a label number without a category, or features
+            or thresholds that are NaN.
+    """
+    check_union(union)
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    planes, scalars = np.asarray(planes), np.asarray(scalars)
+    membership = memberships(categories)
+    units = features.shape[-1] if len(features.shape) == 4 else 0
+    if not units or len(planes) != len(features) or len(scalars) != len(features):
+        raise ValueError(
+            "features, planes, scalars: expected [N,h,w,U], [N,channels,sh,sw] and [N,n],"
+            f" got {list(features.shape)}, {list(planes.shape)} and {list(scalars.shape)}"
+        )
+    if planes.ndim == 4 and planes[0:1].size > _MOST_PIXELS:
+        raise ValueError(f"planes: expected at most {_MOST_PIXELS} pixels in an image, got {planes[0:1].size}")
+    limits = jnp.asarray(thresholds, jnp.float32)
+    if limits.shape != (units,):
+        raise ValueError(f"thresholds: expected {units}, one for each unit, got shape {list(limits.shape)}")
+    if bool(jnp.isnan(limits).any()):
+        raise ValueError("thresholds: expected numbers, got NaN")
+    number = len(membership)
+    mesh = mesh_of(features)
+    labels = present(planes, scalars, number)
+    states = shares.start(functools.partial(init, units, number, membership.shape[1]), mesh)
+    step = shares.step(functools.partial(update, form=form), mesh, (True, False, True, False))
+    everything = jax.tree.map(lambda leaf: _by_share(leaf, shares.count(mesh)), (features, labels))
+    for start in range(0, everything[0].shape[1], batch_size):
+        maps, found = jax.tree.map(lambda leaf, i=start: leaf[:, i : i + batch_size], everything)
+        maps, found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (maps, found))
+        states = step(states, maps, limits, found, membership)
+    return result(shares.merged(states, merge, mesh), union)
+
+
+def _by_share(leaf: Any, number: int) -> Any:
+    """[N,...] as [number, N / number, ...]: each device of a mesh holds one share."""
+    return leaf.reshape(number, leaf.shape[0] // number, *leaf.shape[1:])

@@ -1,0 +1,267 @@
+"""The activation that a unit exceeds at a given share of all positions of all images, exactly.
+
+Floats are mapped to unsigned integers of the same order, and the value of a given rank is found by counting: 32 steps
+of bisection where the features are at hand, each an integer count over all devices; two passes with a histogram of the
+upper and then of the lower 16 bits where they come batch by batch. Counts are exact, so the result has the same bits
+for any number of devices and any batches. The quantile between two ranks is interpolated linearly, as NumPy does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt32
+
+from jaxinterp.pytree import pytree
+
+QUANTILE = 0.005
+"""Share of positions that exceed the threshold (Bau et al. 2017, section 2.2)."""
+
+_BINS = 1 << 16
+_MOST = 2**31 - 1  # positions that 32-bit counts can hold
+
+
+def check_quantile(quantile: float) -> float:
+    """Returns `quantile`; raises ValueError unless it lies strictly between 0 and 1."""
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile: expected a share between 0 and 1 (both excluded), got {quantile}")
+    return quantile
+
+
+def ordered(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """float32 as unsigned integers of the same order; -0 counts as 0, NaN lies beyond both infinities."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def value(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The floats behind ordered integers."""
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32((1 << 31) - 1), ~keys)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def ranks(count: int, quantile: float) -> tuple[int, float]:
+    """Where the threshold lies among `count` sorted values: after the value of this rank (from 0), by this share."""
+    position = (count - 1) * (1 - quantile)
+    lower = min(math.floor(position), count - 1)
+    return lower, position - lower
+
+
+def between(lower: np.ndarray, upper: np.ndarray, share: float) -> np.ndarray:
+    """Linear interpolation in float64, rounded to float32; infinite ends are kept where they are equal."""
+    low, high = lower.astype(np.float64), upper.astype(np.float64)
+    step = np.subtract(high, low, out=np.zeros_like(low), where=low != high)
+    return (low + (share * step if share else 0.0)).astype(np.float32)
+
+
+def thresholds(
+    features: Float[Any, "images h w units"] | Iterable[Float[Any, "batch h w units"]], quantile: float = QUANTILE
+) -> Float[Array, " units"]:
+    """The value that each unit exceeds at the share `quantile` of all positions.
+
+    Args:
+        features: [N,h,w,U], sharded or not; or batches of such features. Those are walked through twice and never held
+            together, unless they come from an iterator, which can be walked through only once and is kept in memory.
+        quantile: between 0 and 1.
+
+    Returns:
+        [U] float32. With n positions it is the value at rank (n - 1) (1 - quantile) of the sorted activations.
+
+    Raises:
+        TypeError: features are not floating point.
+        ValueError: a quantile out of range, no features, a wrong rank, batches of different shapes, or NaN among the
+            activations (the message names units).
+    """
+    check_quantile(quantile)
+    if hasattr(features, "shape"):
+        return _resident(_checked(features), quantile)
+    batches: Iterable = list(features) if isinstance(features, Iterator) else features
+    return streamed(lambda: ((batch, None) for batch in batches), quantile)
+
+
+def _checked(features: Any) -> jax.Array:
+    if len(features.shape) != 4 or 0 in features.shape:
+        raise ValueError(f"features: expected [N,h,w,U] with at least one of each, got {list(features.shape)}")
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise TypeError(f"features: expected floating point, got {features.dtype}")
+    if math.prod(features.shape[:3]) > _MOST:
+        raise ValueError(f"features: expected at most {_MOST} positions, got {math.prod(features.shape[:3])}")
+    return jnp.asarray(features, jnp.float32)
+
+
+def _refuse_nan(found: Any) -> None:
+    units = np.flatnonzero(np.asarray(found))
+    if units.size:
+        shown = ", ".join(map(str, units[:8])) + (", ..." if units.size > 8 else "")
+        raise ValueError(f"features: NaN among the activations of {units.size} units: {shown}")
+
+
+# Features at hand
+
+
+def _resident(features: jax.Array, quantile: float, valid: Any = None) -> jax.Array:
+    images = features.shape[0] if valid is None else int(np.sum(np.asarray(valid)))
+    count = images * features.shape[1] * features.shape[2]
+    if count == 0:
+        raise ValueError("features: expected at least one image")
+    rank, share = ranks(count, quantile)
+    lower, upper, nan = _select(features, valid, jnp.int32(rank))
+    _refuse_nan(nan)
+    return jnp.asarray(between(np.asarray(lower), np.asarray(upper), share))
+
+
+@jax.jit
+def _select(features, valid, rank):
+    """The values of `rank` and of the next one in every unit, and whether the unit has a NaN."""
+    keys = ordered(features)
+    nan = jnp.isnan(features)
+    if valid is not None:
+        absent = ~valid[:, None, None, None]
+        keys, nan = jnp.where(absent, jnp.uint32(0xFFFFFFFF), keys), nan & ~absent
+
+    def count(limit):  # positions up to `limit`, [U]
+        return jnp.sum(keys <= limit, axis=(0, 1, 2), dtype=jnp.int32)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = low + (high - low) // 2
+        enough = count(middle) > rank
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    units = features.shape[-1]
+    low, _ = lax.fori_loop(0, 32, halve, (jnp.zeros(units, jnp.uint32), jnp.full(units, 0xFFFFFFFF, jnp.uint32)))
+    following = jnp.min(jnp.where(keys > low, keys, jnp.uint32(0xFFFFFFFF)), axis=(0, 1, 2))
+    more = count(low) > rank + 1
+    last = following == jnp.uint32(0xFFFFFFFF)
+    return value(low), value(jnp.where(more | last, low, following)), nan.any(axis=(0, 1, 2))
+
+
+# Features batch by batch
+
+
+@pytree
+class Histogram:
+    """Counts of the upper (or, of the values with known upper, the lower) 16 bits of every unit's activations.
+
+    A statistic: `init`, `update`, `merge`; counts are integers, and the smallest value beyond is a minimum, so the
+    order and the size of batches do not matter.
+    """
+
+    counts: Int[Array, "bins units"]
+    beyond: UInt32[Array, " units"]  # the smallest key whose upper half exceeds the known one
+    nan: Int[Array, " units"]
+
+
+def init(units: int) -> Histogram:
+    """Nothing counted."""
+    return Histogram(
+        jnp.zeros((_BINS, units), jnp.int32), jnp.full(units, 0xFFFFFFFF, jnp.uint32), jnp.zeros(units, jnp.int32)
+    )
+
+
+def update(
+    histogram: Histogram,
+    features: Float[Array, "batch h w units"],
+    valid: Any = None,
+    upper: UInt32[Array, " units"] | None = None,
+) -> Histogram:
+    """Counts a batch.
+
+    Args:
+        histogram: counts so far.
+        features: activations.
+        valid: bool [B], which images count; None means all.
+        upper: the known upper halves; None in the first pass.
+    """
+    units = features.shape[-1]
+    keys = ordered(features).reshape(-1, units)
+    counted = jnp.ones(keys.shape, bool)
+    if valid is not None:
+        counted = jnp.broadcast_to(valid[:, None, None, None], features.shape).reshape(-1, units)
+    nan = jnp.isnan(features).reshape(-1, units) & counted
+    beyond = histogram.beyond
+    bins = keys >> 16
+    if upper is not None:
+        after = jnp.where(counted & (bins > upper), keys, jnp.uint32(0xFFFFFFFF))
+        beyond = jnp.minimum(beyond, after.min(axis=0))
+        counted, bins = counted & (bins == upper), keys & jnp.uint32(_BINS - 1)
+    counts = histogram.counts.at[bins.astype(jnp.int32), jnp.arange(units)].add(counted.astype(jnp.int32))
+    return Histogram(counts, beyond, histogram.nan + nan.sum(axis=0, dtype=jnp.int32))
+
+
+def merge(a: Histogram, b: Histogram) -> Histogram:
+    """The counts of both."""
+    return Histogram(a.counts + b.counts, jnp.minimum(a.beyond, b.beyond), a.nan + b.nan)
+
+
+@jax.jit
+def upper_half(histogram: Histogram, rank: Int[Array, ""]) -> tuple[UInt32[Array, " units"], Int[Array, " units"]]:
+    """After the first pass: the upper half of the value of `rank`, and its rank among the values with this half."""
+    cumulative = jnp.cumsum(histogram.counts, axis=0)
+    upper = jnp.sum(cumulative <= rank, axis=0, dtype=jnp.int32)
+    before = jnp.take_along_axis(cumulative, jnp.maximum(upper - 1, 0)[None], axis=0)[0]
+    return upper.astype(jnp.uint32), rank - jnp.where(upper > 0, before, 0)
+
+
+@jax.jit
+def neighbours(
+    histogram: Histogram, upper: UInt32[Array, " units"], rank: Int[Array, " units"]
+) -> tuple[Float[Array, " units"], Float[Array, " units"]]:
+    """After the second pass: the value of the rank, and the next one (itself where it is the last)."""
+    cumulative = jnp.cumsum(histogram.counts, axis=0)
+    low = jnp.sum(cumulative <= rank, axis=0, dtype=jnp.int32).astype(jnp.uint32)
+    high = jnp.sum(cumulative <= rank + 1, axis=0, dtype=jnp.int32).astype(jnp.uint32)
+    first = (upper << 16) | low
+    outside = jnp.where(histogram.beyond == jnp.uint32(0xFFFFFFFF), first, histogram.beyond)
+    return value(first), value(jnp.where(high < _BINS, (upper << 16) | high, outside))
+
+
+_update = jax.jit(update, donate_argnums=0)
+
+
+def streamed(batches: Callable[[], Iterable[tuple[Any, Any]]], quantile: float = QUANTILE) -> jax.Array:
+    """The same thresholds from features that are never held together: 256 KiB a unit, two passes.
+
+    Args:
+        batches: starts a pass; yields pairs of features [B,h,w,U] and of which images count (bool [B], or None).
+        quantile: between 0 and 1.
+
+    Raises:
+        ValueError: as `thresholds`; or the second pass yields other values than the first.
+    """
+    check_quantile(quantile)
+    first, count = _pass(batches, None)
+    _refuse_nan(first.nan)
+    rank, share = ranks(count, quantile)
+    upper, inner = upper_half(first, jnp.int32(rank))
+    second, again = _pass(batches, upper)
+    expected = np.take_along_axis(np.asarray(first.counts), np.asarray(upper, np.int64)[None], axis=0)[0]
+    if again != count or not np.array_equal(np.asarray(second.counts).sum(axis=0), expected):
+        raise ValueError("features: the second walk through the batches gave other values than the first")
+    lower, following = neighbours(second, upper, inner)
+    return jnp.asarray(between(np.asarray(lower), np.asarray(following), share))
+
+
+def _pass(batches: Callable[[], Iterable[tuple[Any, Any]]], upper: Any) -> tuple[Histogram, int]:
+    histogram, count = None, 0
+    shape: tuple[int, ...] = ()
+    for batch, valid in batches():
+        features = _checked(batch)
+        if histogram is None:
+            histogram, shape = init(features.shape[-1]), features.shape[1:]
+        if features.shape[1:] != shape:
+            raise ValueError(f"features: expected batches of {list(shape)}, got {list(features.shape[1:])}")
+        images = len(features) if valid is None else int(np.sum(np.asarray(valid)))
+        count += images * shape[0] * shape[1]
+        if count > _MOST:
+            raise ValueError(f"features: expected at most {_MOST} positions, got more")
+        histogram = _update(histogram, features, None if valid is None else jnp.asarray(valid), upper)
+    if histogram is None or count == 0:
+        raise ValueError("features: expected at least one image, got none")
+    return histogram, count

@@ -1,0 +1,60 @@
+"""The images on which each unit is most active, as an exact statistic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxinterp.pytree import pytree
+
+NONE = 2**31 - 1
+"""The number of an image that is not there."""
+
+
+@pytree
+class TopImages:
+    """For every unit the images with its highest maxima, in falling order; of equal ones the lower number comes first.
+
+    Attributes:
+        value: [U,k] the maximum over positions; -inf where there are fewer images.
+        image: [U,k] numbers of the images; NONE where there are fewer.
+    """
+
+    value: Float[Array, "units k"]
+    image: Int[Array, "units k"]
+
+
+def init(units: int, k: int) -> TopImages:
+    """No image seen."""
+    return TopImages(jnp.full((units, k), -jnp.inf), jnp.full((units, k), NONE, jnp.int32))
+
+
+def update(
+    top: TopImages, features: Float[Array, "batch h w units"], images: Int[Array, " batch"], valid: Any = None
+) -> TopImages:
+    """Adds a batch.
+
+    Args:
+        top: what was found so far.
+        features: feature maps.
+        images: numbers of the images, each once over all batches.
+        valid: bool [B], which images count; None means all.
+    """
+    maxima = features.max(axis=(1, 2))
+    if valid is not None:
+        maxima = jnp.where(valid[:, None], maxima, -jnp.inf)
+        images = jnp.where(valid, images, NONE)
+    numbers = jnp.broadcast_to(images.astype(jnp.int32)[:, None], maxima.shape)
+    return merge(top, TopImages(maxima.T, numbers.T))
+
+
+def merge(a: TopImages, b: TopImages) -> TopImages:
+    """The highest of both, as many as `a` holds."""
+    value = jnp.concatenate([a.value, b.value], axis=1)
+    image = jnp.concatenate([a.image, b.image], axis=1)
+    fallen, numbers = lax.sort((-value, image), dimension=1, num_keys=2)
+    k = a.value.shape[1]
+    return TopImages(-fallen[:, :k], numbers[:, :k])
