@@ -150,9 +150,5 @@ def _labels(name: str, labels: np.ndarray, rank: int, count: int, known: int) ->
     if labels.ndim != rank or len(labels) != count:
         raise ValueError(f"{name}: expected {rank} dimensions, the first of length {count}, got {list(labels.shape)}")
     if labels.size and not 0 <= labels.min() <= labels.max() < known:
-        raise ValueError(
-            f"{name}: expected label numbers from 0 to {known - 1}, got {labels.min()} to {labels.max()}"
-        )
+        raise ValueError(f"{name}: expected label numbers from 0 to {known - 1}, got {labels.min()} to {labels.max()}")
     return labels.astype(np.int16)
-
-
