@@ -134,7 +134,7 @@ class Broden:
         return Segmented(to_unit(pixels), stacked, scalars, self.ids[index])
 
     def _plane(self, path: str) -> np.ndarray:
-        numbers = label_map(self._path(path))
+        numbers, _ = label_map(self._path(path))
         self._check_size(numbers, self.label_size)
         known = self._known[numbers]
         if not known.all():
@@ -208,11 +208,11 @@ def primary_categories(count: int, codes: Sequence[dict[int, Coded]]) -> np.ndar
     return result
 
 
-def label_map(path: str) -> np.ndarray:
+def label_map(path: str) -> tuple[np.ndarray, bool]:
     """Reads a PNG of label numbers.
 
     Returns:
-        int32 [H,W], R + 256 G.
+        int32 [H,W], R + 256 G; and whether there is any blue, which stands for nothing.
 
     Raises:
         DamagedImage: it cannot be read, or is no PNG of 8-bit RGB.
@@ -221,4 +221,4 @@ def label_map(path: str) -> np.ndarray:
     if kind != "PNG" or stored.ndim != 3 or stored.shape[2] < 3 or stored.dtype != np.uint8:
         channels = stored.shape[2] if stored.ndim == 3 else 1
         raise DamagedImage(path, f"expected a PNG of 8-bit RGB, got {kind} of {stored.dtype} x {channels}")
-    return stored[..., 0].astype(np.int32) + 256 * stored[..., 1].astype(np.int32)
+    return stored[..., 0].astype(np.int32) + 256 * stored[..., 1].astype(np.int32), bool(stored[..., 2].any())
