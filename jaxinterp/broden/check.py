@@ -244,7 +244,9 @@ def _check_counts(
         found.notes.append(f"{category}: label maps that cannot be read are missing in what is counted")
     beyond = 1 if tolerance else 0
 
-    def compare(where: str, column: str, stated: float, counted: float, complete: bool, slack: float) -> None:
+    def compare(
+        where: str, column: str, stated: int | float, counted: int | float, complete: bool, slack: int | float
+    ) -> None:
         allowed = slack + tolerance * stated + beyond
         if counted - stated > allowed or (complete and stated - counted > allowed):
             found.errors.append(f"{where}: {column}: {stated:g} in the table, {counted:g} in the files")

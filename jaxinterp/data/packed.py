@@ -57,7 +57,7 @@ class Packed:
         self._checksums = [note if isinstance(note, int) else None for note in notes]
         self._offsets = _offsets(source)
         self._images = _map(path, "images.bin", np.uint8, (len(source), *source.image_size, 3))
-        self._planes = _map(path, "planes.bin", np.int16, (self._offsets[-1], *source.label_size))
+        self._planes = _map(path, "planes.bin", np.int16, (int(self._offsets[-1]), *source.label_size))
 
     @property
     def concepts(self) -> Concepts:
