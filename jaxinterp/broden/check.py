@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 
 import numpy as np
 
@@ -93,14 +93,15 @@ def check(
     def files(i: int) -> _Found:
         return _check_files(folder, rows[i], labels, codes)
 
-    for done, future in enumerate(_closing(read_ahead(files, range(len(rows)))), 1):
-        own = future.result()
-        found.errors += own.errors
-        found.notes += own.notes
-        found.counts.merge(own.counts)
-        found.unread |= own.unread
-        if progress is not None:
-            progress(done, len(rows))
+    with contextlib.closing(read_ahead(files, range(len(rows)))) as reading:
+        for done, future in enumerate(reading, 1):
+            own = future.result()
+            found.errors += own.errors
+            found.notes += own.notes
+            found.counts.merge(own.counts)
+            found.unread |= own.unread
+            if progress is not None:
+                progress(done, len(rows))
     area = rows[0].label_size[0] * rows[0].label_size[1] if rows else 1
     _check_counts(labels, codes, found, area, tolerance)
     _note_unlisted(folder, rows, found)
@@ -108,13 +109,6 @@ def check(
         f"{category} {len(coded)}" for category, coded in codes.items()
     )
     return Checked(found.errors, found.notes, summary)
-
-
-def _closing(futures: Iterator[Future[_Found]]) -> Iterator[Future[_Found]]:
-    try:
-        yield from futures
-    finally:
-        futures.close()  # type: ignore[attr-defined]  # a generator, whose threads end with it
 
 
 def _check_columns(header: tuple[str, ...], categories: list[str], found: _Found) -> None:

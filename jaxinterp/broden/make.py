@@ -18,6 +18,7 @@ category,value,name.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -284,18 +285,16 @@ def _write_images(
     def cut(index: int) -> tuple[list[Row], Counts]:
         return _cut(plan.pictures[index], stems[index], plan.values, work / "images", size, crops, seed)
 
-    for index, future in enumerate(reading := read_ahead(cut, range(len(plan.pictures)))):
-        try:
-            own, counted = future.result()
-        except DamagedImage as error:
-            damaged.append((plan.pictures[index].id, error.reason))
-        except BaseException:
-            reading.close()
-            raise
-        else:
-            rows += own
-            counts.merge(counted)
-        progress(index + 1, len(plan.pictures))
+    with contextlib.closing(read_ahead(cut, range(len(plan.pictures)))) as reading:
+        for index, future in enumerate(reading):
+            try:
+                own, counted = future.result()
+            except DamagedImage as error:
+                damaged.append((plan.pictures[index].id, error.reason))
+            else:
+                rows += own
+                counts.merge(counted)
+            progress(index + 1, len(plan.pictures))
     rows.sort(key=lambda row: (_fraction(row.image), row.image))
     return rows, counts, damaged
 

@@ -201,8 +201,11 @@ def test_tolerance(broden_folder):
     write_map(broden_folder / "images" / "s" / "b_color.png", [[1, 1, 1, 2], [1, 1, 1, 0], [1, 1, 1, 0]])
     assert broden.check(broden_folder).errors
     assert broden.check(broden_folder, tolerance=0.01).errors == []
-    _edit("c_scene.csv", "street-s,2,2.0", "street-s,9,9.0")(broden_folder)
-    assert broden.check(broden_folder, tolerance=0.01).errors
+    _edit("c_scene.csv", "street-s,2,2.0", "street-s,4,4.0")(broden_folder)
+    _edit("label.csv", "scene(2),2,2.0", "scene(4),4,4.0")(broden_folder)
+    _edit("category.csv", "scene,5,6,2,3", "scene,5,6,2,5")(broden_folder)
+    assert len(broden.check(broden_folder, tolerance=0.2).errors) == 3
+    assert broden.check(broden_folder, tolerance=0.3).errors == []  # 4 - 2 <= 1 + 0.3 * 4
     with pytest.raises(ValueError, match="tolerance"):
         broden.check(broden_folder, tolerance=-0.1)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxinterp import broden, cli
-from jaxinterp.broden.colors import NAMES, color_names
+from jaxinterp.broden.colors import NAMES, _lab, color_names
 from jaxinterp.data import Broden, segmented_batches
 
 # Focal colours of the eleven terms, as they are shown to people, and everyday colours.
@@ -22,7 +22,7 @@ COLORS = {
     "pink": [(255, 192, 203), (255, 105, 180)],
     "purple": [(128, 0, 128), (90, 40, 130)],
     "red": [(255, 0, 0), (180, 20, 30), (104, 4, 12)],
-    "white": [(255, 255, 255), (248, 248, 248)],
+    "white": [(255, 255, 255), (248, 248, 248), (255, 246, 244)],
     "yellow": [(255, 255, 0), (240, 220, 80)],
 }
 
@@ -33,6 +33,14 @@ def test_colors(name, color):
     names = color_names(pixels)
     assert (names.shape, names.dtype) == ((1, 2), np.uint8)
     assert NAMES[names[0, 0]] == name
+
+
+def test_lab():
+    """CIE L*a*b* of sRGB's primaries and of grey, as tables give them."""
+    found = _lab(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [119, 119, 119], [255, 255, 255], [2, 2, 2]]))
+    expected = [[53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86], [50.03, 0, 0], [100, 0, 0]]
+    np.testing.assert_allclose(found[:5], expected, atol=0.05)
+    np.testing.assert_allclose(found[5], [903.3 * 2 / 255 / 12.92, 0, 0], atol=0.01)  # the straight parts of both
 
 
 def test_every_color_has_one_of_the_names_and_each_is_used():
@@ -81,6 +89,7 @@ def test_colors_and_masks_of_the_middle_crop(pictures):
     [two] = [item for name, item in items.items() if "two" in name]
     assert (names[two.planes[1]] == "all").all()
     assert (two.planes[2:] == 0).all()
+    assert source.concepts.names[12:] == ("box", "all")
     box = source.concepts.names.index("box")  # as in Broden a name has one number, whatever its category
     assert source.concepts.categories[source.concepts.category[box]] == "object"
     assert broden.check(pictures / "out").errors == []
