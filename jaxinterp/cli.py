@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -248,12 +248,122 @@ def validate(
         raise ValueError(f"differs from its original: {', '.join(failed)}")
 
 
+def broden_make(
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    out: Path,
+    textures: Path | None = None,
+    scenes: Path | None = None,
+    masks: Path | None = None,
+    size: int = 224,
+    crops: int = 12,
+    seed: int = 0,
+) -> None:
+    """Build a folder in Broden's format from pictures.
+
+    Every picture is cut into square crops. Colours come from their pixels (eleven names), textures and scenes from the
+    names of folders, everything else from masks of your own. Without any pictures the set is made of those that come
+    with the `samples` extra: twenty ImageNet pictures from foolbox (the rights are their photographers'; for research),
+    and from scikit-image pictures in the public domain or under CC0, and three textures under CC0.
+
+    Args:
+        pictures: Picture files and folders.
+        out: The folder to make; it must not exist, or be empty.
+        textures: A folder of pictures of one texture each, in a sub-folder for every texture or with its name, such
+            as brick.png and brick_2.png; the label holds for the whole image.
+        scenes: A folder with a sub-folder of pictures for every scene; the label holds for the whole image.
+        masks: A folder of PNGs of numbers, of their pictures' sizes: a/b.object.png for the picture a/b.jpg and the
+            category object, and a/b.object.2.png where a pixel has a second label. The file names.csv in it says what
+            they mean, with the columns category,value,name.
+        size: Side of the images, in pixels; label maps have half of it.
+        crops: Images that are cut from every picture.
+        seed: Of the crops.
+    """
+    from tqdm import tqdm
+
+    from jaxinterp import broden
+
+    with tqdm(desc="cutting", unit="picture", leave=False) as bar:
+        made = broden.make(
+            pictures,
+            out,
+            textures=textures,
+            scenes=scenes,
+            masks=masks,
+            size=size,
+            crops=crops,
+            seed=seed,
+            progress=lambda done, total: _show(bar, done, total),
+        )
+    for name, reason in made.damaged:
+        print(f"left out {name}: {reason}")
+    labels = ", ".join(f"{category} {count}" for category, count in made.labels.items())
+    print(f"{made.folder}: {made.images} images, {sum(made.labels.values())} labels ({labels})")
+
+
+def broden_check(directory: tyro.conf.Positional[Path], /, *, tolerance: float = 0.0) -> None:
+    """Report every inconsistency of a folder in Broden's format.
+
+    All tables and pictures are read: missing files, wrong sizes, label numbers that no table has, duplicates, and
+    frequencies and coverages that are not those of the files. The exit status is 2 where there is an error; notes are
+    harmless.
+
+    Args:
+        directory: The folder.
+        tolerance: By how much, relative to it, a stated frequency or coverage may differ from what is counted. The
+            published sets need some, since theirs were counted before label maps were scaled down.
+    """
+    from tqdm import tqdm
+
+    from jaxinterp import broden
+
+    with tqdm(desc="checking", unit="image", leave=False) as bar:
+        found = broden.check(directory, tolerance=tolerance, progress=lambda done, total: _show(bar, done, total))
+    for note in found.notes:
+        print(f"note: {note}")
+    for error in found.errors:
+        print(f"error: {error}")
+    if found.errors:
+        raise ValueError(f"{directory} has {len(found.errors)} {'error' if len(found.errors) == 1 else 'errors'}")
+    print(f"{directory} is sound: {found.summary}")
+
+
+def broden(
+    *,
+    command: Annotated[Any, tyro.conf.subcommand("make", constructor=broden_make)]
+    | Annotated[Any, tyro.conf.subcommand("check", constructor=broden_check)],
+) -> None:
+    """Make or check folders in Broden's format, the data of network dissection.
+
+    Broden (Bau, Zhou, Khosla, Oliva, Torralba, "Network Dissection", 2017) is a folder of images with maps of labels.
+    """
+    del command  # it has run
+
+
+def _show(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for bad input or a full disk, 130 when interrupted."""
-    commands = {"explain": explain, "attack": attack, "convert": convert, "models": models, "validate": validate}
+    commands = {
+        "explain": explain,
+        "attack": attack,
+        "convert": convert,
+        "models": models,
+        "validate": validate,
+        "broden": broden,
+    }
     return guarded(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            commands, prog="jaxinterp", description=_DESCRIPTION, args=args, sort_subcommands=False
+            commands,
+            prog="jaxinterp",
+            description=_DESCRIPTION,
+            args=args,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            sort_subcommands=False,
         )
     )
 

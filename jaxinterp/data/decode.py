@@ -12,11 +12,13 @@ level.)
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,14 +74,32 @@ def decode(file: str | os.PathLike[str] | bytes, crop: Crop | None) -> np.ndarra
         DamagedImage: the file cannot be read, is not a picture, is cut short, has pixels without a defined
             range (32-bit), or is larger than `PIL.Image.MAX_IMAGE_PIXELS`. Its id is the path.
     """
-    if not _prepared.is_set():
-        _prepare()
-    name = "picture" if isinstance(file, bytes) else os.fspath(file)
-    try:
+    with _damaged(file):
         image = _rgb(_load(file))
         return to_unit(np.asarray(image if crop is None else _resize_and_crop(image, crop)))
-    except _Unreadable as error:
-        raise DamagedImage(name, str(error)) from error.__cause__
+
+
+def decode_pixels(file: str | os.PathLike[str] | bytes) -> np.ndarray:
+    """Reads one picture as `decode` does without a crop, but leaves its pixels as uint8 [H,W,3]."""
+    with _damaged(file):
+        return np.asarray(_rgb(_load(file)))
+
+
+def decode_stored(file: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, str]:
+    """Reads the numbers that a file stores, without converting them to colours; for maps of labels.
+
+    Args:
+        file: a path, or the content of a file.
+
+    Returns:
+        [H,W] (grey levels, or indices into a palette) or [H,W,channels], and PIL's name of the format, such as "PNG".
+
+    Raises:
+        DamagedImage: as in `decode`.
+    """
+    with _damaged(file):
+        image = _load(file)
+        return np.asarray(image), image.format or ""
 
 
 def crop_pixels(pixels: np.ndarray, crop: Crop) -> np.ndarray:
@@ -103,6 +123,14 @@ def crop_pixels(pixels: np.ndarray, crop: Crop) -> np.ndarray:
     return result[..., None] if result.ndim == 2 else result
 
 
+def resize_pixels(pixels: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
+    """Resizes a whole picture, uint8 [H,W,3], to (height, width) with an antialiased filter; the aspect may change."""
+    if pixels.shape[:2] == size:
+        return pixels
+    filter = Image.Resampling[interpolation.upper()]
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), filter))
+
+
 def _prepare() -> None:
     """What the process needs once before its first picture is decoded."""
     with _preparing:
@@ -118,6 +146,17 @@ def _prepare() -> None:
 
 class _Unreadable(Exception):
     """The reason why a picture cannot be read, before its id is known."""
+
+
+@contextlib.contextmanager
+def _damaged(file: str | os.PathLike[str] | bytes) -> Iterator[None]:
+    if not _prepared.is_set():
+        _prepare()
+    try:
+        yield
+    except _Unreadable as error:
+        name = "picture" if isinstance(file, bytes) else os.fspath(file)
+        raise DamagedImage(name, str(error)) from error.__cause__
 
 
 def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
