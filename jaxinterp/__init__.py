@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 from jaxinterp.network import Network
 
 if TYPE_CHECKING:
-    from jaxinterp import attacks, attribution, cam, data, effect, faithfulness, localize, models, network, weights
+    from jaxinterp import (
+        attacks,
+        attribution,
+        cam,
+        data,
+        dissect,
+        effect,
+        faithfulness,
+        localize,
+        models,
+        network,
+        weights,
+    )
     from jaxinterp.weights import load
 
 __version__ = "0.1.0"
@@ -21,6 +33,7 @@ __all__ = [
     "attribution",
     "cam",
     "data",
+    "dissect",
     "effect",
     "faithfulness",
     "load",

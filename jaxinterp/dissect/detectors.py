@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxinterp.dissect.tally import Tally
+from jaxinterp.dissect.counting import Tally
 
 MINIMUM = 0.04
 """IoU that a detector exceeds."""

@@ -128,6 +128,13 @@ def present(planes: Any, scalars: Any, number: int, *, least: int = 8) -> Presen
     return Present(places.astype(np.uint8) if width < 255 else places, *packed)
 
 
+def widened(labels: Present, width: int) -> Present:
+    """The same with `width` places for labels, or as many as there are already."""
+    more = [(0, 0), (0, max(0, width - labels.labels.shape[1]))]
+    places = labels.places.astype(np.uint8 if width < 255 else np.uint16)
+    return Present(places, *(np.pad(column, more) for column in (labels.labels, labels.times, labels.area)))
+
+
 def init(units: int, labels: int, categories: int) -> TallyState:
     """Counts of no image."""
     return TallyState(

@@ -8,30 +8,38 @@ for any number of devices and any batches. The quantile between two ranks is int
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxinterp.pytree import pytree
+from jaxinterp.sharding import mesh_of
 
 QUANTILE = 0.005
 """Share of positions that exceed the threshold (Bau et al. 2017, section 2.2)."""
+
+Method = Literal["linear", "higher"]
+METHODS = ("linear", "higher")
+"""Between two ranks: interpolation, as NumPy's default; or the higher value, which at most the share exceeds."""
 
 _BINS = 1 << 16
 _MOST = 2**31 - 1  # positions that 32-bit counts can hold
 
 
-def check_quantile(quantile: float) -> float:
-    """Returns `quantile`; raises ValueError unless it lies strictly between 0 and 1."""
+def check(quantile: float, method: str = "linear") -> None:
+    """Raises ValueError unless `quantile` lies strictly between 0 and 1 and the method exists."""
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: expected a share between 0 and 1 (both excluded), got {quantile}")
-    return quantile
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
 
 
 def ordered(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -46,11 +54,12 @@ def value(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def ranks(count: int, quantile: float) -> tuple[int, float]:
+def ranks(count: int, quantile: float, method: Method = "linear") -> tuple[int, float]:
     """Where the threshold lies among `count` sorted values: after the value of this rank (from 0), by this share."""
     position = (count - 1) * (1 - quantile)
     lower = min(math.floor(position), count - 1)
-    return lower, position - lower
+    share = position - lower
+    return lower, math.ceil(share) if method == "higher" else share
 
 
 def between(lower: np.ndarray, upper: np.ndarray, share: float) -> np.ndarray:
@@ -61,7 +70,10 @@ def between(lower: np.ndarray, upper: np.ndarray, share: float) -> np.ndarray:
 
 
 def thresholds(
-    features: Float[Any, "images h w units"] | Iterable[Float[Any, "batch h w units"]], quantile: float = QUANTILE
+    features: Float[Any, "images h w units"] | Iterable[Float[Any, "batch h w units"]],
+    quantile: float = QUANTILE,
+    *,
+    method: Method = "linear",
 ) -> Float[Array, " units"]:
     """The value that each unit exceeds at the share `quantile` of all positions.
 
@@ -69,6 +81,7 @@ def thresholds(
         features: [N,h,w,U], sharded or not; or batches of such features. Those are walked through twice and never held
             together, unless they come from an iterator, which can be walked through only once and is kept in memory.
         quantile: between 0 and 1.
+        method: what is taken between two ranks: "linear" interpolation, or the "higher" value.
 
     Returns:
         [U] float32. With n positions it is the value at rank (n - 1) (1 - quantile) of the sorted activations.
@@ -78,11 +91,12 @@ def thresholds(
         ValueError: a quantile out of range, no features, a wrong rank, batches of different shapes, or NaN among the
             activations (the message names units).
     """
-    check_quantile(quantile)
+    check(quantile, method)
     if hasattr(features, "shape"):
-        return _resident(_checked(features), quantile)
+        features = _checked(features)
+        return of_kept(features, None, len(features), quantile, method, mesh=mesh_of(features))
     batches: Iterable = list(features) if isinstance(features, Iterator) else features
-    return streamed(lambda: ((batch, None) for batch in batches), quantile)
+    return streamed(lambda: ((batch, None) for batch in batches), quantile, method)
 
 
 def _checked(features: Any) -> jax.Array:
@@ -95,7 +109,8 @@ def _checked(features: Any) -> jax.Array:
     return jnp.asarray(features, jnp.float32)
 
 
-def _refuse_nan(found: Any) -> None:
+def refuse_nan(found: Any) -> None:
+    """Raises ValueError where a unit has a NaN; `found` [U] says which."""
     units = np.flatnonzero(np.asarray(found))
     if units.size:
         shown = ", ".join(map(str, units[:8])) + (", ..." if units.size > 8 else "")
@@ -105,19 +120,32 @@ def _refuse_nan(found: Any) -> None:
 # Features at hand
 
 
-def _resident(features: jax.Array, quantile: float, valid: Any = None) -> jax.Array:
-    images = features.shape[0] if valid is None else int(np.sum(np.asarray(valid)))
-    count = images * features.shape[1] * features.shape[2]
-    if count == 0:
-        raise ValueError("features: expected at least one image")
-    rank, share = ranks(count, quantile)
-    lower, upper, nan = _select(features, valid, jnp.int32(rank))
-    _refuse_nan(nan)
+def of_kept(
+    features: jax.Array, valid: Any, images: int, quantile: float, method: Method = "linear", *, mesh: Mesh | None
+) -> jax.Array:
+    """The thresholds of features that are on the devices.
+
+    Args:
+        features: [N,h,w,U], spread over `mesh`.
+        valid: bool [N], which images count; None means all.
+        images: how many count.
+        quantile: between 0 and 1.
+        method: see `thresholds`.
+        mesh: the devices; None for one.
+    """
+    rank, share = ranks(images * features.shape[1] * features.shape[2], quantile, method)
+    lower, upper, nan = _select(mesh)(features, valid, np.int32(rank))
+    refuse_nan(nan)
     return jnp.asarray(between(np.asarray(lower), np.asarray(upper), share))
 
 
-@jax.jit
-def _select(features, valid, rank):
+@functools.cache
+def _select(mesh: Mesh | None) -> Any:
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(_selected) if mesh is None else jax.jit(_selected, out_shardings=whole)
+
+
+def _selected(features, valid, rank):
     """The values of `rank` and of the next one in every unit, and whether the unit has a NaN."""
     keys = ordered(features)
     nan = jnp.isnan(features)
@@ -225,20 +253,23 @@ def neighbours(
 _update = jax.jit(update, donate_argnums=0)
 
 
-def streamed(batches: Callable[[], Iterable[tuple[Any, Any]]], quantile: float = QUANTILE) -> jax.Array:
+def streamed(
+    batches: Callable[[], Iterable[tuple[Any, Any]]], quantile: float = QUANTILE, method: Method = "linear"
+) -> jax.Array:
     """The same thresholds from features that are never held together: 256 KiB a unit, two passes.
 
     Args:
         batches: starts a pass; yields pairs of features [B,h,w,U] and of which images count (bool [B], or None).
         quantile: between 0 and 1.
+        method: see `thresholds`.
 
     Raises:
         ValueError: as `thresholds`; or the second pass yields other values than the first.
     """
-    check_quantile(quantile)
+    check(quantile, method)
     first, count = _pass(batches, None)
-    _refuse_nan(first.nan)
-    rank, share = ranks(count, quantile)
+    refuse_nan(first.nan)
+    rank, share = ranks(count, quantile, method)
     upper, inner = upper_half(first, jnp.int32(rank))
     second, again = _pass(batches, upper)
     expected = np.take_along_axis(np.asarray(first.counts), np.asarray(upper, np.int64)[None], axis=0)[0]

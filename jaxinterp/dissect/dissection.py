@@ -1,0 +1,581 @@
+"""Network dissection: which units of a layer detect which concepts (Bau et al. 2017, "Network Dissection").
+
+One walk through the data computes the feature maps of all layers asked for; the second compares their masks with the
+labels. Between the walks the feature maps stay on the devices, or, where they do not fit, they are computed again
+(three walks: two for the thresholds, which are exact either way). Every count and threshold is the same, to the last
+bit, for any batch size and any number of devices and processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxinterp.canonical import canonical
+from jaxinterp.dissect import counting, quantiles, shares, topimages
+from jaxinterp.dissect.counting import Form, Present, Tally, Union
+from jaxinterp.dissect.topimages import TopImages
+from jaxinterp.network import Network, Params, capture
+
+
+class Labelled(Protocol):
+    """Images with their labels, one fixed shape; where `mask` is False there is none, and images repeat a real one."""
+
+    @property
+    def images(self) -> np.ndarray: ...
+    @property
+    def planes(self) -> np.ndarray: ...
+    @property
+    def scalars(self) -> np.ndarray: ...
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def mask(self) -> np.ndarray: ...
+
+
+Walk = Callable[[], Iterable[tuple[np.ndarray, Labelled]]]
+"""Starts a walk through the data of this process; yields the numbers of a batch's images, and the batch."""
+
+Memo = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+"""Returns the arrays that are stored under a name, or computes and stores them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dissection:
+    """What the units of one layer detect.
+
+    Attributes:
+        node: the layer.
+        quantile: share of positions that exceed a threshold.
+        thresholds: float32 [U].
+        tally: how often units and concepts occur together.
+        top: the images on which each unit is most active, by number.
+        images: how many images were counted.
+        positions: height and width of the feature map.
+    """
+
+    node: str
+    quantile: float
+    thresholds: np.ndarray
+    tally: Tally
+    top: TopImages
+    images: int
+    positions: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a dissection will hold in memory, known before it starts.
+
+    Attributes:
+        shapes: feature map [h,w,U] of every layer.
+        images: number of images, at most.
+        batch_size: images in a batch of all processes together.
+        features: bytes of the feature maps of all images.
+        counts: bytes of thresholds' histograms (where features are computed again) and tallies, on each device.
+        keep: whether feature maps stay on the devices; otherwise they are computed three times.
+        budget: bytes that feature maps may take on all devices together.
+        flops: of one forward pass of an image, to the last of the layers; None where the compiler does not say.
+    """
+
+    shapes: dict[str, tuple[int, int, int]]
+    images: int
+    batch_size: int
+    features: int
+    counts: int
+    keep: bool
+    budget: int
+    flops: float | None
+
+    @property
+    def walks(self) -> int:
+        """How often the network sees every image."""
+        return 1 if self.keep else 3
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        layers = ", ".join(f"{node} ({h} x {w} x {u})" for node, (h, w, u) in self.shapes.items())
+        kept = (
+            f"kept in memory: {_size(self.features)} of at most {_size(self.budget)}"
+            if self.keep
+            else f"computed three times, as {_size(self.features)} are more than {_size(self.budget)}"
+        )
+        work = "" if self.flops is None else f"; {self.flops * self.images * self.walks / 1e12:.2f} TFLOP in all"
+        return [
+            f"{self.images} images in batches of {self.batch_size}; layers: {layers}",
+            f"feature maps are {kept}; counts take {_size(self.counts)} on each device{work}",
+        ]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def feature_shapes(network: Network, params: Params, nodes: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """[h,w,U] of every layer; a layer without positions counts as one position.
+
+    Raises:
+        ValueError: no layer, one that is named twice or unknown, or that is not a feature map of floats.
+    """
+    if not nodes or len(set(nodes)) != len(nodes):
+        raise ValueError(f"nodes: expected different layers, got {list(nodes)}")
+    image = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
+    _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, image)
+    found = {}
+    for node, leaf in maps.items():
+        if leaf.ndim not in (2, 4) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"node: {node} of {network.name} is {leaf.dtype} {list(leaf.shape)}, not a feature map")
+        found[node] = leaf.shape[1:] if leaf.ndim == 4 else (1, 1, leaf.shape[1])
+    return found
+
+
+def plan(
+    network: Network,
+    params: Params,
+    nodes: Sequence[str],
+    images: int,
+    *,
+    labels: int,
+    categories: int,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    memory: int | None = None,
+) -> Plan:
+    """What `dissect` would do.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        nodes: the layers.
+        images: number of images of all processes.
+        labels: L.
+        categories: C.
+        batch_size: images in a batch of all processes together.
+        mesh: the devices; None is the default device.
+        memory: bytes that feature maps may take on all devices together; by default half of what is free.
+
+    Raises:
+        ValueError: a layer that does not exist, no image, or a batch size out of range.
+    """
+    shapes = feature_shapes(network, params, nodes)
+    number = shares.count(mesh)
+    if images < 1:
+        raise ValueError("data: expected at least one image")
+    if batch_size < 1 or batch_size % number:
+        raise ValueError(f"batch_size: expected a multiple of the {number} devices, got {batch_size}")
+    padded = -(-images // batch_size) * batch_size
+    features = 4 * padded * sum(h * w * u for h, w, u in shapes.values())
+    budget = _free(mesh) // 2 if memory is None else memory
+    units = sum(u for _, _, u in shapes.values())
+    counts = 8 * units * (labels + 2 * categories + 1)
+    keep = features <= budget
+    one = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
+    cost = jax.jit(functools.partial(_maps, network, tuple(nodes))).lower(params, one).cost_analysis()
+    flops = (cost or {}).get("flops")
+    return Plan(
+        shapes,
+        images,
+        batch_size,
+        features,
+        counts + (0 if keep else 4 * units * (1 << 16)),
+        keep,
+        budget,
+        float(flops) if flops else None,
+    )
+
+
+def _free(mesh: Mesh | None) -> int:
+    """Bytes that are free on the devices of this process, times the processes."""
+    import os
+
+    devices = jax.local_devices() if mesh is not None else jax.local_devices()[:1]
+    statistics = [device.memory_stats() for device in devices]
+    local = 0
+    for entry in statistics:
+        if entry and "bytes_limit" in entry:
+            local += entry["bytes_limit"] - entry.get("bytes_in_use", 0)
+    if not local:  # a CPU: all devices share the machine's memory
+        try:
+            local = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            local = 4 << 30
+    return local * (jax.process_count() if mesh is not None else 1)
+
+
+def _maps(network: Network, nodes: tuple[str, ...], params: Params, images: Any) -> tuple[jax.Array, ...]:
+    """Feature maps [B,h,w,U] of the layers."""
+    _, maps = capture(network, params, images, nodes)
+    return tuple((leaf if leaf.ndim == 4 else leaf[:, None, None, :]).astype(jnp.float32) for leaf in maps.values())
+
+
+@functools.cache
+def extractor(network: Network, nodes: tuple[str, ...]) -> Callable[..., tuple[jax.Array, ...]]:
+    """The jitted function (params, images) -> feature maps [B,h,w,U] of the layers; any batch gives the same bits."""
+    return jax.jit(canonical(functools.partial(_maps, network, nodes)))
+
+
+def dissect(
+    network: Network,
+    params: Params,
+    node: str | Sequence[str],
+    data: Any,
+    *,
+    quantile: float = quantiles.QUANTILE,
+    method: quantiles.Method = "linear",
+    union: Union = "image",
+    top: int = 9,
+    batch_size: int = 32,
+    mesh: Mesh | None = None,
+    memory: int | None = None,
+    form: Form = "auto",
+    walk: Walk | None = None,
+    memo: Memo | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Any:
+    """Dissects layers of a network.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        node: a layer, or several, which are computed together.
+        data: a segmented source (see `jaxinterp.data.SegmentedSource`): `data.concepts`, `len(data)`, `data[i]` with
+            image, planes and scalars. Every process of a multi-process run gives the same one.
+        quantile: share of positions that exceed a unit's threshold.
+        method: of the threshold between two ranks, see `jaxinterp.dissect.thresholds`.
+        union: when a category occurs: anywhere in the "image", or under the mask ("lite").
+        top: how many images are listed for each unit.
+        batch_size: images in a batch, of all processes together; a multiple of the devices.
+        mesh: devices that share the images; None is the default device.
+        memory: bytes that feature maps may take on all devices together; by default half of what is free.
+        form: of the tally, see `jaxinterp.dissect.tally`.
+        walk: how to read `data`; by default one item after the other, in this thread.
+        memo: how to keep the feature maps of a batch outside of memory, so that none is computed twice, in this run or
+            after it was stopped; by default they are not kept.
+        progress: called with what is being done and how many images were finished.
+
+    Returns:
+        A `Dissection`, or for several layers a dict of them.
+
+    Raises:
+        ValueError: an argument out of range, an unknown layer, no image, NaN among the activations.
+    """
+    nodes = (node,) if isinstance(node, str) else tuple(node)
+    quantiles.check(quantile, method)
+    counting.check_union(union)
+    if top < 1:
+        raise ValueError(f"top: expected at least 1, got {top}")
+    concepts = data.concepts
+    membership = counting.memberships(concepts.category, len(concepts.categories))
+    found = plan(
+        network,
+        params,
+        nodes,
+        len(data),
+        labels=len(membership),
+        categories=membership.shape[1],
+        batch_size=batch_size,
+        mesh=mesh,
+        memory=memory,
+    )
+    passes = Passes(
+        network,
+        params,
+        nodes,
+        len(membership),
+        mesh,
+        found,
+        walk or functools.partial(in_order, data, batch_size // jax.process_count()),
+        progress or (lambda what, images: None),
+        memo or (lambda name, compute: compute()),
+        spilled=memo is not None,
+    )
+    seen = passes.first(top)
+    if not seen.images:
+        raise ValueError("data: expected at least one image that can be read")
+    limits = passes.thresholds(seen, quantile, method)
+    counted = passes.tally(seen, limits, membership, form)
+    dissections = {
+        name: Dissection(
+            name,
+            quantile,
+            np.asarray(limit),
+            counting.result(state, union),
+            jax.tree.map(np.asarray, best),
+            seen.images,
+            found.shapes[name][:2],
+        )
+        for name, limit, state, best in zip(nodes, limits, counted, seen.top, strict=True)
+    }
+    return dissections[nodes[0]] if isinstance(node, str) else dissections
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """What the first walk leaves.
+
+    Attributes:
+        images: how many there are, over all processes.
+        top: of every layer.
+        kept: feature maps of every layer [images, h, w, U], spread over the devices; None where they did not fit.
+        valid: bool [images], which of them are there; None where feature maps did not fit.
+        histograms: of every layer, where feature maps did not fit.
+        labels: the reduced labels of every batch; None where they did not fit either.
+    """
+
+    images: int
+    top: list[TopImages]
+    kept: list[jax.Array] | None
+    valid: jax.Array | None
+    histograms: list[Any] | None
+    labels: list[Present] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passes:
+    """The walks through the data."""
+
+    network: Network
+    params: Params
+    nodes: tuple[str, ...]
+    labels: int
+    mesh: Mesh | None
+    plan: Plan
+    start: Walk
+    told: Callable[[str, int], None]
+    memo: Memo
+    spilled: bool
+
+    @property
+    def units(self) -> list[int]:
+        return [self.plan.shapes[node][2] for node in self.nodes]
+
+    def walk(self, what: str) -> Iterator[tuple[int, jax.Array, jax.Array, Labelled]]:
+        """Number of the batch, numbers of its images and which are there (on the devices), and the batch."""
+        for i, (numbers, batch) in enumerate(self.start()):
+            yield i, *shares.placed((numbers, np.asarray(batch.mask)), self.mesh), batch
+            self.told(what, int(np.sum(batch.mask)))
+
+    def maps(self, i: int, batch: Labelled) -> list[jax.Array]:
+        """The feature maps of a batch, from a stored part where there is one."""
+        run = extractor(self.network, self.nodes)
+
+        def compute() -> dict[str, Any]:
+            maps = run(self._params, shares.placed(np.asarray(batch.images, np.float32), self.mesh))
+            return dict(zip(self.nodes, maps, strict=True))
+
+        if not self.spilled:
+            return list(compute().values())
+        stored = self.memo(
+            f"features-{i:05d}", lambda: {node: _of_this_process(leaf) for node, leaf in compute().items()}
+        )
+        return [shares.placed(np.asarray(stored[node]), self.mesh) for node in self.nodes]
+
+    @functools.cached_property
+    def _params(self) -> Params:
+        return shares.replicated(self.params, self.mesh)
+
+    def first(self, top: int) -> Seen:
+        """Computes feature maps, keeps or counts them, and finds the top images."""
+        mesh, keep = self.mesh, self.plan.keep
+        tops = [shares.start(functools.partial(topimages.init, units, top), mesh) for units in self.units]
+        best = shares.step(topimages.update, mesh, (True, True, True))
+        histograms = [shares.start(functools.partial(quantiles.init, units), mesh) for units in self.units if not keep]
+        count = shares.step(quantiles.update, mesh, (True, True))
+        rows = -(-self.plan.images // self.plan.batch_size) * self.plan.batch_size // shares.count(mesh)
+        kept = [
+            shares.start(functools.partial(jnp.full, (rows, *self.plan.shapes[node]), -jnp.inf, jnp.float32), mesh)
+            for node in self.nodes
+            if keep
+        ]
+        there = shares.start(functools.partial(jnp.zeros, rows, bool), mesh)
+        put = shares.step(_put, mesh, (True, False))
+        labels: list[Present] | None = []
+        for i, numbers, valid, batch in self.walk("feature maps"):
+            maps = self.maps(i, batch)
+            tops = [best(state, x, numbers, valid) for state, x in zip(tops, maps, strict=True)]
+            there = put(there, valid, jnp.int32(i))
+            if keep:
+                kept = [put(store, _absent(x, valid), jnp.int32(i)) for store, x in zip(kept, maps, strict=True)]
+            else:
+                histograms = [count(state, x, valid) for state, x in zip(histograms, maps, strict=True)]
+            if labels is not None:
+                batches = -(-self.plan.images // self.plan.batch_size)
+                fits = np.asarray(batch.planes).size * batches <= min(self.plan.budget, _LABELS)
+                labels = [*labels, self.present(batch)] if fits else None
+        images = int(_total(mesh)(there))
+        return Seen(
+            images,
+            [shares.merged(state, topimages.merge, mesh) for state in tops],
+            [_flat(mesh)(store) for store in kept] if keep else None,
+            _flat(mesh)(there) if keep else None,
+            None if keep else [shares.merged(state, quantiles.merge, mesh) for state in histograms],
+            labels,
+        )
+
+    def present(self, batch: Labelled) -> Present:
+        """The reduced labels of a batch, as wide as every process needs them; none where there is no image."""
+        mask = np.asarray(batch.mask)
+        planes = np.asarray(batch.planes) * mask[:, None, None, None]
+        scalars = np.asarray(batch.scalars) * mask[:, None]
+        found = counting.present(planes, scalars, self.labels)
+        return counting.widened(found, _largest(found.labels.shape[1]))
+
+    def thresholds(self, seen: Seen, quantile: float, method: quantiles.Method) -> list[jax.Array]:
+        """Of every layer, exact."""
+        if seen.kept is not None:
+            return [
+                quantiles.of_kept(store, seen.valid, seen.images, quantile, method, mesh=self.mesh)
+                for store in seen.kept
+            ]
+        assert seen.histograms is not None
+        sides = []
+        for histogram, node in zip(seen.histograms, self.nodes, strict=True):
+            quantiles.refuse_nan(histogram.nan)
+            h, w, _ = self.plan.shapes[node]
+            rank, share = quantiles.ranks(seen.images * h * w, quantile, method)
+            sides.append((*quantiles.upper_half(histogram, jnp.int32(rank)), share))
+        states = [shares.start(functools.partial(quantiles.init, units), self.mesh) for units in self.units]
+        count = shares.step(quantiles.update, self.mesh, (True, True, False))
+        for i, _, valid, batch in self.walk("thresholds"):
+            maps = self.maps(i, batch)
+            states = [count(s, x, valid, side[0]) for s, x, side in zip(states, maps, sides, strict=True)]
+        limits = []
+        for state, (upper, inner, share) in zip(states, sides, strict=True):
+            lower, following = quantiles.neighbours(shares.merged(state, quantiles.merge, self.mesh), upper, inner)
+            limits.append(jnp.asarray(quantiles.between(np.asarray(lower), np.asarray(following), share)))
+        return limits
+
+    def tally(
+        self, seen: Seen, limits: Sequence[jax.Array], membership: np.ndarray, form: Form
+    ) -> list[counting.TallyState]:
+        """Counts of every layer."""
+        mesh = self.mesh
+        limits, member = shares.replicated((list(map(np.asarray, limits)), membership), mesh)
+        states = [
+            shares.start(functools.partial(counting.init, units, *membership.shape), mesh) for units in self.units
+        ]
+        size = self.plan.batch_size // shares.count(mesh)
+        kept = shares.step(
+            functools.partial(_update_kept, form=form, size=size), mesh, (True, False, False, True, False)
+        )
+        fresh = shares.step(functools.partial(counting.update, form=form), mesh, (True, False, True, False))
+
+        def add(states, i, maps, labels):
+            labels = shares.placed(labels, mesh)
+            if seen.kept is not None:
+                return [
+                    kept(s, x, jnp.int32(i), t, labels, member)
+                    for s, x, t in zip(states, seen.kept, limits, strict=True)
+                ]
+            return [fresh(s, x, t, labels, member) for s, x, t in zip(states, maps, limits, strict=True)]
+
+        if seen.kept is not None and seen.labels is not None:
+            for i, labels in enumerate(seen.labels):
+                states = add(states, i, None, labels)
+                self.told("tally", int((np.asarray(labels.area).sum(axis=1) > 0).sum()))
+        else:
+            for i, _, valid, batch in self.walk("tally"):
+                maps = [_absent(x, valid) for x in self.maps(i, batch)] if seen.kept is None else None
+                states = add(states, i, maps, self.present(batch))
+        return [shares.merged(state, counting.merge, mesh) for state in states]
+
+
+_LABELS = 4 << 30  # bytes of reduced labels that are held at most
+
+
+def _update_kept(state, kept, i, thresholds, labels, membership, *, form, size):
+    maps = lax.dynamic_slice_in_dim(kept, i * size, size)
+    return counting.update(state, maps, thresholds, labels, membership, form=form)
+
+
+def _put(store, x, i):
+    return lax.dynamic_update_slice_in_dim(store, x, i * x.shape[0], 0)
+
+
+@jax.jit
+def _absent(maps, valid):
+    """Feature maps that exceed no threshold where there is no image."""
+    return jnp.where(valid[:, None, None, None], maps, -jnp.inf)
+
+
+@functools.cache
+def _flat(mesh: Mesh | None) -> Any:
+    """[shares, rows, ...] as [shares * rows, ...], where it is."""
+
+    def flat(store):
+        return store.reshape(-1, *store.shape[2:])
+
+    if mesh is None:
+        return jax.jit(flat, donate_argnums=0)
+    return jax.jit(flat, donate_argnums=0, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
+
+
+@functools.cache
+def _total(mesh: Mesh | None) -> Any:
+    """How many are True, the same number on every device."""
+
+    def total(there):
+        return jnp.sum(there, dtype=jnp.int32)
+
+    return jax.jit(total) if mesh is None else jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _of_this_process(leaf: jax.Array) -> np.ndarray:
+    """The rows that this process has computed."""
+    if jax.process_count() == 1:
+        return np.asarray(leaf)
+    rows = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in rows])
+
+
+def _largest(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    images: np.ndarray
+    planes: np.ndarray
+    scalars: np.ndarray
+    ids: tuple[str, ...]
+    mask: np.ndarray
+
+
+def in_order(data: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Labelled]]:
+    """Reads a source item after item: this process's share in batches of one shape, as all processes need it."""
+    index, processes = jax.process_index(), jax.process_count()
+    share = range(index, len(data), processes)
+    batches = math.ceil(math.ceil(len(data) / processes) / batch_size)
+    for i in range(batches):
+        numbers = list(share[i * batch_size : (i + 1) * batch_size])
+        items = [data[number] for number in numbers] or [data[0]]
+        rows = [*items, *[items[-1]] * (batch_size - len(items))]
+        mask = np.arange(batch_size) < len(numbers)
+        yield (
+            np.array(numbers + [0] * (batch_size - len(numbers)), np.int32),
+            _Rows(
+                np.stack([row.image for row in rows]),
+                np.stack([row.planes for row in rows]),
+                np.stack([row.scalars for row in rows]),
+                tuple(row.id for row in rows),
+                mask,
+            ),
+        )
