@@ -167,7 +167,9 @@ def update(
     if form == "auto":
         form = "gated" if jax.default_backend() == "cpu" else "dense"
     count = _gated if form == "gated" else _dense
-    counted = count(features, thresholds, labels, membership, state.intersection.low.shape[0])
+    both, active, by_category = count(features, thresholds, labels, membership)
+    intersection = jnp.zeros(state.intersection.low.shape, jnp.int32).at[labels.labels].add(both)
+    counted = intersection, active.sum(axis=0), by_category.sum(axis=0)
     areas = jnp.zeros(state.label_area.low.shape, jnp.int32).at[labels.labels].add(labels.area)
     return jax.tree.map(wide.add, state, TallyState(*counted, areas), is_leaf=lambda node: isinstance(node, Wide))
 
@@ -254,43 +256,34 @@ def _buckets(units: int) -> list[int]:
     return sizes[::-1]
 
 
-def _gated(features, thresholds, labels: Present, membership, number: int):
+def _gated(features, thresholds, labels: Present, membership):
     """Image after image, units that fire only, in the smallest bucket that holds them."""
-    units, categories = features.shape[-1], membership.shape[1]
+    units = features.shape[-1]
     sizes = _buckets(units)
-    fired = (features.max(axis=(1, 2)) > thresholds).astype(jnp.int32)
+    fired = features.max(axis=(1, 2)) > thresholds
     which = sum((fired.sum(axis=1) > size).astype(jnp.int32) for size in sizes[:-1]) + jnp.zeros(len(fired), jnp.int32)
 
-    def some(size, counts, feature, fire, label):
-        chosen = jnp.nonzero(fire, size=size, fill_value=units)[0] if size < units else jnp.arange(units)
+    def some(size, feature, fire, label):
+        if size == units:
+            return _of_image(feature, thresholds, label, membership)
+        chosen = jnp.nonzero(fire, size=size, fill_value=units)[0]
         maps = jnp.take(feature, chosen, axis=-1, mode="fill", fill_value=0)
         limits = jnp.take(thresholds, chosen, mode="fill", fill_value=0)
-        both, active, by_category = _of_image(maps, limits, label, membership)
-        return (
-            counts[0].at[label.labels[:, None], chosen[None, :]].add(both, mode="drop"),
-            counts[1].at[chosen].add(active, mode="drop"),
-            counts[2].at[:, :, chosen].add(by_category, mode="drop"),
+        counts = _of_image(maps, limits, label, membership)
+        return jax.tree.map(
+            lambda c: jnp.zeros((*c.shape[:-1], units), c.dtype).at[..., chosen].set(c, mode="drop"), counts
         )
 
-    def step(counts, one):
-        bucket, rest = one[0], one[1:]
-        return lax.switch(bucket, [functools.partial(some, size) for size in sizes], counts, *rest), None
+    def one(image):
+        bucket, *rest = image
+        return lax.switch(bucket, [functools.partial(some, size) for size in sizes], *rest)
 
-    start = (
-        jnp.zeros((number, units), jnp.int32),
-        jnp.zeros(units, jnp.int32),
-        jnp.zeros((len(UNIONS), categories, units), jnp.int32),
-    )
-    return lax.scan(step, start, (which, features, fired, labels))[0]
+    return lax.map(one, (which, features, fired, labels))
 
 
-def _dense(features, thresholds, labels: Present, membership, number: int):
+def _dense(features, thresholds, labels: Present, membership):
     """All units of all images at once."""
-    both, active, by_category = jax.vmap(_of_image, in_axes=(0, None, 0, None))(
-        features, thresholds, labels, membership
-    )
-    intersection = jnp.zeros((number, features.shape[-1]), jnp.int32).at[labels.labels].add(both)
-    return intersection, active.sum(axis=0), by_category.sum(axis=0)
+    return jax.vmap(_of_image, in_axes=(0, None, 0, None))(features, thresholds, labels, membership)
 
 
 _MOST_PIXELS = 1 << 24  # of a label map, over all channels
@@ -349,8 +342,8 @@ def tally(
     number = len(membership)
     mesh = mesh_of(features)
     labels = present(planes, scalars, number)
-    states = shares.start(functools.partial(init, units, number, membership.shape[1]), mesh)
-    step = shares.step(functools.partial(update, form=form), mesh, (True, False, True, False))
+    states = shares.start(init, mesh, units, number, membership.shape[1])
+    step = shares.step(update, mesh, (True, False, True, False), form=form)
     everything = jax.tree.map(lambda leaf: _by_share(leaf, shares.count(mesh)), (features, labels))
     for start in range(0, everything[0].shape[1], batch_size):
         maps, found = jax.tree.map(lambda leaf, i=start: leaf[:, i : i + batch_size], everything)

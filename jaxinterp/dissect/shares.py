@@ -43,36 +43,43 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
-def start(init: Callable[[], S], mesh: Mesh | None) -> S:
-    """A statistic that has seen nothing, for every share: a first axis is added to each leaf."""
+def start(init: Callable[..., S], mesh: Mesh | None, *arguments: Any) -> S:
+    """`init(*arguments)`, a statistic that has seen nothing, for every share: a first axis is added to each leaf."""
+    return _start(init, mesh, arguments)()
 
+
+@functools.lru_cache(maxsize=256)
+def _start(init: Callable[..., Any], mesh: Mesh | None, arguments: tuple[Any, ...]) -> Any:
     def every():
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count(mesh), *leaf.shape)), init())
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count(mesh), *leaf.shape)), init(*arguments))
 
     if mesh is None:
-        return jax.jit(every)()
-    return jax.jit(every, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))()
+        return jax.jit(every)
+    return jax.jit(every, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
-def step(update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], *, donate: bool = True) -> Any:
+@functools.lru_cache(maxsize=256)
+def step(update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], **static: Any) -> Any:
     """The jitted `update(states, *arguments)` of every share's own statistic, on the share's device.
 
+    The old statistics are given up to the new ones. Equal arguments give the same function, compiled once.
+
     Args:
-        update: of one statistic, `update(state, *arguments) -> state`.
+        update: of one statistic, `update(state, *arguments, **static) -> state`.
         mesh: the devices; None is the default device.
         by_example: for every argument, whether its leaves are spread by example; the others are replicated.
-        donate: the old statistics are not needed any more.
+        static: what else `update` takes.
     """
 
     def every(states, *arguments):
-        new = update(jax.tree.map(lambda leaf: leaf[0], states), *arguments)
+        new = update(jax.tree.map(lambda leaf: leaf[0], states), *arguments, **static)
         return jax.tree.map(lambda leaf: leaf[None], new)
 
     if mesh is not None:
         share, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
         specs = (share, *(share if spread else whole for spread in by_example))
         every = jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=share, check_vma=False)
-    return jax.jit(every, donate_argnums=0 if donate else ())
+    return jax.jit(every, donate_argnums=0)
 
 
 def merged(states: S, merge: Callable[[S, S], S], mesh: Mesh | None) -> S:
