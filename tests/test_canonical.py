@@ -377,13 +377,13 @@ MODELS = {
     ("name", "loop"),
     [
         ("mlp", False),
-        ("mlp of 100 classes", True),
         ("column vectors", False),
         ("nnx cnn", True),
         ("nnx cnn, wide", False),
-        ("nchw", False),
-        ("nchw, wide", True),
-        ("attention", True),
+        *(
+            pytest.param(*more, marks=pytest.mark.exhaustive)
+            for more in (("mlp of 100 classes", True), ("nchw", False), ("nchw, wide", True), ("attention", True))
+        ),
     ],
 )
 def test_an_example_does_not_depend_on_its_batch(name, loop):

@@ -328,7 +328,12 @@ REFINED = {
 }
 
 
-@pytest.mark.parametrize("name", REFINED)
+def some_of(names, always):
+    """With --exhaustive all of them."""
+    return [pytest.param(name, marks=() if name in always else pytest.mark.exhaustive) for name in names]
+
+
+@pytest.mark.parametrize("name", some_of(REFINED, ("ifgsm", "cw")))
 def test_a_refined_attack_stays_on_its_support_and_succeeds_there(name):
     """On the half of the image that matters most; the perturbation found before is where it begins."""
     (network, params), (clean, _) = small(), images()
@@ -352,7 +357,7 @@ def test_a_refined_attack_stays_on_its_support_and_succeeds_there(name):
     np.testing.assert_array_equal(alone.images[0], refined.images[2])
 
 
-@pytest.mark.parametrize("name", [name for name in REFINED if name != "deepfool"])
+@pytest.mark.parametrize("name", some_of((name for name in REFINED if name != "deepfool"), ("pgd",)))
 def test_a_warm_start_is_where_the_attack_begins(name):
     """From a success far away an attack without time to search still knows it, or a point between."""
     (network, params), (clean, _) = small(), images()

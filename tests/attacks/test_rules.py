@@ -326,8 +326,8 @@ RELATIVES = (
     *("autoattack", "hopskipjump-linf", "mifgsm-chain", "apgd-l1", "apgd-l2", "pgd-l1", "square-l1", "square-l2"),
     *("fab-l1", "fab-linf", "fab-t", "fmn-l0", "fmn-l1", "fmn-linf", "deepfool-linf"),
 )
-# These take longest to compile.
-LONG = ("chain", "hopskipjump-l2", "cw-l0", "apgdt", "strattack")
+# These take longest to compile, or share how they treat targets with another one.
+LONG = ("chain", "hopskipjump-l2", "cw-l0", "cw-linf", "apgdt", "strattack", "fgsm", "mifgsm", "spsa", "pgd-l2")
 # Attacks with a state of each kind: one for every device is up to the driver.
 SPREAD = (*LEADING, "spsa", "square-linf", "fab-l2", "strattack", "ead")
 

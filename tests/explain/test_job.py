@@ -118,6 +118,7 @@ def test_pictures_of_every_sort_are_explained_or_listed(tmp_path, pictures):
     folder.mkdir()
     with Image.open(pictures[0]) as opened:
         picture = opened.convert("RGB").resize((300, 260))
+    picture.save(folder / "plain.png")
     picture.convert("L").save(folder / "grey.png")
     picture.convert("RGBA").save(folder / "rgba.png")
     picture.convert("CMYK").save(folder / "cmyk.jpg")
@@ -127,18 +128,25 @@ def test_pictures_of_every_sort_are_explained_or_listed(tmp_path, pictures):
     (folder / "truncated.jpg").write_bytes(pictures[0].read_bytes()[:5000])
     said: list[str] = []
     found = explain.explain(
-        [folder], specs=["ifgsm:steps=1"], cell=224, out=tmp_path / "out", batch_size=8, say=said.append
+        [folder],
+        model="cifar10_cnn",
+        specs=["ifgsm:steps=1"],
+        cell=32,
+        out=tmp_path / "out",
+        batch_size=8,
+        say=said.append,
     )
-    assert {row["id"] for row in found.rows} == {"grey.png", "rgba.png", "cmyk.jpg", "sixteen.png", "pixel.png"}
+    readable = {"plain.png", "grey.png", "rgba.png", "cmyk.jpg", "sixteen.png", "pixel.png"}
+    assert {row["id"] for row in found.rows} == readable
     assert {name for name, _ in found.pictures.damaged} == {"text.jpg", "truncated.jpg"}
     assert any("text.jpg: could not be read" in line for line in said)
     assert any("predict" in line for line in said)  # whose labels these are
     # The same picture in three forms: what the network sees must be close.
     labels = {row["id"]: row["label"] for row in found.rows}
-    assert labels["rgba.png"] == 243
+    assert labels["rgba.png"] == labels["plain.png"]
     assert labels["grey.png"] == labels["sixteen.png"]
     record = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert record[0]["pictures"] == 5
+    assert record[0]["pictures"] == 6
 
 
 def test_targets_depend_on_the_seed_and_the_name_alone():
