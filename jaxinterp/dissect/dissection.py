@@ -62,6 +62,8 @@ class Dissection:
         top: the images on which each unit is most active, by number.
         images: how many images were counted.
         positions: height and width of the feature map.
+        maps: float32 [U,top,h,w], each unit's feature maps on its top images (-inf where there are fewer images); None
+            unless they were asked for.
     """
 
     node: str
@@ -71,6 +73,7 @@ class Dissection:
     top: TopImages
     images: int
     positions: tuple[int, int]
+    maps: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +241,7 @@ def dissect(
     method: quantiles.Method = "linear",
     union: Union = "image",
     top: int = 9,
+    maps: bool = False,
     batch_size: int = 32,
     mesh: Mesh | None = None,
     memory: int | None = None,
@@ -258,6 +262,7 @@ def dissect(
         method: of the threshold between two ranks, see `jaxinterp.dissect.thresholds`.
         union: when a category occurs: anywhere in the "image", or under the mask ("lite").
         top: how many images are listed for each unit.
+        maps: also keep each unit's feature maps on those images.
         batch_size: images in a batch, of all processes together; a multiple of the devices.
         mesh: devices that share the images; None is the default device.
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
@@ -307,7 +312,7 @@ def dissect(
     if not seen.images:
         raise ValueError("data: expected at least one image that can be read")
     limits = passes.thresholds(seen, quantile, method)
-    counted = passes.tally(seen, limits, membership, form)
+    counted, found_maps = passes.tally(seen, limits, membership, form, top if maps else 0)
     dissections = {
         name: Dissection(
             name,
@@ -317,8 +322,9 @@ def dissect(
             jax.tree.map(np.asarray, best),
             seen.images,
             found.shapes[name][:2],
+            np.asarray(of_top) if maps else None,
         )
-        for name, limit, state, best in zip(nodes, limits, counted, seen.top, strict=True)
+        for name, limit, state, best, of_top in zip(nodes, limits, counted, seen.top, found_maps, strict=True)
     }
     return dissections[nodes[0]] if isinstance(node, str) else dissections
 
@@ -334,6 +340,7 @@ class Seen:
         valid: bool [images], which of them are there; None where feature maps did not fit.
         histograms: of every layer, where feature maps did not fit.
         labels: the reduced labels of every batch; None where they did not fit either.
+        numbers: of every batch, the numbers of its images and which are there, on the devices.
     """
 
     images: int
@@ -342,6 +349,7 @@ class Seen:
     valid: jax.Array | None
     histograms: list[Any] | None
     labels: list[Present] | None
+    numbers: list[tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -404,8 +412,10 @@ class Passes:
         there = shares.start(functools.partial(jnp.zeros, rows, bool), mesh)
         put = shares.step(_put, mesh, (True, False))
         labels: list[Present] | None = []
+        seen = []
         for i, numbers, valid, batch in self.walk("feature maps"):
             maps = self.maps(i, batch)
+            seen.append((numbers, valid))
             tops = [best(state, x, numbers, valid) for state, x in zip(tops, maps, strict=True)]
             there = put(there, valid, jnp.int32(i))
             if keep:
@@ -424,6 +434,7 @@ class Passes:
             _flat(mesh)(there) if keep else None,
             None if keep else [shares.merged(state, quantiles.merge, mesh) for state in histograms],
             labels,
+            seen,
         )
 
     def present(self, batch: Labelled) -> Present:
@@ -460,46 +471,61 @@ class Passes:
         return limits
 
     def tally(
-        self, seen: Seen, limits: Sequence[jax.Array], membership: np.ndarray, form: Form
-    ) -> list[counting.TallyState]:
-        """Counts of every layer."""
+        self, seen: Seen, limits: Sequence[jax.Array], membership: np.ndarray, form: Form, top: int
+    ) -> tuple[list[counting.TallyState], list[jax.Array]]:
+        """Counts of every layer, and its units' feature maps on their first `top` images."""
         mesh = self.mesh
         limits, member = shares.replicated((list(map(np.asarray, limits)), membership), mesh)
         states = [
             shares.start(functools.partial(counting.init, units, *membership.shape), mesh) for units in self.units
         ]
+        pictured = [
+            shares.start(functools.partial(topimages.no_maps, u, top, (h, w)), mesh)
+            for h, w, u in self.plan.shapes.values()
+        ]
         size = self.plan.batch_size // shares.count(mesh)
-        kept = shares.step(
-            functools.partial(_update_kept, form=form, size=size), mesh, (True, False, False, True, False)
-        )
-        fresh = shares.step(functools.partial(counting.update, form=form), mesh, (True, False, True, False))
+        kept = seen.kept is not None
+        spread = (True, False) if kept else (True,)  # all feature maps and which batch, or those of the batch
+        update = functools.partial(counting.update, form=form)
+        count = shares.step(_of_kept(update, size) if kept else update, mesh, (*spread, False, True, False))
+        update = topimages.update_maps
+        picture = shares.step(_of_kept(update, size) if kept else update, mesh, (*spread, True, True, False))
 
-        def add(states, i, maps, labels):
+        def add(i, maps, labels, numbers, valid):
+            nonlocal states, pictured
             labels = shares.placed(labels, mesh)
-            if seen.kept is not None:
-                return [
-                    kept(s, x, jnp.int32(i), t, labels, member)
-                    for s, x, t in zip(states, seen.kept, limits, strict=True)
+            where = (jnp.int32(i),) if kept else ()
+            states = [count(s, x, *where, t, labels, member) for s, x, t in zip(states, maps, limits, strict=True)]
+            if top:
+                pictured = [
+                    picture(s, x, *where, numbers, valid, best.image)
+                    for s, x, best in zip(pictured, maps, seen.top, strict=True)
                 ]
-            return [fresh(s, x, t, labels, member) for s, x, t in zip(states, maps, limits, strict=True)]
 
         if seen.kept is not None and seen.labels is not None:
-            for i, labels in enumerate(seen.labels):
-                states = add(states, i, None, labels)
+            for i, (labels, (numbers, valid)) in enumerate(zip(seen.labels, seen.numbers, strict=True)):
+                add(i, seen.kept, labels, numbers, valid)
                 self.told("tally", int((np.asarray(labels.area).sum(axis=1) > 0).sum()))
         else:
-            for i, _, valid, batch in self.walk("tally"):
-                maps = [_absent(x, valid) for x in self.maps(i, batch)] if seen.kept is None else None
-                states = add(states, i, maps, self.present(batch))
-        return [shares.merged(state, counting.merge, mesh) for state in states]
+            for i, numbers, valid, batch in self.walk("tally"):
+                maps = seen.kept or [_absent(x, valid) for x in self.maps(i, batch)]
+                add(i, maps, self.present(batch), numbers, valid)
+        return (
+            [shares.merged(state, counting.merge, mesh) for state in states],
+            [shares.merged(state, topimages.merge_maps, mesh) for state in pictured],
+        )
 
 
 _LABELS = 4 << 30  # bytes of reduced labels that are held at most
 
 
-def _update_kept(state, kept, i, thresholds, labels, membership, *, form, size):
-    maps = lax.dynamic_slice_in_dim(kept, i * size, size)
-    return counting.update(state, maps, thresholds, labels, membership, form=form)
+def _of_kept(update, size):
+    """`update(state, maps, ...)` as a function of all feature maps that are kept and the number of the batch."""
+
+    def updated(state, kept, i, *rest):
+        return update(state, lax.dynamic_slice_in_dim(kept, i * size, size), *rest)
+
+    return updated
 
 
 def _put(store, x, i):
