@@ -255,7 +255,7 @@ def storage(job: Job, out: Path, spill: bool | None = None) -> tuple[bool, str]:
     return False, f"feature maps are not stored, as they take {room}: a run that is stopped begins with them again"
 
 
-def gib(count: float) -> str:
+def gib(count: int | float) -> str:
     """Bytes as GiB."""
     return f"{count / 2**30:.3g} GiB"
 

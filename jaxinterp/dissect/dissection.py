@@ -120,7 +120,7 @@ class Plan:
         ]
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -44,7 +44,9 @@ def squares() -> SegmentedArrays:
             planes[i, 0, 10:12, 10:12] = 2
             planes[i, 1] = 4
     category = np.array([-1, 0, 0, 0, 1])
-    return SegmentedArrays(images, planes, Concepts(NAMES, ("colour", "rest"), category), ids=[f"p{i}" for i in range(11)])
+    return SegmentedArrays(
+        images, planes, Concepts(NAMES, ("colour", "rest"), category), ids=[f"p{i}" for i in range(11)]
+    )
 
 
 @pytest.fixture(scope="module")
