@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params, capture
 
 
+@runtime_checkable
 class Labelled(Protocol):
     """Images with their labels, one fixed shape; where `mask` is False there is none, and images repeat a real one."""
 
