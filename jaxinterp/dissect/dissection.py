@@ -391,17 +391,17 @@ class Passes:
     def first(self, top: int) -> Seen:
         """Computes feature maps, keeps or counts them, and finds the top images."""
         mesh, keep = self.mesh, self.plan.keep
-        tops = [shares.start(functools.partial(topimages.init, units, top), mesh) for units in self.units]
+        tops = [shares.start(topimages.init, mesh, units, top) for units in self.units]
         best = shares.step(topimages.update, mesh, (True, True, True))
-        histograms = [shares.start(functools.partial(quantiles.init, units), mesh) for units in self.units if not keep]
+        histograms = [shares.start(quantiles.init, mesh, units) for units in self.units if not keep]
         count = shares.step(quantiles.update, mesh, (True, True))
         rows = -(-self.plan.images // self.plan.batch_size) * self.plan.batch_size // shares.count(mesh)
         kept = [
-            shares.start(functools.partial(jnp.full, (rows, *self.plan.shapes[node]), -jnp.inf, jnp.float32), mesh)
+            shares.start(jnp.full, mesh, (rows, *self.plan.shapes[node]), -math.inf, jnp.float32)
             for node in self.nodes
             if keep
         ]
-        there = shares.start(functools.partial(jnp.zeros, rows, bool), mesh)
+        there = shares.start(jnp.zeros, mesh, rows, bool)
         put = shares.step(_put, mesh, (True, False))
         labels: list[Present] | None = []
         for i, numbers, valid, batch in self.walk("feature maps"):
@@ -448,7 +448,7 @@ class Passes:
             h, w, _ = self.plan.shapes[node]
             rank, share = quantiles.ranks(seen.images * h * w, quantile, method)
             sides.append((*quantiles.upper_half(histogram, jnp.int32(rank)), share))
-        states = [shares.start(functools.partial(quantiles.init, units), self.mesh) for units in self.units]
+        states = [shares.start(quantiles.init, self.mesh, units) for units in self.units]
         count = shares.step(quantiles.update, self.mesh, (True, True, False))
         for i, _, valid, batch in self.walk("thresholds"):
             maps = self.maps(i, batch)
@@ -465,14 +465,10 @@ class Passes:
         """Counts of every layer."""
         mesh = self.mesh
         limits, member = shares.replicated((list(map(np.asarray, limits)), membership), mesh)
-        states = [
-            shares.start(functools.partial(counting.init, units, *membership.shape), mesh) for units in self.units
-        ]
+        states = [shares.start(counting.init, mesh, units, *membership.shape) for units in self.units]
         size = self.plan.batch_size // shares.count(mesh)
-        kept = shares.step(
-            functools.partial(_update_kept, form=form, size=size), mesh, (True, False, False, True, False)
-        )
-        fresh = shares.step(functools.partial(counting.update, form=form), mesh, (True, False, True, False))
+        kept = shares.step(_update_kept, mesh, (True, False, False, True, False), form=form, size=size)
+        fresh = shares.step(counting.update, mesh, (True, False, True, False), form=form)
 
         def add(states, i, maps, labels):
             labels = shares.placed(labels, mesh)

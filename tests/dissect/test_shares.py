@@ -1,7 +1,5 @@
 """Statistics of several devices: one share each, merged once."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +34,7 @@ def test_every_device_counts_its_own_examples(meshes, devices):
     assert shares.count(mesh) == devices
     features = np.random.default_rng(0).normal(size=(16, 2, 2, 3)).astype(np.float32)
     valid = np.arange(16) % 3 > 0
-    init = functools.partial(topimages.init, 3, 4)
-    states = shares.start(init, mesh)
+    states = shares.start(topimages.init, mesh, 3, 4)
     assert states.value.shape == (devices, 3, 4)
     step = shares.step(topimages.update, mesh, (True, True, True))
     for part in (slice(0, 8), slice(8, 16)):
@@ -48,7 +45,9 @@ def test_every_device_counts_its_own_examples(meshes, devices):
         mine = set(range(8 // devices)) | set(range(8, 8 + 8 // devices))
         assert set(share.ravel().tolist()) <= mine | {topimages.NONE}
     whole = shares.merged(states, topimages.merge, mesh)
-    expected = topimages.update(init(), jnp.asarray(features), jnp.arange(16, dtype=jnp.int32), jnp.asarray(valid))
+    expected = topimages.update(
+        topimages.init(3, 4), jnp.asarray(features), jnp.arange(16, dtype=jnp.int32), jnp.asarray(valid)
+    )
     jax.tree.map(np.testing.assert_array_equal, whole, expected)
     assert whole.value.is_fully_replicated
 
@@ -58,12 +57,26 @@ def test_replicated_arguments_reach_every_device(meshes):
         return state + values.sum() * factor
 
     for mesh in (meshes[1], meshes[4]):
-        states = shares.start(lambda: jnp.zeros((), jnp.int32), mesh)
+        states = shares.start(jnp.zeros, mesh, (), jnp.int32)
         values = shares.placed(np.arange(8, dtype=np.int32), mesh)
         factor = shares.replicated(np.int32(3), mesh)
         step = shares.step(update, mesh, (True, False), donate=False)
         states = step(states, values, factor)
         assert int(shares.merged(states, lambda a, b: a + b, mesh)) == 3 * 28
+
+
+def test_a_step_is_compiled_once_for_its_options():
+    traced = []
+
+    def update(state, values, *, factor):
+        traced.append(factor)
+        return state + values.sum() * factor
+
+    for factor in (2, 3, 2, 3):
+        states = shares.start(jnp.zeros, None, (), jnp.float32)
+        states = shares.step(update, None, (True,), factor=factor)(states, jnp.ones(4))
+        assert states.tolist() == [4 * factor]
+    assert traced == [2, 3]
 
 
 def test_placed_without_a_mesh_is_on_the_default_device():
@@ -76,7 +89,7 @@ def test_histograms_of_shares(meshes):
     """The statistic behind thresholds of batches, spread over eight devices: the counts of one."""
     features = np.random.default_rng(0).normal(size=(8, 2, 2, 2)).astype(np.float32)
     step = shares.step(quantiles.update, meshes[8], (True, True))
-    states = shares.start(functools.partial(quantiles.init, 2), meshes[8])
+    states = shares.start(quantiles.init, meshes[8], 2)
     states = step(states, *shares.placed((features, np.arange(8) != 3), meshes[8]))
     whole = shares.merged(states, quantiles.merge, meshes[8])
     expected = quantiles.update(quantiles.init(2), jnp.asarray(np.delete(features, 3, axis=0)))
