@@ -399,17 +399,17 @@ class Passes:
     def first(self, top: int) -> Seen:
         """Computes feature maps, keeps or counts them, and finds the top images."""
         mesh, keep = self.mesh, self.plan.keep
-        tops = [shares.start(functools.partial(topimages.init, units, top), mesh) for units in self.units]
+        tops = [shares.start(topimages.init, mesh, units, top) for units in self.units]
         best = shares.step(topimages.update, mesh, (True, True, True))
-        histograms = [shares.start(functools.partial(quantiles.init, units), mesh) for units in self.units if not keep]
+        histograms = [shares.start(quantiles.init, mesh, units) for units in self.units if not keep]
         count = shares.step(quantiles.update, mesh, (True, True))
         rows = -(-self.plan.images // self.plan.batch_size) * self.plan.batch_size // shares.count(mesh)
         kept = [
-            shares.start(functools.partial(jnp.full, (rows, *self.plan.shapes[node]), -jnp.inf, jnp.float32), mesh)
+            shares.start(jnp.full, mesh, (rows, *self.plan.shapes[node]), -math.inf, jnp.float32)
             for node in self.nodes
             if keep
         ]
-        there = shares.start(functools.partial(jnp.zeros, rows, bool), mesh)
+        there = shares.start(jnp.zeros, mesh, rows, bool)
         put = shares.step(_put, mesh, (True, False))
         labels: list[Present] | None = []
         seen = []
@@ -459,7 +459,7 @@ class Passes:
             h, w, _ = self.plan.shapes[node]
             rank, share = quantiles.ranks(seen.images * h * w, quantile, method)
             sides.append((*quantiles.upper_half(histogram, jnp.int32(rank)), share))
-        states = [shares.start(functools.partial(quantiles.init, units), self.mesh) for units in self.units]
+        states = [shares.start(quantiles.init, self.mesh, units) for units in self.units]
         count = shares.step(quantiles.update, self.mesh, (True, True, False))
         for i, _, valid, batch in self.walk("thresholds"):
             maps = self.maps(i, batch)
@@ -476,20 +476,17 @@ class Passes:
         """Counts of every layer, and its units' feature maps on their first `top` images."""
         mesh = self.mesh
         limits, member = shares.replicated((list(map(np.asarray, limits)), membership), mesh)
-        states = [
-            shares.start(functools.partial(counting.init, units, *membership.shape), mesh) for units in self.units
-        ]
+        states = [shares.start(counting.init, mesh, units, *membership.shape) for units in self.units]
         pictured = [
-            shares.start(functools.partial(topimages.no_maps, u, top, (h, w)), mesh)
-            for h, w, u in self.plan.shapes.values()
+            shares.start(topimages.no_maps, mesh, units, top, (h, w)) for h, w, units in self.plan.shapes.values()
         ]
-        size = self.plan.batch_size // shares.count(mesh)
-        kept = seen.kept is not None
+        kept, size = seen.kept is not None, self.plan.batch_size // shares.count(mesh)
         spread = (True, False) if kept else (True,)  # all feature maps and which batch, or those of the batch
-        update = functools.partial(counting.update, form=form)
-        count = shares.step(_of_kept(update, size) if kept else update, mesh, (*spread, False, True, False))
-        update = topimages.update_maps
-        picture = shares.step(_of_kept(update, size) if kept else update, mesh, (*spread, True, True, False))
+        part = {"size": size} if kept else {}
+        update = _update_kept if kept else counting.update
+        count = shares.step(update, mesh, (*spread, False, True, False), form=form, **part)
+        update = _update_maps_of_kept if kept else topimages.update_maps
+        picture = shares.step(update, mesh, (*spread, True, True, False), **part)
 
         def add(i, maps, labels, numbers, valid):
             nonlocal states, pictured
@@ -519,13 +516,13 @@ class Passes:
 _LABELS = 4 << 30  # bytes of reduced labels that are held at most
 
 
-def _of_kept(update, size):
-    """`update(state, maps, ...)` as a function of all feature maps that are kept and the number of the batch."""
+def _update_kept(state, kept, i, thresholds, labels, membership, *, form, size):
+    maps = lax.dynamic_slice_in_dim(kept, i * size, size)
+    return counting.update(state, maps, thresholds, labels, membership, form=form)
 
-    def updated(state, kept, i, *rest):
-        return update(state, lax.dynamic_slice_in_dim(kept, i * size, size), *rest)
 
-    return updated
+def _update_maps_of_kept(state, kept, i, images, valid, top, *, size):
+    return topimages.update_maps(state, lax.dynamic_slice_in_dim(kept, i * size, size), images, valid, top)
 
 
 def _put(store, x, i):

@@ -44,8 +44,10 @@ def check(quantile: float, method: str = "linear") -> None:
 
 def ordered(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """float32 as unsigned integers of the same order; -0 counts as 0, NaN lies beyond both infinities."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # not x == 0, which a CPU finds true of subnormal numbers
+    return jnp.where(bits >> 31 == 1, ~bits, bits | sign)
 
 
 def value(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -59,18 +61,20 @@ def ranks(count: int, quantile: float, method: Method = "linear") -> tuple[int, 
     position = (count - 1) * (1 - quantile)
     lower = min(math.floor(position), count - 1)
     share = position - lower
-    return lower, math.ceil(share) if method == "higher" else share
+    return lower, float(math.ceil(share)) if method == "higher" else share
 
 
 def between(lower: np.ndarray, upper: np.ndarray, share: float) -> np.ndarray:
-    """Linear interpolation in float64, rounded to float32; infinite ends are kept where they are equal."""
+    """Linear interpolation in float64, rounded to float32; exact at both ends, infinite where one end is."""
+    if share in (0, 1):
+        return upper if share else lower
     low, high = lower.astype(np.float64), upper.astype(np.float64)
-    step = np.subtract(high, low, out=np.zeros_like(low), where=low != high)
-    return (low + (share * step if share else 0.0)).astype(np.float32)
+    step = np.subtract(high, low, out=np.zeros_like(low), where=np.isfinite(low) & (low != high))
+    return (low + share * step).astype(np.float32)
 
 
 def thresholds(
-    features: Float[Any, "images h w units"] | Iterable[Float[Any, "batch h w units"]],
+    features: Float[Any, "images h w units"] | Iterable[Any],
     quantile: float = QUANTILE,
     *,
     method: Method = "linear",

@@ -43,29 +43,39 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
-def start(init: Callable[[], S], mesh: Mesh | None) -> S:
-    """A statistic that has seen nothing, for every share: a first axis is added to each leaf."""
+def start(init: Callable[..., S], mesh: Mesh | None, *sizes: Any) -> S:
+    """A statistic `init(*sizes)` that has seen nothing, for every share: a first axis is added to each leaf."""
+    return _start(init, mesh, sizes)()
 
+
+@functools.cache
+def _start(init: Callable[..., Any], mesh: Mesh | None, sizes: tuple[Any, ...]) -> Any:
     def every():
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count(mesh), *leaf.shape)), init())
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count(mesh), *leaf.shape)), init(*sizes))
 
     if mesh is None:
-        return jax.jit(every)()
-    return jax.jit(every, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))()
+        return jax.jit(every)
+    return jax.jit(every, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
-def step(update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], *, donate: bool = True) -> Any:
+@functools.cache
+def step(
+    update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], *, donate: bool = True, **options: Any
+) -> Any:
     """The jitted `update(states, *arguments)` of every share's own statistic, on the share's device.
 
+    The same function with the same options is compiled once, however often it is asked for.
+
     Args:
-        update: of one statistic, `update(state, *arguments) -> state`.
+        update: of one statistic, `update(state, *arguments, **options) -> state`.
         mesh: the devices; None is the default device.
         by_example: for every argument, whether its leaves are spread by example; the others are replicated.
         donate: the old statistics are not needed any more.
+        options: fixed, hashable keyword arguments of `update`.
     """
 
     def every(states, *arguments):
-        new = update(jax.tree.map(lambda leaf: leaf[0], states), *arguments)
+        new = update(jax.tree.map(lambda leaf: leaf[0], states), *arguments, **options)
         return jax.tree.map(lambda leaf: leaf[None], new)
 
     if mesh is not None:
