@@ -164,7 +164,7 @@ def dissect(
     memory: float | None = None,
     form: Literal["auto", "gated", "dense"] = "auto",
     cache: Path | None = None,
-    spill: bool | None = None,
+    spill: bool = True,
     strict: bool = False,
     dry_run: bool = False,
     from_csv: Path | None = None,
@@ -198,8 +198,8 @@ def dissect(
             read again from the disk, or computed three times.
         form: How units and labels are compared; auto is gated on a CPU (only units that fire), else dense.
         cache: Folder of the decoded images, which several runs can share; OUT/cache by default.
-        spill: Store feature maps on the disk until the run is finished, so that it can be stopped; by default where
-            there is room.
+        spill: Store feature maps on the disk until the run is finished, where there is room, so that a run that is
+            stopped continues instead of beginning again.
         strict: End at the first image that cannot be read; otherwise such images are skipped, counted and listed.
         dry_run: Print what it would take (images, labels, memory, disk, operations, time), and write nothing.
         from_csv: A tally.csv, published or from here: print its detectors and concepts, and stop.

@@ -17,7 +17,7 @@ from jaxinterp.data.packed import size as packed_size
 from jaxinterp.dissect.dissection import extractor
 
 
-def estimate(job: Job, out: Path, spill: bool | None = None) -> Iterator[str]:
+def estimate(job: Job, out: Path, spill: bool = True) -> Iterator[str]:
     """What the job will take, line by line; nothing is written.
 
     One batch is read, computed and counted, twice where the first time includes compiling.
@@ -25,11 +25,10 @@ def estimate(job: Job, out: Path, spill: bool | None = None) -> Iterator[str]:
     Args:
         job: the job.
         out: the results directory, for the room on its disk.
-        spill: whether feature maps should be stored, see `jaxinterp.concepts.dissect`.
+        spill: whether feature maps may be stored, see `jaxinterp.concepts.dissect`.
 
     Raises:
         ValueError: no image of the first ones can be read.
-        OSError: feature maps should be stored, and there is no room.
     """
     source, concepts = job.source, job.source.concepts
     yield from job.notes

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -230,28 +230,23 @@ def _weights(model: str | tuple[Network, Params]) -> str:
     return whole.hexdigest()
 
 
-def storage(job: Job, out: Path, spill: bool | None = None) -> tuple[bool, str]:
+def storage(job: Job, out: Path, spill: bool = True) -> tuple[bool, str]:
     """Whether feature maps are stored on the disk of `out` until the job is finished, and that in words.
 
     Args:
         job: the job.
         out: the results directory, which need not exist.
-        spill: whether they should be; None means where there is room.
-
-    Raises:
-        OSError: they should be, and there is no room.
+        spill: whether they may be.
     """
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     there = sum(path.stat().st_size for path in _stored_features(out))
     needed = max(0, job.plan.features - there)
     room = f"{gib(job.plan.features)} on the disk, {gib(free)} are free"
-    if spill is False:
+    if not spill:
         return False, f"feature maps are not stored ({room}): a run that is stopped begins with them again"
     if needed + _RESERVE <= free:
         return True, f"feature maps are stored until the end, so that a run that is stopped goes on: {room}"
-    if spill:
-        raise OSError(errno.ENOSPC, f"the feature maps need {room}; leave --spill out", os.fspath(folder))
     return False, f"feature maps are not stored, as they take {room}: a run that is stopped begins with them again"
 
 
@@ -265,7 +260,7 @@ def dissect(
     out: str | os.PathLike[str],
     *,
     cache: str | os.PathLike[str] | None = None,
-    spill: bool | None = None,
+    spill: bool = True,
     minimum: float = MINIMUM,
     say: Say = print,
 ) -> Dissected:
@@ -276,7 +271,7 @@ def dissect(
         out: results directory: tally.csv, iou.parquet, summary.json, units/, figures/, index.html. Where everything has
             been counted already, only these are made again, under another `minimum` too.
         cache: folder of the decoded images; None means `out`/cache. A source that is no Broden folder has none.
-        spill: store feature maps until the job is finished; None means where the disk has room.
+        spill: store feature maps until the job is finished, where the disk has room.
         minimum: IoU that a detector exceeds.
         say: see `Say`.
 
@@ -328,7 +323,7 @@ def tally_name(node: str, nodes: Sequence[str]) -> str:
 
 
 def _compute(
-    run: Run, job: Job, source: SegmentedSource, spill: bool | None, say: Say
+    run: Run, job: Job, source: SegmentedSource, spill: bool, say: Say
 ) -> tuple[dict[str, Dissection], list[tuple[str, str]]]:
     """Counts all layers, stores and returns what was found, and which images could not be read."""
     for line in job.plan.lines():
@@ -424,7 +419,7 @@ def _stored(run: Run, job: Job) -> dict[str, Dissection] | None:
             job.config["quantile"],
             arrays["thresholds"],
             Tally(**{name: arrays[name] for name in _COUNTS}, union=job.config["union"]),
-            TopImages(arrays["top_value"], arrays["top_image"]),  # type: ignore[arg-type]  # on the host
+            TopImages(jnp.asarray(arrays["top_value"]), jnp.asarray(arrays["top_image"])),
             int(arrays["images"]),
             job.plan.shapes[node][:2],
             arrays["maps"],

@@ -88,7 +88,7 @@ def tally_rows(found: Layer) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {
             "unit": unit + 1,
             "category": found.category(unit),
-            "label": found.name(found.best.concept[unit]),
+            "label": found.name(int(found.best.concept[unit])),
             "score": found.best.score[unit],
             "union": tally.union,
         }

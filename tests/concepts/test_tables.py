@@ -10,7 +10,7 @@ import pytest
 from jaxinterp import dissect
 from jaxinterp.concepts import read_released, tables
 from jaxinterp.data import Broden
-from jaxinterp.dissect.topimages import TopImages
+from jaxinterp.dissect import topimages
 from jaxinterp.runs import Run
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "netdissect"
@@ -33,7 +33,7 @@ def layer():
         source.concepts.category,
         union="lite",
     )
-    top = TopImages(np.zeros((24, 1)), np.zeros((24, 1), np.int32))
+    top = topimages.init(24, 1)
     found = dissect.Dissection("conv3", 0.005, thresholds, tally, top, 40, (14, 14))
     return tables.layer(found, source.concepts)
 
