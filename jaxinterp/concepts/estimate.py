@@ -73,7 +73,7 @@ def measure(job: Job) -> tuple[float, float, float]:
     images = int(batch.mask.sum())
     read = (time.perf_counter() - start) / images
     pixels, params = parallel.shard(batch.images, job.mesh), parallel.replicate(job.params, job.mesh)
-    run = extractor(job.network, job.nodes)
+    run = extractor(job.network, job.nodes, job.mesh)
 
     def forward() -> Any:
         return jax.block_until_ready(run(params, pixels))

@@ -31,7 +31,8 @@ METHODS = ("linear", "higher")
 """Between two ranks: interpolation, as NumPy's default; or the higher value, which at most the share exceeds."""
 
 _BINS = 1 << 16
-_MOST = 2**31 - 1  # positions that 32-bit counts can hold
+MOST = 2**31 - 1
+"""Positions that 32-bit counts can hold."""
 
 
 def check(quantile: float, method: str = "linear") -> None:
@@ -108,8 +109,8 @@ def _checked(features: Any) -> jax.Array:
         raise ValueError(f"features: expected [N,h,w,U] with at least one of each, got {list(features.shape)}")
     if not jnp.issubdtype(features.dtype, jnp.floating):
         raise TypeError(f"features: expected floating point, got {features.dtype}")
-    if math.prod(features.shape[:3]) > _MOST:
-        raise ValueError(f"features: expected at most {_MOST} positions, got {math.prod(features.shape[:3])}")
+    if math.prod(features.shape[:3]) > MOST:
+        raise ValueError(f"features: expected at most {MOST} positions, got {math.prod(features.shape[:3])}")
     return jnp.asarray(features, jnp.float32)
 
 
@@ -294,8 +295,8 @@ def _pass(batches: Callable[[], Iterable[tuple[Any, Any]]], upper: Any) -> tuple
             raise ValueError(f"features: expected batches of {list(shape)}, got {list(features.shape[1:])}")
         images = len(features) if valid is None else int(np.sum(np.asarray(valid)))
         count += images * shape[0] * shape[1]
-        if count > _MOST:
-            raise ValueError(f"features: expected at most {_MOST} positions, got more")
+        if count > MOST:
+            raise ValueError(f"features: expected at most {MOST} positions, got more")
         histogram = _update(histogram, features, None if valid is None else jnp.asarray(valid), upper)
     if histogram is None or count == 0:
         raise ValueError("features: expected at least one image, got none")

@@ -24,6 +24,18 @@ def count(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size
 
 
+def processes(mesh: Mesh | None) -> int:
+    """How many processes share the examples: 1 or all of them.
+
+    Raises:
+        ValueError: the mesh has the devices of several processes, but not of all.
+    """
+    number = 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
+    if number not in (1, jax.process_count()):
+        raise ValueError(f"mesh: expected devices of one process or of all {jax.process_count()}, got {number}")
+    return number
+
+
 def placed(tree: Any, mesh: Mesh | None) -> Any:
     """A batch of this process on the devices: its examples (the first axis) are spread over the mesh.
 

@@ -43,7 +43,7 @@ def reference(oracle):
     items = [data[i] for i in range(len(data))]
     order = list(whole["categories"])  # of category.csv there, alphabetical in index.csv
     category = np.array([order.index(data.concepts.categories[c]) if c >= 0 else -1 for c in data.concepts.category])
-    assert [name for name in whole["label_names"]] == list(data.concepts.names)
+    assert list(whole["label_names"]) == list(data.concepts.names)
     named = whole["label_names"] != ""
     np.testing.assert_array_equal(category[named], whole["primary_category"][named])
     features = np.ascontiguousarray(whole["features"].transpose(0, 2, 3, 1))
