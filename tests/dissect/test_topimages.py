@@ -9,6 +9,7 @@ from jaxinterp.dissect import topimages
 from jaxinterp.dissect.topimages import NONE
 
 update, merge = jax.jit(topimages.update), jax.jit(topimages.merge)
+update_maps = jax.jit(topimages.update_maps)
 
 
 def listed(features, k, numbers=None):
@@ -87,3 +88,34 @@ def test_zeros_of_both_signs_are_equal():
     features = np.array([0.0, -0.0, 0.0], np.float32).reshape(3, 1, 1, 1)
     assert of(features, 3).image.tolist() == [[0, 1, 2]]
     assert of(features[::-1], 3, numbers=np.array([2, 1, 0])).image.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("size", [2, 5, 11])
+def test_feature_maps_on_top_images(size, rng):
+    """In any batches, and in two halves that are merged, the maps are those that indexing by the numbers gives."""
+    images, units, k = 11, 4, 3
+    features = rng.normal(size=(images, 2, 5, units)).astype(np.float32)
+    numbers = rng.permutation(100)[:images].astype(np.int32)
+    top = update(topimages.init(units, k), features, numbers)
+    halves = [topimages.no_maps(units, k, (2, 5)) for _ in range(2)]
+    for start in range(0, images, size):
+        rows = np.arange(start, start + size)
+        valid, rows = rows < images, np.minimum(rows, images - 1)
+        which = start // size % 2
+        halves[which] = update_maps(halves[which], features[rows], numbers[rows], valid, top.image)
+    found = topimages.merge_maps(*halves)
+    place = {int(number): row for row, number in enumerate(numbers)}
+    for unit in range(units):
+        for i in range(k):
+            expected = features[place[int(top.image[unit, i])], ..., unit]
+            np.testing.assert_array_equal(found[unit, i], expected)
+            assert float(expected.max()) == float(top.value[unit, i])
+
+
+def test_there_is_no_feature_map_without_an_image(rng):
+    features = rng.normal(size=(2, 1, 1, 3)).astype(np.float32)
+    top = update(topimages.init(3, 4), features, np.array([0, 1], np.int32), np.array([True, False]))
+    maps = topimages.no_maps(3, 4, (1, 1))
+    maps = update_maps(maps, features, np.array([0, 0], np.int32), np.array([True, False]), top.image)
+    np.testing.assert_array_equal(maps[:, 0, 0, 0], features[0, 0, 0])
+    assert np.isneginf(maps[:, 1:]).all()
