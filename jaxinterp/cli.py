@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -145,6 +145,100 @@ def attack(
     for line in tables.lines(found.summary, clean=found.clean):
         print(line)
     print(f"\n{out}/images.csv: the table\n{found.curves}: success against budget")
+
+
+def dissect(
+    *,
+    data: str | None = None,
+    model: str = "efficientnet_lite0",
+    node: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    out: Path = Path("results/dissect"),
+    quantile: float = 0.005,
+    union: Literal["image", "lite"] = "image",
+    categories: tuple[str, ...] = (),
+    split: str | None = None,
+    limit: int | None = None,
+    minimum: float = 0.04,
+    top: int = 9,
+    batch_size: int = 32,
+    memory: float | None = None,
+    form: Literal["auto", "gated", "dense"] = "auto",
+    cache: Path | None = None,
+    spill: bool = True,
+    strict: bool = False,
+    dry_run: bool = False,
+    from_csv: Path | None = None,
+) -> None:
+    """Find which units of a network detect which concepts (network dissection, Bau et al. 2017).
+
+    Each unit's feature map, where it is above the unit's threshold, is compared with the label maps of a Broden folder.
+    Results go to a directory: tally.csv (the best concept of every unit in every category; one table a layer),
+    iou.parquet (every IoU), summary.json (detectors and concepts under both conventions of counting), figures, a
+    picture of every unit's top images, and index.html. A run that was stopped continues when the same command is given
+    again, and ends with the same tables. All devices of this machine are used; the numbers do not depend on them.
+
+    Args:
+        data: broden:DIR, a folder in Broden's format. `jaxinterp broden make` builds one, `jaxinterp broden check`
+            checks one.
+        model: Network; its weights must have been converted with `jaxinterp convert`.
+        node: Layer, such as features.28; may be given several times, they are computed together. `jaxinterp models
+            NAME` lists them. Without it: the layer before global average pooling, or else the last with more than one
+            position.
+        out: Results directory.
+        quantile: Share of all positions at which a unit exceeds its threshold.
+        union: In which images a unit's activation counts for the union of a category: those in which the category
+            occurs anywhere (image, the paper's definition), or under the unit's mask (lite, NetDissect-Lite's).
+        categories: Categories to use, such as --categories object part; all by default.
+        split: Use only the images of this split, such as val.
+        limit: Use only the first so many images.
+        minimum: IoU that a detector exceeds. Finished results are reported again under another one without computing.
+        top: Images that are shown for each unit.
+        batch_size: Images that are computed at once.
+        memory: GiB that feature maps may take in memory; half of what is free by default. Those that do not fit are
+            read again from the disk, or computed three times.
+        form: How units and labels are compared; auto is gated on a CPU (only units that fire), else dense.
+        cache: Folder of the decoded images, which several runs can share; OUT/cache by default.
+        spill: Store feature maps on the disk until the run is finished, where there is room, so that a run that is
+            stopped continues instead of beginning again.
+        strict: End at the first image that cannot be read; otherwise such images are skipped, counted and listed.
+        dry_run: Print what it would take (images, labels, memory, disk, operations, time), and write nothing.
+        from_csv: A tally.csv, published or from here: print its detectors and concepts, and stop.
+    """
+    from jaxinterp import concepts
+    from jaxinterp.concepts.tables import summary_lines
+
+    if from_csv is not None:
+        if data is not None:
+            raise ValueError("--data and --from-csv: give one of them")
+        for line in concepts.read_released(from_csv).lines(minimum):
+            print(line)
+        return
+    if data is None:
+        raise ValueError("--data: expected broden:DIR, a folder in Broden's format (or --from-csv, a tally.csv)")
+    job = concepts.prepare(
+        data,
+        model=model,
+        nodes=node,
+        quantile=quantile,
+        union=union,
+        categories=categories,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        top=top,
+        memory=None if memory is None else int(memory * 2**30),
+        form=form,
+        strict=strict,
+    )
+    if dry_run:
+        for line in concepts.estimate(job, out, spill):
+            print(line)
+        print("nothing was written")
+        return
+    found = concepts.dissect(job, out, cache=cache, spill=spill, minimum=minimum)
+    for line in summary_lines(found.summary):
+        print(line)
+    print(f"\n{found.page}: open it in a browser\n{out}/tally*.csv, {out}/iou.parquet: the tables")
 
 
 def convert(
@@ -351,6 +445,7 @@ def main(args: list[str] | None = None) -> int:
     commands = {
         "explain": explain,
         "attack": attack,
+        "dissect": dissect,
         "convert": convert,
         "models": models,
         "validate": validate,

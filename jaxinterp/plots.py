@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -667,6 +668,110 @@ def bars(
 
 def _bar_names(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]]) -> list[str]:
     return list(dict.fromkeys(name for by_group in panels.values() for named in by_group.values() for name in named))
+
+
+# ---- Concepts ----------------------------------------------------------------------------------------------
+
+
+@style.context(_STYLE)
+def concept_bars(groups: Mapping[str, Mapping[str, int]], *, title: str, subtitle: str = "") -> Figure:
+    """How many units detect each concept, category by category: a bar for every concept, the most detected first.
+
+    The list of bars is broken into columns like the lines of a newspaper, so that every name can be read however many
+    there are; all bars have one scale.
+
+    Args:
+        groups: category -> concept -> units that detect it. Categories without concepts are left out.
+        title: heading of the figure.
+        subtitle: a line of facts below it.
+
+    Returns:
+        A figure of about 1.5 times as wide as high, which grows with the number of concepts.
+
+    Raises:
+        ValueError: nothing to draw, or a concept without a unit.
+    """
+    colours = dict(zip(groups, itertools.cycle(_LINES), strict=False))
+    groups = {name: found for name, found in groups.items() if found}
+    if not groups:
+        raise ValueError("groups is empty, expected at least one concept")
+    if min(min(found.values()) for found in groups.values()) < 1:
+        raise ValueError("groups: expected at least one unit for each concept")
+    ordered = sorted(groups.items(), key=lambda group: -sum(group[1].values()))
+    lines = [line for name, found in ordered for line in ((name, None), *((name, each) for each in _falling(found)))]
+    count = max(1, math.ceil(math.sqrt(len(lines) / 14)))
+    tall = math.ceil(len(lines) / count)
+    while len(columns := _newspaper(lines, tall)) > count:  # headings are repeated where a category goes on
+        tall += 1
+    high = max(map(len, columns))
+    wide = max(3.3, 6.4 / len(columns))
+    figure = Figure(figsize=(wide * len(columns), 0.9 + 0.2 * high))
+    width, height = figure.get_size_inches()
+    for text, size, below, colour in ((title, 11.0, 0.14, "#111111"), (subtitle, 9.0, 0.4, _MUTED)):
+        spot = (0.15 / width, 1 - below / height)
+        figure.text(*spot, _wrap(text, width - 0.3, size, 1), size=size, va="top", color=colour)
+    most = max(max(found.values()) for found in groups.values())
+    for i, column in enumerate(columns):
+        left, names = wide * i / width, 1.85 / width
+        box = (left + names, 0.1 / height, (wide - 2.3) / width, 0.2 * high / height)
+        axes = figure.add_axes(box, xlim=(0, most), ylim=(high - 0.5, -0.5))
+        axes.set_axis_off()
+        for line, (category, each) in enumerate(column):
+            if each is None:
+                continued = line == 0 and i > 0 and category in {name for name, _ in columns[i - 1]}
+                total, concepts = sum(groups[category].values()), len(groups[category])
+                plural = "" if concepts == 1 else "s"
+                whole = f"{category}: {total} unit{'' if total == 1 else 's'}, {concepts} concept{plural}"
+                text = f"{category}, continued" if continued else whole
+                axes.annotate(
+                    _wrap(text, wide - 0.2, 9.0, 1),
+                    (0, line),
+                    (-1.7 * 72, 0),
+                    textcoords="offset points",
+                    size=9,
+                    weight="bold",
+                    va="center",
+                    annotation_clip=False,
+                )
+                continue
+            name, units = each
+            axes.barh(line, units, 0.72, color=colours[category], edgecolor="#333333", linewidth=0.4, clip_on=False)
+            axes.annotate(
+                _wrap(name, 1.7, 8.0, 1),
+                (0, line),
+                (-4, 0),
+                textcoords="offset points",
+                size=8,
+                ha="right",
+                va="center",
+                annotation_clip=False,
+            )
+            axes.annotate(
+                f"{units}",
+                (units, line),
+                (3, 0),
+                textcoords="offset points",
+                size=8,
+                va="center",
+                color=_MUTED,
+                annotation_clip=False,
+            )
+    return figure
+
+
+def _falling(found: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(found.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _newspaper(lines: Sequence[tuple[str, Any]], high: int) -> list[list[tuple[str, Any]]]:
+    """Lines in columns of at most about `high`; one that begins within a category begins with its heading."""
+    columns: list[list[tuple[str, Any]]] = [[]]
+    for i, (category, each) in enumerate(lines):
+        alone = each is None and len(columns[-1]) >= high - 1 and i + 1 < len(lines)
+        if len(columns[-1]) >= high or alone:
+            columns.append([] if each is None else [(category, None)])
+        columns[-1].append((category, each))
+    return columns
 
 
 # ---- Files -------------------------------------------------------------------------------------------------

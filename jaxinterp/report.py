@@ -90,22 +90,16 @@ def write(
                 "success": bool(picture["success"]),
                 "facts": {key: _text(value) for key, value in picture["facts"].items()},
                 "anchor": f"picture-{anchor}-{seen[anchor]}",
-                "size": _png_size(picture["figure"]),
+                "size": png_size(picture["figure"]),
             }
         )
     rows = [[_cell(row.get(key), spec, key) for key, _, spec in summary_columns] for row in summary]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxinterp", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["embed"] = _embed
-    environment.filters["relative"] = lambda figure: _relative(figure, Path(path).parent)
+    templates = environment()
+    templates.filters["embed"] = _embed
+    templates.filters["relative"] = lambda figure: _relative(figure, Path(path).parent)
     embedded = explore.pieces(explorer)
     first = next(embedded, None)
-    page = environment.get_template("report.html").generate(
+    page = templates.get_template("report.html").generate(
         title=title,
         facts={key: _text(value) for key, value in facts.items()},
         headings=[
@@ -116,7 +110,7 @@ def write(
         pictures=sections,
         attacks=list(dict.fromkeys(str(section["attack"]) for section in sections)),
         notes=list(notes),
-        overview=[{"caption": caption, "figure": figure, "size": _png_size(figure)} for caption, figure in overview],
+        overview=[{"caption": caption, "figure": figure, "size": png_size(figure)} for caption, figure in overview],
         skipped=list(skipped),
         inside=len(sections) <= EMBEDDED,
         embedded=EMBEDDED,
@@ -130,7 +124,18 @@ def write(
     return Path(path)
 
 
-def _png_size(path: str | os.PathLike) -> tuple[int, int]:
+def environment() -> jinja2.Environment:
+    """The templates of this package. What they are given is escaped, unless it is marked as HTML."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxinterp", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def png_size(path: str | os.PathLike) -> tuple[int, int]:
     """Width and height; the page reserves the room before a figure is decoded."""
     try:
         with Image.open(path, formats=("PNG",)) as picture:

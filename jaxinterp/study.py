@@ -22,9 +22,11 @@ import tyro
 from tqdm import tqdm
 
 from jaxinterp.attacks.attack import Attack
+from jaxinterp.concepts.tables import Layer
 from jaxinterp.explain import Explained, explain
+from jaxinterp.network import Network, Params
 from jaxinterp.pictures import chunk_size
-from jaxinterp.runs import Run, machine
+from jaxinterp.runs import Run, file_name, machine
 from jaxinterp.statistics import Estimate
 
 PAPER = ("ifgsm", "cw", "ead", "strattack")
@@ -177,3 +179,49 @@ def verdict(estimate: Estimate, above: float) -> str:
     if estimate.low > above:
         return CONFIRMED
     return NOT_CONFIRMED if estimate.high < above else UNDECIDED
+
+
+# Studies of units
+
+
+@dataclasses.dataclass(frozen=True)
+class Units(Setting):
+    """What studies of units are asked beside what `Setting` has.
+
+    Attributes:
+        data: Folder in Broden's format that tells what the units detect; where there is none, one is made of the
+            installed pictures and textures, as `jaxinterp broden make` does.
+        node: Layers; may be given several times. None means the last feature map.
+        quantile: Share of positions that exceed a unit's threshold.
+    """
+
+    data: Path = Path("results/broden")
+    node: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    quantile: float = 0.005
+
+
+def dissected(
+    setting: Units, out: Path | None = None, model: str | tuple[Network, Params] | None = None
+) -> dict[str, Layer]:
+    """The layers of the network, dissected once for all studies that share a results directory.
+
+    Args:
+        setting: what the user asked.
+        out: results directory of the dissection; None means beside the study's run.
+        model: a network and its parameters, where it is not the one in `setting`.
+
+    Raises:
+        ValueError, OSError: as `jaxinterp.concepts.dissect`, and as `jaxinterp.broden.make`.
+    """
+    from jaxinterp import broden, concepts
+
+    if not setting.data.exists():
+        print(f"{setting.data} does not exist and is made of the installed pictures")
+        broden.make((), setting.data)
+    job = concepts.prepare(
+        f"broden:{setting.data}", model=model or setting.model, nodes=setting.node, quantile=setting.quantile
+    )
+    if out is None:
+        nodes = "" if not setting.node else "-" + file_name("-".join(setting.node))
+        out = Path("results/dissect") / f"{setting.model}{nodes}"
+    return concepts.dissect(job, out, cache=setting.data.with_name(setting.data.name + ".packed")).layers

@@ -485,3 +485,48 @@ def test_bars_draw_means_and_intervals_in_groups():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cw", "ead"]
     with pytest.raises(ValueError, match="at least one title"):
         plots.bars({}, ylabel="mean")
+
+
+def test_concepts_stand_in_columns_under_their_categories():
+    groups = {
+        "part": {f"part {i}": 1 for i in range(30)},
+        "empty": {},
+        "object": {"cat": 2, "dog": 40, "$ant$": 2},
+    }
+    figure = plots.concept_bars(groups, title="a layer", subtitle="how")
+    assert texts(figure) == ["a layer", "how"]
+    lines = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert lines[0][:7] == ["object: 44 units, 3 concepts", "dog", "40", r"\$ant\$", "2", "cat", "2"]
+    assert lines[0][7] == "part: 30 units, 30 concepts"
+    assert [column[0] for column in lines[1:]] == ["part, continued"] * (len(lines) - 1)
+    named = [text for column in lines for text in column if text.startswith("part ")]
+    assert named == sorted(groups["part"])  # of equals by name, each once
+    widths = [patch.get_width() for axes in figure.axes for patch in axes.patches]
+    assert widths == [40, 2, 2] + [1] * 30
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    colours = [to_hex(patch.get_facecolor()) for axes in figure.axes for patch in axes.patches]
+    assert len(set(colours[:3])) == len(set(colours[3:])) == 1
+    assert colours[0] != colours[3]
+
+
+@pytest.mark.parametrize("count", [1, 14, 15, 57, 250])
+def test_no_concept_is_cut_off_or_overlaps(count):
+    names = {f"swimming pool-outdoor {i}": 1 + i for i in range(count)}
+    figure = plots.concept_bars({"scene": names, "color": {"red-c": 3}}, title="a layer with a name", subtitle="how")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = figure.get_size_inches() * figure.dpi
+    boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    boxes += [text.get_window_extent() for text in figure.texts]
+    assert len(boxes) >= 2 * (count + 1) + 4
+    for box in boxes:
+        assert 0 <= box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.shrunk(0.9, 0.6).overlaps(other.shrunk(0.9, 0.6))
+
+
+@pytest.mark.parametrize("groups", [{}, {"scene": {}}, {"scene": {"street": 0}}])
+def test_concepts_are_checked(groups):
+    with pytest.raises(ValueError, match="expected at least one"):
+        plots.concept_bars(groups, title="")

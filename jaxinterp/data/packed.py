@@ -116,6 +116,11 @@ def packed(
     return Packed(source, path)
 
 
+def size(source: Broden) -> int:
+    """Bytes that the cache of a source takes on the disk."""
+    return sum(_sizes(source, len(source)).values())
+
+
 def _make(source: Broden, path: str, made_from: str, workers: int, progress: Callable[[int], object]) -> None:
     partial = f"{path}.partial"
     if _read_json(partial) != made_from:
@@ -251,7 +256,7 @@ def _check_ours(folder: str) -> None:
 
 
 def _check_space(source: Broden, partial: str, done: int) -> None:
-    needed = sum(_sizes(source, len(source)).values()) - sum(_sizes(source, done).values())
+    needed = size(source) - sum(_sizes(source, done).values())
     free = shutil.disk_usage(partial).free
     if needed > free:
         what = f"the packed cache needs {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"

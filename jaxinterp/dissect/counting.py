@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
-from jaxinterp.dissect import shares, wide
+from jaxinterp.dissect import quantiles, shares, wide
 from jaxinterp.dissect.upsample import upsample
 from jaxinterp.dissect.wide import Wide
 from jaxinterp.pytree import pytree
@@ -79,10 +79,13 @@ class Present:
         area: [B,P] pixels with the label.
     """
 
-    places: Int[Any, "batch channels sh sw"]
-    labels: Int[Any, "batch present"]
-    times: Int[Any, "batch present"]
-    area: Int[Any, "batch present"]
+    places: Integer[Any, "batch channels sh sw"]
+    labels: Integer[Any, "batch present"]
+    times: Integer[Any, "batch present"]
+    area: Integer[Any, "batch present"]
+
+
+_MOST_PIXELS = 1 << 24  # of a label map, over all channels: what float32 counts
 
 
 def present(planes: Any, scalars: Any, number: int, *, least: int = 8) -> Present:
@@ -96,7 +99,7 @@ def present(planes: Any, scalars: Any, number: int, *, least: int = 8) -> Presen
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: a wrong rank, or a label number out of range.
+        ValueError: a wrong rank, a label number out of range, or more than 2^24 pixels in the label maps of an image.
     """
     planes, scalars = np.asarray(planes), np.asarray(scalars)
     for name, labels, rank in (("planes", planes, 4), ("scalars", scalars, 2)):
@@ -108,6 +111,8 @@ def present(planes: Any, scalars: Any, number: int, *, least: int = 8) -> Presen
             raise ValueError(
                 f"{name}: expected label numbers from 0 to {number - 1}, got {labels.min()} to {labels.max()}"
             )
+    if planes[:1].size > _MOST_PIXELS:
+        raise ValueError(f"planes: expected at most {_MOST_PIXELS} pixels in an image, got {planes[:1].size}")
     pixels = planes.shape[2] * planes.shape[3]
     found, places = [], np.zeros(planes.shape, np.uint16)
     for plane, scalar, place in zip(planes, scalars, places, strict=True):
@@ -171,7 +176,8 @@ def update(
     intersection = jnp.zeros(state.intersection.low.shape, jnp.int32).at[labels.labels].add(both)
     counted = intersection, active.sum(axis=0), by_category.sum(axis=0)
     areas = jnp.zeros(state.label_area.low.shape, jnp.int32).at[labels.labels].add(labels.area)
-    return jax.tree.map(wide.add, state, TallyState(*counted, areas), is_leaf=lambda node: isinstance(node, Wide))
+    before = (state.intersection, state.activation, state.by_category, state.label_area)
+    return TallyState(*map(wide.add, before, (*counted, areas)))
 
 
 def merge(a: TallyState, b: TallyState) -> TallyState:
@@ -286,15 +292,12 @@ def _dense(features, thresholds, labels: Present, membership):
     return jax.vmap(_of_image, in_axes=(0, None, 0, None))(features, thresholds, labels, membership)
 
 
-_MOST_PIXELS = 1 << 24  # of a label map, over all channels
-
-
 def tally(
     features: Float[Any, "images h w units"],
     thresholds: Float[Any, " units"],
-    planes: Int[Any, "images channels sh sw"],
-    scalars: Int[Any, "images n"],
-    categories: Int[Any, " labels"],
+    planes: Integer[Any, "images channels sh sw"],
+    scalars: Integer[Any, "images n"],
+    categories: Integer[Any, " labels"],
     union: Union = "image",
     *,
     batch_size: int = 32,
@@ -332,13 +335,12 @@ def tally(
             "features, planes, scalars: expected [N,h,w,U], [N,channels,sh,sw] and [N,n],"
             f" got {list(features.shape)}, {list(planes.shape)} and {list(scalars.shape)}"
         )
-    if planes.ndim == 4 and planes[0:1].size > _MOST_PIXELS:
-        raise ValueError(f"planes: expected at most {_MOST_PIXELS} pixels in an image, got {planes[0:1].size}")
     limits = jnp.asarray(thresholds, jnp.float32)
     if limits.shape != (units,):
         raise ValueError(f"thresholds: expected {units}, one for each unit, got shape {list(limits.shape)}")
     if bool(jnp.isnan(limits).any()):
         raise ValueError("thresholds: expected numbers, got NaN")
+    quantiles.refuse_nan(jnp.isnan(jnp.asarray(features)).any(axis=(0, 1, 2)))
     number = len(membership)
     mesh = mesh_of(features)
     labels = present(planes, scalars, number)

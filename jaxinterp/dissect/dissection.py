@@ -25,6 +25,7 @@ from jaxinterp.dissect import counting, quantiles, shares, topimages
 from jaxinterp.dissect.counting import Form, Present, Tally, Union
 from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params, capture
+from jaxinterp.sharding import on_mesh
 
 
 @runtime_checkable
@@ -62,6 +63,8 @@ class Dissection:
         top: the images on which each unit is most active, by number.
         images: how many images were counted.
         positions: height and width of the feature map.
+        maps: float32 [U,top,h,w], each unit's feature maps on its top images (-inf where there are fewer images); None
+            unless they were asked for.
     """
 
     node: str
@@ -71,6 +74,7 @@ class Dissection:
     top: TopImages
     images: int
     positions: tuple[int, int]
+    maps: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Plan:
         ]
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -169,7 +173,8 @@ def plan(
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
 
     Raises:
-        ValueError: a layer that does not exist, no image, or a batch size out of range.
+        ValueError: a layer that does not exist, no image, more positions than 2^31 - 1, a batch size out of range, or
+            a mesh over some processes.
     """
     shapes = feature_shapes(network, params, nodes)
     number = shares.count(mesh)
@@ -178,8 +183,11 @@ def plan(
     if batch_size < 1 or batch_size % number:
         raise ValueError(f"batch_size: expected a multiple of the {number} devices, got {batch_size}")
     padded = -(-images // batch_size) * batch_size
+    for node, (h, w, _) in shapes.items():
+        if padded * h * w > quantiles.MOST:
+            raise ValueError(f"data: expected at most {quantiles.MOST} positions of {node}, got {padded * h * w}")
     features = 4 * padded * sum(h * w * u for h, w, u in shapes.values())
-    budget = _free(mesh) // 2 if memory is None else memory
+    budget = _agreed(_free(mesh) // 2, mesh, min) if memory is None else memory
     units = sum(u for _, _, u in shapes.values())
     counts = 8 * units * (labels + 2 * categories + 1)
     keep = features <= budget
@@ -213,7 +221,7 @@ def _free(mesh: Mesh | None) -> int:
             local = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             local = 4 << 30
-    return local * (jax.process_count() if mesh is not None else 1)
+    return local * shares.processes(mesh)
 
 
 def _maps(network: Network, nodes: tuple[str, ...], params: Params, images: Any) -> tuple[jax.Array, ...]:
@@ -223,9 +231,14 @@ def _maps(network: Network, nodes: tuple[str, ...], params: Params, images: Any)
 
 
 @functools.cache
-def extractor(network: Network, nodes: tuple[str, ...]) -> Callable[..., tuple[jax.Array, ...]]:
-    """The jitted function (params, images) -> feature maps [B,h,w,U] of the layers; any batch gives the same bits."""
-    return jax.jit(canonical(functools.partial(_maps, network, nodes)))
+def extractor(
+    network: Network, nodes: tuple[str, ...], mesh: Mesh | None = None
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """The jitted function (params, images) -> feature maps [B,h,w,U] of the layers; any batch gives the same bits.
+
+    On a mesh every device runs it on its own images: a program that the compiler divides has other bits.
+    """
+    return on_mesh(mesh, canonical(functools.partial(_maps, network, nodes)), (False, True))
 
 
 def dissect(
@@ -238,6 +251,7 @@ def dissect(
     method: quantiles.Method = "linear",
     union: Union = "image",
     top: int = 9,
+    maps: bool = False,
     batch_size: int = 32,
     mesh: Mesh | None = None,
     memory: int | None = None,
@@ -258,6 +272,7 @@ def dissect(
         method: of the threshold between two ranks, see `jaxinterp.dissect.thresholds`.
         union: when a category occurs: anywhere in the "image", or under the mask ("lite").
         top: how many images are listed for each unit.
+        maps: also keep each unit's feature maps on those images.
         batch_size: images in a batch, of all processes together; a multiple of the devices.
         mesh: devices that share the images; None is the default device.
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
@@ -298,7 +313,7 @@ def dissect(
         len(membership),
         mesh,
         found,
-        walk or functools.partial(in_order, data, batch_size // jax.process_count()),
+        walk or functools.partial(in_order, data, batch_size // shares.processes(mesh), shares.processes(mesh)),
         progress or (lambda what, images: None),
         memo or (lambda name, compute: compute()),
         spilled=memo is not None,
@@ -307,7 +322,7 @@ def dissect(
     if not seen.images:
         raise ValueError("data: expected at least one image that can be read")
     limits = passes.thresholds(seen, quantile, method)
-    counted = passes.tally(seen, limits, membership, form)
+    counted, found_maps = passes.tally(seen, limits, membership, form, top if maps else 0)
     dissections = {
         name: Dissection(
             name,
@@ -317,8 +332,9 @@ def dissect(
             jax.tree.map(np.asarray, best),
             seen.images,
             found.shapes[name][:2],
+            np.asarray(of_top) if maps else None,
         )
-        for name, limit, state, best in zip(nodes, limits, counted, seen.top, strict=True)
+        for name, limit, state, best, of_top in zip(nodes, limits, counted, seen.top, found_maps, strict=True)
     }
     return dissections[nodes[0]] if isinstance(node, str) else dissections
 
@@ -333,7 +349,8 @@ class Seen:
         kept: feature maps of every layer [images, h, w, U], spread over the devices; None where they did not fit.
         valid: bool [images], which of them are there; None where feature maps did not fit.
         histograms: of every layer, where feature maps did not fit.
-        labels: the reduced labels of every batch; None where they did not fit either.
+        labels: of every batch the reduced labels, the numbers of its images, which are there, and how many are there in
+            this process; None where they did not fit either.
     """
 
     images: int
@@ -341,7 +358,7 @@ class Seen:
     kept: list[jax.Array] | None
     valid: jax.Array | None
     histograms: list[Any] | None
-    labels: list[Present] | None
+    labels: list[tuple[Present, jax.Array, jax.Array, int]] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -365,13 +382,19 @@ class Passes:
 
     def walk(self, what: str) -> Iterator[tuple[int, jax.Array, jax.Array, Labelled]]:
         """Number of the batch, numbers of its images and which are there (on the devices), and the batch."""
+        batches = -(-self.plan.images // self.plan.batch_size)
+        size = self.plan.batch_size // shares.processes(self.mesh)
         for i, (numbers, batch) in enumerate(self.start()):
+            if i >= batches or len(batch.mask) != size:
+                raise ValueError(
+                    f"walk: expected at most {batches} batches of {size} images, got {len(batch.mask)} in batch {i + 1}"
+                )
             yield i, *shares.placed((numbers, np.asarray(batch.mask)), self.mesh), batch
             self.told(what, int(np.sum(batch.mask)))
 
     def maps(self, i: int, batch: Labelled) -> list[jax.Array]:
         """The feature maps of a batch, from a stored part where there is one."""
-        run = extractor(self.network, self.nodes)
+        run = extractor(self.network, self.nodes, self.mesh)
 
         def compute() -> dict[str, Any]:
             maps = run(self._params, shares.placed(np.asarray(batch.images, np.float32), self.mesh))
@@ -396,10 +419,14 @@ class Passes:
         histograms = [shares.start(quantiles.init, mesh, units) for units in self.units if not keep]
         count = shares.step(quantiles.update, mesh, (True, True))
         rows = -(-self.plan.images // self.plan.batch_size) * self.plan.batch_size // shares.count(mesh)
-        kept = [shares.start(_nothing, mesh, (rows, *self.plan.shapes[node])) for node in self.nodes if keep]
+        kept = [
+            shares.start(jnp.full, mesh, (rows, *self.plan.shapes[node]), -math.inf, jnp.float32)
+            for node in self.nodes
+            if keep
+        ]
         there = shares.start(jnp.zeros, mesh, rows, bool)
         put = shares.step(_put, mesh, (True, False))
-        labels: list[Present] | None = []
+        labels: list[tuple[Present, jax.Array, jax.Array, int]] | None = []
         for i, numbers, valid, batch in self.walk("feature maps"):
             maps = self.maps(i, batch)
             tops = [best(state, x, numbers, valid) for state, x in zip(tops, maps, strict=True)]
@@ -411,7 +438,8 @@ class Passes:
             if labels is not None:
                 batches = -(-self.plan.images // self.plan.batch_size)
                 fits = np.asarray(batch.planes).size * batches <= min(self.plan.budget, _LABELS)
-                labels = [*labels, self.present(batch)] if fits else None
+                some = (numbers, valid, int(np.sum(batch.mask)))
+                labels = [*labels, (self.present(batch), *some)] if fits else None
         images = int(_total(mesh)(there))
         return Seen(
             images,
@@ -428,7 +456,7 @@ class Passes:
         planes = np.asarray(batch.planes) * mask[:, None, None, None]
         scalars = np.asarray(batch.scalars) * mask[:, None]
         found = counting.present(planes, scalars, self.labels)
-        return counting.widened(found, _largest(found.labels.shape[1]))
+        return counting.widened(found, _agreed(found.labels.shape[1], self.mesh, max))
 
     def thresholds(self, seen: Seen, quantile: float, method: quantiles.Method) -> list[jax.Array]:
         """Of every layer, exact."""
@@ -456,34 +484,46 @@ class Passes:
         return limits
 
     def tally(
-        self, seen: Seen, limits: Sequence[jax.Array], membership: np.ndarray, form: Form
-    ) -> list[counting.TallyState]:
-        """Counts of every layer."""
+        self, seen: Seen, limits: Sequence[jax.Array], membership: np.ndarray, form: Form, top: int
+    ) -> tuple[list[counting.TallyState], list[jax.Array]]:
+        """Counts of every layer, and its units' feature maps on their first `top` images."""
         mesh = self.mesh
         limits, member = shares.replicated((list(map(np.asarray, limits)), membership), mesh)
         states = [shares.start(counting.init, mesh, units, *membership.shape) for units in self.units]
-        size = self.plan.batch_size // shares.count(mesh)
-        kept = shares.step(_update_kept, mesh, (True, False, False, True, False), form=form, size=size)
-        fresh = shares.step(counting.update, mesh, (True, False, True, False), form=form)
+        pictured = [
+            shares.start(topimages.no_maps, mesh, units, top, (h, w)) for h, w, units in self.plan.shapes.values()
+        ]
+        kept, size = seen.kept is not None, self.plan.batch_size // shares.count(mesh)
+        spread = (True, False) if kept else (True,)  # all feature maps and which batch, or those of the batch
+        part = {"size": size} if kept else {}
+        update = _update_kept if kept else counting.update
+        count = shares.step(update, mesh, (*spread, False, True, False), form=form, **part)
+        update = _update_maps_of_kept if kept else topimages.update_maps
+        picture = shares.step(update, mesh, (*spread, True, True, False), **part)
 
-        def add(states, i, maps, labels):
+        def add(i, maps, labels, numbers, valid):
+            nonlocal states, pictured
             labels = shares.placed(labels, mesh)
-            if seen.kept is not None:
-                return [
-                    kept(s, x, jnp.int32(i), t, labels, member)
-                    for s, x, t in zip(states, seen.kept, limits, strict=True)
+            where = (jnp.int32(i),) if kept else ()
+            states = [count(s, x, *where, t, labels, member) for s, x, t in zip(states, maps, limits, strict=True)]
+            if top:
+                pictured = [
+                    picture(s, x, *where, numbers, valid, best.image)
+                    for s, x, best in zip(pictured, maps, seen.top, strict=True)
                 ]
-            return [fresh(s, x, t, labels, member) for s, x, t in zip(states, maps, limits, strict=True)]
 
         if seen.kept is not None and seen.labels is not None:
-            for i, labels in enumerate(seen.labels):
-                states = add(states, i, None, labels)
-                self.told("tally", int((np.asarray(labels.area).sum(axis=1) > 0).sum()))
+            for i, (labels, numbers, valid, images) in enumerate(seen.labels):
+                add(i, seen.kept, labels, numbers, valid)
+                self.told("tally", images)
         else:
-            for i, _, valid, batch in self.walk("tally"):
-                maps = [_absent(x, valid) for x in self.maps(i, batch)] if seen.kept is None else None
-                states = add(states, i, maps, self.present(batch))
-        return [shares.merged(state, counting.merge, mesh) for state in states]
+            for i, numbers, valid, batch in self.walk("tally"):
+                maps = seen.kept or [_absent(x, valid) for x in self.maps(i, batch)]
+                add(i, maps, self.present(batch), numbers, valid)
+        return (
+            [shares.merged(state, counting.merge, mesh) for state in states],
+            [shares.merged(state, topimages.merge_maps, mesh) for state in pictured],
+        )
 
 
 _LABELS = 4 << 30  # bytes of reduced labels that are held at most
@@ -494,8 +534,8 @@ def _update_kept(state, kept, i, thresholds, labels, membership, *, form, size):
     return counting.update(state, maps, thresholds, labels, membership, form=form)
 
 
-def _nothing(shape):
-    return jnp.full(shape, -jnp.inf, jnp.float32)
+def _update_maps_of_kept(state, kept, i, images, valid, top, *, size):
+    return topimages.update_maps(state, lax.dynamic_slice_in_dim(kept, i * size, size), images, valid, top)
 
 
 def _put(store, x, i):
@@ -532,19 +572,20 @@ def _total(mesh: Mesh | None) -> Any:
 
 def _of_this_process(leaf: jax.Array) -> np.ndarray:
     """The rows that this process has computed."""
-    if jax.process_count() == 1:
+    if leaf.is_fully_addressable:
         return np.asarray(leaf)
     rows = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in rows])
 
 
-def _largest(number: int) -> int:
-    """The largest of the numbers that the processes have."""
-    if jax.process_count() == 1:
+def _agreed(number: int, mesh: Mesh | None, choose: Callable[[list[int]], int]) -> int:
+    """The smallest (`min`) or the largest (`max`) of the numbers that the processes of a mesh have."""
+    if shares.processes(mesh) == 1:
         return number
     from jax.experimental import multihost_utils
 
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    halves = multihost_utils.process_allgather(np.array([number >> 31, number & (1 << 31) - 1], np.int32))
+    return choose([(int(high) << 31) + int(low) for high, low in np.reshape(halves, (-1, 2))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,9 +597,9 @@ class _Rows:
     mask: np.ndarray
 
 
-def in_order(data: Any, batch_size: int) -> Iterator[tuple[np.ndarray, Labelled]]:
+def in_order(data: Any, batch_size: int, processes: int = 1) -> Iterator[tuple[np.ndarray, Labelled]]:
     """Reads a source item after item: this process's share in batches of one shape, as all processes need it."""
-    index, processes = jax.process_index(), jax.process_count()
+    index = jax.process_index() if processes > 1 else 0
     share = range(index, len(data), processes)
     batches = math.ceil(math.ceil(len(data) / processes) / batch_size)
     for i in range(batches):

@@ -6,6 +6,8 @@ once. That makes sums of a thousand images on one device and on a thousand devic
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,14 +85,13 @@ def merge(a: ExactSum, b: ExactSum) -> ExactSum:
 
 
 def total(sums: ExactSum) -> np.ndarray:
-    """The sums as float64, NaN where a value was not finite. Each is correct to the last digits of float64."""
+    """The sums as float64, NaN where a value was not finite. Each is the exact sum, rounded once."""
     scale = np.ldexp(1.0, np.arange(_EXPONENTS) - 150)  # exact: a mantissa has 23 bits behind the point, bias 127
     signed = wide.total(sums.positive) - wide.total(sums.negative)
     scale = scale.reshape(-1, *[1] * (signed.ndim - 1))
     terms = signed * scale  # exact below 2^53
-    result = np.zeros(signed.shape[1:])
-    for term in terms[::-1]:  # always in the same order
-        result = result + term
+    exact = [math.fsum(column[column != 0]) for column in terms.reshape(_EXPONENTS, -1).T]
+    result = np.reshape(exact, signed.shape[1:])
     return np.where(wide.total(sums.bad) > 0, np.nan, result)
 
 
@@ -102,7 +103,7 @@ def count(sums: ExactSum) -> int:
 def mean(sums: ExactSum) -> np.ndarray:
     """The means as float64; NaN where nothing was added."""
     number = count(sums)
-    return total(sums) / number if number else np.full(sums.bad.low.shape, np.nan)
+    return np.asarray(total(sums) / number) if number else np.full(sums.bad.low.shape, np.nan)
 
 
 def fold(x: Float[Array, "positions ..."]) -> Float[Array, "..."]:

@@ -31,7 +31,8 @@ METHODS = ("linear", "higher")
 """Between two ranks: interpolation, as NumPy's default; or the higher value, which at most the share exceeds."""
 
 _BINS = 1 << 16
-_MOST = 2**31 - 1  # positions that 32-bit counts can hold
+MOST = 2**31 - 1
+"""Positions that 32-bit counts can hold."""
 
 
 def check(quantile: float, method: str = "linear") -> None:
@@ -44,8 +45,10 @@ def check(quantile: float, method: str = "linear") -> None:
 
 def ordered(x: Float[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """float32 as unsigned integers of the same order; -0 counts as 0, NaN lies beyond both infinities."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # not x == 0, which a CPU finds true of subnormal numbers
+    return jnp.where(bits >> 31 == 1, ~bits, bits | sign)
 
 
 def value(keys: UInt32[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -59,18 +62,20 @@ def ranks(count: int, quantile: float, method: Method = "linear") -> tuple[int, 
     position = (count - 1) * (1 - quantile)
     lower = min(math.floor(position), count - 1)
     share = position - lower
-    return lower, math.ceil(share) if method == "higher" else share
+    return lower, float(math.ceil(share)) if method == "higher" else share
 
 
 def between(lower: np.ndarray, upper: np.ndarray, share: float) -> np.ndarray:
-    """Linear interpolation in float64, rounded to float32; infinite ends are kept where they are equal."""
+    """Linear interpolation in float64, rounded to float32; exact at both ends, infinite where one end is."""
+    if share in (0, 1):
+        return upper if share else lower
     low, high = lower.astype(np.float64), upper.astype(np.float64)
-    step = np.subtract(high, low, out=np.zeros_like(low), where=low != high)
-    return (low + (share * step if share else 0.0)).astype(np.float32)
+    step = np.subtract(high, low, out=np.zeros_like(low), where=np.isfinite(low) & (low != high))
+    return (low + share * step).astype(np.float32)
 
 
 def thresholds(
-    features: Float[Any, "images h w units"] | Iterable[Float[Any, "batch h w units"]],
+    features: Float[Any, "images h w units"] | Iterable[Any],
     quantile: float = QUANTILE,
     *,
     method: Method = "linear",
@@ -104,8 +109,8 @@ def _checked(features: Any) -> jax.Array:
         raise ValueError(f"features: expected [N,h,w,U] with at least one of each, got {list(features.shape)}")
     if not jnp.issubdtype(features.dtype, jnp.floating):
         raise TypeError(f"features: expected floating point, got {features.dtype}")
-    if math.prod(features.shape[:3]) > _MOST:
-        raise ValueError(f"features: expected at most {_MOST} positions, got {math.prod(features.shape[:3])}")
+    if math.prod(features.shape[:3]) > MOST:
+        raise ValueError(f"features: expected at most {MOST} positions, got {math.prod(features.shape[:3])}")
     return jnp.asarray(features, jnp.float32)
 
 
@@ -290,8 +295,8 @@ def _pass(batches: Callable[[], Iterable[tuple[Any, Any]]], upper: Any) -> tuple
             raise ValueError(f"features: expected batches of {list(shape)}, got {list(features.shape[1:])}")
         images = len(features) if valid is None else int(np.sum(np.asarray(valid)))
         count += images * shape[0] * shape[1]
-        if count > _MOST:
-            raise ValueError(f"features: expected at most {_MOST} positions, got more")
+        if count > MOST:
+            raise ValueError(f"features: expected at most {MOST} positions, got more")
         histogram = _update(histogram, features, None if valid is None else jnp.asarray(valid), upper)
     if histogram is None or count == 0:
         raise ValueError("features: expected at least one image, got none")

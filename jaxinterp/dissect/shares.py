@@ -24,6 +24,18 @@ def count(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size
 
 
+def processes(mesh: Mesh | None) -> int:
+    """How many processes share the examples: 1 or all of them.
+
+    Raises:
+        ValueError: the mesh has the devices of several processes, but not of all.
+    """
+    number = 1 if mesh is None else len({device.process_index for device in mesh.devices.flat})
+    if number not in (1, jax.process_count()):
+        raise ValueError(f"mesh: expected devices of one process or of all {jax.process_count()}, got {number}")
+    return number
+
+
 def placed(tree: Any, mesh: Mesh | None) -> Any:
     """A batch of this process on the devices: its examples (the first axis) are spread over the mesh.
 
@@ -43,43 +55,46 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
-def start(init: Callable[..., S], mesh: Mesh | None, *arguments: Any) -> S:
-    """`init(*arguments)`, a statistic that has seen nothing, for every share: a first axis is added to each leaf."""
-    return _start(init, mesh, arguments)()
+def start(init: Callable[..., S], mesh: Mesh | None, *sizes: Any) -> S:
+    """A statistic `init(*sizes)` that has seen nothing, for every share: a first axis is added to each leaf."""
+    return _start(init, mesh, sizes)()
 
 
-@functools.lru_cache(maxsize=256)
-def _start(init: Callable[..., Any], mesh: Mesh | None, arguments: tuple[Any, ...]) -> Any:
+@functools.cache
+def _start(init: Callable[..., Any], mesh: Mesh | None, sizes: tuple[Any, ...]) -> Any:
     def every():
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count(mesh), *leaf.shape)), init(*arguments))
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count(mesh), *leaf.shape)), init(*sizes))
 
     if mesh is None:
         return jax.jit(every)
     return jax.jit(every, out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
-@functools.lru_cache(maxsize=256)
-def step(update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], **static: Any) -> Any:
+@functools.cache
+def step(
+    update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], *, donate: bool = True, **options: Any
+) -> Any:
     """The jitted `update(states, *arguments)` of every share's own statistic, on the share's device.
 
-    The old statistics are given up to the new ones. Equal arguments give the same function, compiled once.
+    The same function with the same options is compiled once, however often it is asked for.
 
     Args:
-        update: of one statistic, `update(state, *arguments, **static) -> state`.
+        update: of one statistic, `update(state, *arguments, **options) -> state`.
         mesh: the devices; None is the default device.
         by_example: for every argument, whether its leaves are spread by example; the others are replicated.
-        static: what else `update` takes.
+        donate: the old statistics are not needed any more.
+        options: fixed, hashable keyword arguments of `update`.
     """
 
     def every(states, *arguments):
-        new = update(jax.tree.map(lambda leaf: leaf[0], states), *arguments, **static)
+        new = update(jax.tree.map(lambda leaf: leaf[0], states), *arguments, **options)
         return jax.tree.map(lambda leaf: leaf[None], new)
 
     if mesh is not None:
         share, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
         specs = (share, *(share if spread else whole for spread in by_example))
         every = jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=share, check_vma=False)
-    return jax.jit(every, donate_argnums=0)
+    return jax.jit(every, donate_argnums=0 if donate else ())
 
 
 def merged(states: S, merge: Callable[[S, S], S], mesh: Mesh | None) -> S:

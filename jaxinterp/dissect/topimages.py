@@ -1,9 +1,10 @@
-"""The images on which each unit is most active, as an exact statistic."""
+"""The images on which each unit is most active, and its feature maps there, as exact statistics."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -58,3 +59,35 @@ def merge(a: TopImages, b: TopImages) -> TopImages:
     fallen, numbers = lax.sort((-value, image), dimension=1, num_keys=2)
     k = a.value.shape[1]
     return TopImages(-fallen[:, :k], numbers[:, :k])
+
+
+def no_maps(units: int, k: int, positions: tuple[int, int]) -> Float[Array, "units k h w"]:
+    """The statistic of each unit's feature maps on its top images: -inf where there is none (yet)."""
+    return jnp.full((units, k, *positions), -jnp.inf, jnp.float32)
+
+
+def update_maps(
+    maps: Float[Array, "units k h w"],
+    features: Float[Array, "batch h w units"],
+    images: Int[Array, " batch"],
+    valid: Any,
+    top: Int[Array, "units k"],
+) -> Float[Array, "units k h w"]:
+    """Adds a batch: the feature maps of those images that are among a unit's top images.
+
+    Args:
+        maps: what was found so far.
+        features: feature maps.
+        images: numbers of the images.
+        valid: bool [B], which images count.
+        top: the numbers of the top images, `TopImages.image`.
+    """
+    same = (top[:, :, None] == images[None, None, :]) & valid
+    rows = same.argmax(axis=-1)
+    chosen = jax.vmap(lambda unit, row: unit[row], in_axes=(3, 0))(features, rows)
+    return jnp.where(same.any(axis=-1)[:, :, None, None], chosen, maps)
+
+
+def merge_maps(a: Float[Array, "units k h w"], b: Float[Array, "units k h w"]) -> Float[Array, "units k h w"]:
+    """The feature maps of both; no image is in two shares."""
+    return jnp.maximum(a, b)

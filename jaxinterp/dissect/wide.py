@@ -51,4 +51,4 @@ def normalised(counter: Wide) -> Wide:
 def total(counter: Wide) -> np.ndarray:
     """The counters as int64, on the host."""
     low, high = (np.asarray(jax.device_get(half), np.int64) for half in (counter.low, counter.high))
-    return (high << _BITS) + low
+    return np.asarray((high << _BITS) + low)
