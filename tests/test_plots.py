@@ -501,10 +501,12 @@ def test_concepts_stand_in_columns_under_their_categories():
     assert [column[0] for column in lines[1:]] == ["part, continued"] * (len(lines) - 1)
     named = [text for column in lines for text in column if text.startswith("part ")]
     assert named == sorted(groups["part"])  # of equals by name, each once
-    widths = [patch.get_width() for axes in figure.axes for patch in axes.patches]
-    assert widths == [40, 2, 2] + [1] * 30
+    bars = [
+        patch for axes in figure.axes for each in axes.containers if isinstance(each, BarContainer) for patch in each
+    ]
+    assert [patch.get_width() for patch in bars] == [40, 2, 2] + [1] * 30
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
-    colours = [to_hex(patch.get_facecolor()) for axes in figure.axes for patch in axes.patches]
+    colours = [to_hex(patch.get_facecolor()) for patch in bars]
     assert len(set(colours[:3])) == len(set(colours[3:])) == 1
     assert colours[0] != colours[3]
 

@@ -195,6 +195,20 @@ def test_a_run_that_stopped_computes_only_the_rest(job, tmp_path, monkeypatch):
     assert "everything has been counted" in said[-1]
 
 
+@pytest.mark.parametrize("spill", [True, False])
+def test_feature_maps_that_do_not_fit_into_memory(job, network, squares, tmp_path, spill):
+    """Read again from the disk, or computed three times: the same tables, and the same feature maps on top images."""
+    concepts.dissect(job, tmp_path / "kept", say=silent)
+    asked = {"model": network, "nodes": ["colours"], "quantile": QUANTILE, "batch_size": 8, "top": 3, "memory": 0}
+    small = concepts.prepare(squares, **asked)
+    assert job.plan.keep
+    assert not small.plan.keep
+    concepts.dissect(small, tmp_path / "out", spill=spill, say=silent)
+    assert tables_of(tmp_path / "out") == tables_of(tmp_path / "kept")
+    name = "layer-colours.npz"
+    assert (tmp_path / "out/parts" / name).read_bytes() == (tmp_path / "kept/parts" / name).read_bytes()
+
+
 @pytest.mark.parametrize("changes", [{"quantile": 0.1}, {"union": "lite"}, {"nodes": ["pooled"]}, {"top": 4}])
 def test_another_config_is_refused(job, network, squares, tmp_path, changes):
     Run(tmp_path / "out", job.config)
