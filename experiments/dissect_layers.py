@@ -43,8 +43,9 @@ def main(setting: Units) -> None:
         raise ValueError(f"--node: expected at least two layers, got {len(nodes)}")
     setting = dataclasses.replace(setting, node=nodes)
     out = setting.out or Path("results/study") / setting.model
-    layers = dissected(setting)
-    run = Run(out / "dissect_layers", {"nodes": list(nodes), "data": str(setting.data), "quantile": setting.quantile})
+    dissection = dissected(setting)
+    layers = dissection.layers
+    run = Run(out / "dissect_layers", {"dissection": dissection.run.config})
     categories = next(iter(layers.values())).concepts.categories
 
     panels: dict[str, dict[str, list[Estimate]]] = {}

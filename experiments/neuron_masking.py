@@ -53,7 +53,8 @@ class Masking(Units):
 
 def main(setting: Masking) -> None:
     """Accuracy without units."""
-    layers = dissected(setting)
+    dissection = dissected(setting)
+    layers = dissection.layers
     if len(layers) != 1:
         raise ValueError(f"--node: expected one layer, got {len(layers)}")
     [(node, layer)] = layers.items()
@@ -65,7 +66,7 @@ def main(setting: Masking) -> None:
     if setting.draws < 1:
         raise ValueError(f"--draws must be at least 1, got {setting.draws}")
     config = {
-        **{"node": node, "data": str(setting.data), "quantile": setting.quantile, "numbers": numbers},
+        **{"dissection": dissection.run.config, "numbers": numbers},
         **{"draws": setting.draws, "adaptive": setting.adaptive},
     }
     study = begin("neuron_masking", setting, config, ("ifgsm",))
@@ -162,7 +163,7 @@ def _attacked(attack: Any, network: Any, params: Any, kept: Any, arrays: Any, ke
     total, found = len(arrays["labels"]), []
     for start in range(0, total, batch):
         rows = np.minimum(np.arange(start, start + batch), total - 1)
-        images, labels = arrays["clean"][rows], arrays["labels"][rows]
+        images, labels = jnp.asarray(arrays["clean"][rows]), arrays["labels"][rows]
         before = np.asarray(model(images)).argmax(axis=1) == labels
         result = attacks.run(attack, model, images, labels, arrays["targets"][rows], key=key)
         after = np.asarray(model(result.images)).argmax(axis=1) == labels

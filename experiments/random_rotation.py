@@ -83,12 +83,10 @@ def main(setting: Rotations) -> None:
         raise ValueError(f"--amounts: expected numbers from 0 to 1, got {setting.amounts}")
     network, params = load(setting.model)
     out = setting.out or Path("results/study") / setting.model
-    config = {
-        **{"node": list(setting.node), "data": str(setting.data), "quantile": setting.quantile},
-        **{"rotations": setting.rotations, "amounts": amounts, "seed": setting.seed},
-    }
-    run = Run(out / "random_rotation", config)
-    layers = dissected(setting)
+    dissection = dissected(setting)
+    layers = dissection.layers
+    config = {"rotations": setting.rotations, "amounts": amounts, "seed": setting.seed}
+    run = Run(out / "random_rotation", {"dissection": dissection.run.config, **config})
     if len(layers) != 1:
         raise ValueError(f"--node: expected one layer, got {len(layers)}")
     [(node, layer)] = layers.items()
@@ -110,7 +108,7 @@ def main(setting: Rotations) -> None:
                 logits = np.asarray(forward(given, images))
                 moved = max(moved, float(np.abs(logits - expected).max() / np.abs(expected).max()))
                 folder = run.directory / f"rotation-{i}-{amount:g}"
-                found = dissected(setting, folder, (turned, given))[node]
+                found = dissected(setting, folder, (turned, given)).layers[node]
             detectors, different = counts(found.best, "best")
             units[i, j], concepts[i, j] = detectors.sum(), different.sum()
 

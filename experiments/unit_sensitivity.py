@@ -22,10 +22,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxinterp.concepts.tables import Layer
 
 from jaxinterp import plots
 from jaxinterp.cli import guarded
+from jaxinterp.concepts.tables import Layer
 from jaxinterp.dissect import MINIMUM
 from jaxinterp.dissect.dissection import extractor
 from jaxinterp.dissect.sensitivity import MEASURES, Enrichment, change, correlation, enrichment, mean_over_pairs
@@ -72,15 +72,15 @@ def by_category(layer: Layer, values: np.ndarray, top: int) -> dict[str, dict[st
 
 def main(setting: Sensitive) -> None:
     """Sensitivity of units against what they detect."""
-    layers = dissected(setting)
+    dissection = dissected(setting)
+    layers = dissection.layers
     nodes = tuple(layers)
     smallest = min(layer.units for layer in layers.values())
     if not 1 <= setting.top < smallest:
         raise ValueError(f"--top: expected 1 to {smallest - 1}, below the number of units, got {setting.top}")
     first = next(iter(layers.values()))
     first.best.detects(setting.convention)  # type: ignore[arg-type]  # refuses an unknown one before anything is computed
-    config = {"nodes": list(nodes), "data": str(setting.data), "quantile": setting.quantile}
-    study = begin("unit_sensitivity", setting, config)
+    study = begin("unit_sensitivity", setting, {"dissection": dissection.run.config})
     run, params = extractor(study.found.network, nodes), study.found.params
     limits = [jnp.asarray(layers[node].dissection.thresholds) for node in nodes]
 
@@ -124,9 +124,9 @@ def main(setting: Sensitive) -> None:
                     "rho with the units' scale": scale,
                     "by category": by_category(layer, means[name], setting.top),
                 }
-                low, high = found.interval
+                low, high, count = *map(float, found.interval), float(found.found)
                 counted.setdefault(f"{attack}, {node}", {}).setdefault("most sensitive", {})[NAMES[name]] = Estimate(
-                    found.found, found.found, found.found, number
+                    count, count, count, number
                 )
                 counted[f"{attack}, {node}"].setdefault("at random", {})[NAMES[name]] = Estimate(
                     found.expected, low, high, number
@@ -134,7 +134,7 @@ def main(setting: Sensitive) -> None:
                 related.setdefault(node, {}).setdefault(attack, {})[NAMES[name]] = rho
                 claim = f"{attack}, {node}: the {setting.top} most sensitive units ({NAMES[name]}) hold more detectors"
                 measured = (
-                    f"{found.found}, at random {found.expected:.1f} ({low} to {high}; p {found.more:.3g});"
+                    f"{found.found}, at random {found.expected:.1f} ({low:.0f} to {high:.0f}; p {found.more:.3g});"
                     f" rho with IoU {rho:.2f}, with scale {scale:.2f}; {number} pairs"
                 )
                 answers.append(Answer(claim, measured, settled(found)))

@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from jaxinterp.attacks.attack import Attack
-from jaxinterp.concepts.tables import Layer
+from jaxinterp.concepts import Dissected
 from jaxinterp.explain import Explained, explain
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import chunk_size
@@ -200,9 +200,7 @@ class Units(Setting):
     quantile: float = 0.005
 
 
-def dissected(
-    setting: Units, out: Path | None = None, model: str | tuple[Network, Params] | None = None
-) -> dict[str, Layer]:
+def dissected(setting: Units, out: Path | None = None, model: str | tuple[Network, Params] | None = None) -> Dissected:
     """The layers of the network, dissected once for all studies that share a results directory.
 
     Args:
@@ -224,4 +222,4 @@ def dissected(
     if out is None:
         nodes = "" if not setting.node else "-" + file_name("-".join(setting.node))
         out = Path("results/dissect") / f"{setting.model}{nodes}"
-    return concepts.dissect(job, out, cache=setting.data.with_name(setting.data.name + ".packed")).layers
+    return concepts.dissect(job, out, cache=setting.data.with_name(setting.data.name + ".packed"))

@@ -100,8 +100,13 @@ def test_correlation_is_spearmans_with_an_interval_over_pairs(rng):
     values[3, 5] = np.nan
     found, low, high = s.correlation(values, scores, seed=0, draws=200)
     assert found == pytest.approx(spearmanr(s.mean_over_pairs(values), scores).statistic)  # type: ignore[attr-defined]  # not in its stubs
-    assert low < found < 1
-    assert low < high
+    assert low < high <= 1
+    resampled = [
+        spearmanr(s.mean_over_pairs(values[rows]), scores).statistic  # type: ignore[attr-defined]
+        for rows in s.resamples(12, 200, 0)
+    ]
+    ends = np.quantile(resampled, [0.975, 0.025])
+    np.testing.assert_allclose([low, high], np.clip(2 * found - ends, -1, 1), atol=1e-12)
     assert high - low < 0.3
     assert s.correlation(values, scores, seed=0, draws=200) == (found, low, high)
     assert np.isnan(s.correlation(values[:1], scores, seed=0)[1:]).all()
