@@ -35,7 +35,8 @@ from jaxinterp.sharding import mesh_of
 
 Union = Literal["image", "lite"]
 Form = Literal["auto", "gated", "dense"]
-UNIONS, FORMS = ("image", "lite"), ("auto", "gated", "dense")
+UNIONS: tuple[Union, ...] = ("image", "lite")
+FORMS: tuple[Form, ...] = ("auto", "gated", "dense")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

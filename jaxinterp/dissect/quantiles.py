@@ -27,7 +27,7 @@ QUANTILE = 0.005
 """Share of positions that exceed the threshold (Bau et al. 2017, section 2.2)."""
 
 Method = Literal["linear", "higher"]
-METHODS = ("linear", "higher")
+METHODS: tuple[Method, ...] = ("linear", "higher")
 """Between two ranks: interpolation, as NumPy's default; or the higher value, which at most the share exceeds."""
 
 _BINS = 1 << 16
