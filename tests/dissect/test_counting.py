@@ -109,6 +109,8 @@ def test_by_hand():
     assert lite.union == "lite"
     # At the threshold itself a unit is not active, nor anywhere else where it never exceeds it.
     assert dissect.tally(features, np.array([1.0], np.float32), *arguments[2:]).activation.tolist() == [0]
+    plateau = np.array([[1.0, 1.0], [0.0, 2.0]], np.float32).reshape(1, 2, 2, 1)
+    assert dissect.tally(plateau, np.array([1.0], np.float32), *arguments[2:]).activation.tolist() == [1]
     below = np.nextafter(np.float32(1), np.float32(0))
     assert dissect.tally(features, np.array([below]), *arguments[2:]).activation.tolist() == [2]
 

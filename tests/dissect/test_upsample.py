@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinterp.dissect.upsample import upsample, weights
+from jaxinterp.dissect.upsample import _taps, upsample, weights
 
 # from -> to: even factors, odd ones, none, halves, thirds, smaller, and one axis up with the other one down
 SIZES = [
@@ -108,22 +108,33 @@ def test_the_same_bits_for_any_number_of_units_in_any_program(size, target):
     assert not np.asarray(mask).any()
 
 
-def test_the_form_for_even_factors_has_the_values_of_the_general_one(monkeypatch):
-    from jaxinterp.dissect import upsample as module
+def test_an_infinite_value_reaches_its_neighbours_only():
+    """9 positions to 5: the first of them bears on two, the last on none but the last two."""
+    maps = jnp.ones((9, 1, 1)).at[0].set(jnp.inf)
+    found = np.asarray(run(maps, (5, 1))).ravel()
+    np.testing.assert_array_equal(found[2:], 1)
+    assert not np.isfinite(found[0])
 
-    maps = maps_of((5, 3))
-    widened = np.asarray(upsample(maps, (20, 6)))
-    calls = []
-    monkeypatch.setattr(module, "_widened", lambda x, factor, axis: calls.append(1) or general(x, factor, axis))
 
-    def general(x, factor, axis):
-        base, others, factors = module._taps(x.shape[axis], x.shape[axis] * factor)
-        shape = [-1 if i == axis else 1 for i in range(x.ndim)]
-        start = jnp.take(x, base, axis=axis)
+def rounded_steps(maps, target):
+    """The interpolation in NumPy's 32-bit floats: every difference, product and sum rounded by itself."""
+    for axis, size in ((1, target[1]), (0, target[0])):
+        if maps.shape[axis] == size:
+            continue
+        base, others, factors = _taps(maps.shape[axis], size)
+        shape = [-1 if i == axis else 1 for i in range(3)]
+        start = np.take(maps, base, axis=axis)
         out = start
-        for index, weight in zip(others, factors, strict=True):
-            out = out + module.rounded((jnp.take(x, index, axis=axis) - start) * weight.reshape(shape))
-        return out
+        for index, factor in zip(others, factors, strict=True):
+            out = out + (np.take(maps, index, axis=axis) - start) * factor.reshape(shape)
+        maps = out
+    return maps
 
-    np.testing.assert_array_equal(np.asarray(upsample(maps, (20, 6))).view(np.uint32), widened.view(np.uint32))
-    assert len(calls) == 2
+
+@pytest.mark.parametrize(("size", "target"), SIZES)
+def test_every_step_is_rounded_by_itself(size, target):
+    """So no bit depends on what a compiler joins into one instruction, nor on the form for even factors."""
+    maps = maps_of(size)
+    expected = rounded_steps(np.asarray(maps), target)
+    assert expected.dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(run(maps, target)).view(np.uint32), expected.view(np.uint32))
