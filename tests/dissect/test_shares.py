@@ -1,5 +1,8 @@
 """Statistics of several devices: one share each, merged once."""
 
+import inspect
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +53,18 @@ def test_every_device_counts_its_own_examples(meshes, devices):
     )
     jax.tree.map(np.testing.assert_array_equal, whole, expected)
     assert whole.value.is_fully_replicated
+
+
+def test_a_mesh_is_one_process_or_all(meshes, monkeypatch):
+    assert [shares.processes(mesh) for mesh in meshes.values()] == [1, 1, 1, 1]
+    of = inspect.unwrap(shares.processes)
+    two = SimpleNamespace(devices=np.array([[SimpleNamespace(process_index=i)] for i in (0, 0, 1, 1)]))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert of(two) == 2
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert of(None) == 1
+    with pytest.raises(ValueError, match="mesh: expected devices of one process or of all 3, got 2"):
+        of(two)
 
 
 def test_replicated_arguments_reach_every_device(meshes):
