@@ -94,7 +94,9 @@ def test_a_step_is_compiled_once_for_its_options():
     assert traced == [2, 3]
 
 
-def test_placed_without_a_mesh_is_on_the_default_device():
+def test_placed_is_spread_over_the_mesh_or_on_the_default_device(meshes):
+    assert shares.placed(np.zeros((8, 2)), meshes[4]).sharding.spec == jax.P("data")
+    assert shares.replicated(np.zeros((8, 2)), meshes[4]).is_fully_replicated
     x, y = shares.placed((np.arange(3), np.ones((3, 2), np.float32)), None)
     assert isinstance(x, jax.Array)
     np.testing.assert_array_equal(y, np.ones((3, 2)))
