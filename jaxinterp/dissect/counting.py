@@ -35,7 +35,8 @@ from jaxinterp.sharding import mesh_of
 
 Union = Literal["image", "lite"]
 Form = Literal["auto", "gated", "dense"]
-UNIONS, FORMS = ("image", "lite"), ("auto", "gated", "dense")
+UNIONS: tuple[Union, ...] = ("image", "lite")
+FORMS: tuple[Form, ...] = ("auto", "gated", "dense")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,14 +116,14 @@ def present(planes: Any, scalars: Any, number: int, *, least: int = 8) -> Presen
         raise ValueError(f"planes: expected at most {_MOST_PIXELS} pixels in an image, got {planes[:1].size}")
     pixels = planes.shape[2] * planes.shape[3]
     found, places = [], np.zeros(planes.shape, np.uint16)
-    for plane, scalar, place in zip(planes, scalars, places, strict=True):
+    for i, (plane, scalar) in enumerate(zip(planes, scalars, strict=True)):
         counts = np.bincount(plane.ravel(), minlength=number)
         times = np.bincount(scalar, minlength=number)
         counts[0] = times[0] = 0
         labels = np.flatnonzero(counts + times)
         table = np.zeros(number, np.uint16)
         table[labels] = np.arange(1, len(labels) + 1)
-        np.take(table, plane, out=place)
+        np.take(table, plane, out=places[i])
         found.append((labels, times[labels], counts[labels] + times[labels] * pixels))
     most = max([least, *(len(labels) for labels, _, _ in found)])
     width = 1 << (most - 1).bit_length()

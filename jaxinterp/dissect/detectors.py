@@ -22,7 +22,7 @@ MINIMUM = 0.04
 """IoU that a detector exceeds."""
 
 Convention = Literal["best", "category"]
-CONVENTIONS = ("best", "category")
+CONVENTIONS: tuple[Convention, ...] = ("best", "category")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ QUANTILE = 0.005
 """Share of positions that exceed the threshold (Bau et al. 2017, section 2.2)."""
 
 Method = Literal["linear", "higher"]
-METHODS = ("linear", "higher")
+METHODS: tuple[Method, ...] = ("linear", "higher")
 """Between two ranks: interpolation, as NumPy's default; or the higher value, which at most the share exceeds."""
 
 _BINS = 1 << 16
@@ -294,7 +294,7 @@ def _pass(batches: Callable[[], Iterable[tuple[Any, Any]]], upper: Any) -> tuple
         if features.shape[1:] != shape:
             raise ValueError(f"features: expected batches of {list(shape)}, got {list(features.shape[1:])}")
         images = len(features) if valid is None else int(np.sum(np.asarray(valid)))
-        count += images * shape[0] * shape[1]
+        count += images * features.shape[1] * features.shape[2]
         if count > MOST:
             raise ValueError(f"features: expected at most {MOST} positions, got more")
         histogram = _update(histogram, features, None if valid is None else jnp.asarray(valid), upper)

@@ -34,7 +34,7 @@ def meshes():
 
 def pil_resize(one: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h,w] at `size` = (sh, sw), by PIL's bilinear filter on 32-bit floats."""
-    return np.asarray(Image.fromarray(one, "F").resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(one, "F").resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def slow_tally(features, thresholds, planes, scalars, categories, union):

@@ -107,8 +107,15 @@ def test_by_hand():
     lite = dissect.tally(*arguments, union="lite")
     assert lite.activation_by_category.tolist() == [[2, 0, 2, 0]]
     assert lite.union == "lite"
+    # A label that is named twice for the whole image counts twice; a category of one pixel occurs.
+    twice = dissect.tally(*arguments[:2], np.array([[[[0, 0], [0, 2]]]]), np.array([[3, 3]]), arguments[4])
+    assert twice.intersection.tolist() == [[0, 0, 0, 4, 0]]
+    assert twice.label_area.tolist() == [0, 0, 1, 8, 0]
+    assert twice.activation_by_category.tolist() == [[0, 2, 2, 0]]
     # At the threshold itself a unit is not active, nor anywhere else where it never exceeds it.
     assert dissect.tally(features, np.array([1.0], np.float32), *arguments[2:]).activation.tolist() == [0]
+    plateau = np.array([[1.0, 1.0], [0.0, 2.0]], np.float32).reshape(1, 2, 2, 1)
+    assert dissect.tally(plateau, np.array([1.0], np.float32), *arguments[2:]).activation.tolist() == [1]
     below = np.nextafter(np.float32(1), np.float32(0))
     assert dissect.tally(features, np.array([below]), *arguments[2:]).activation.tolist() == [2]
 

@@ -166,8 +166,8 @@ def test_devices_change_no_bit(meshes, found, devices):
         assert_same({"b": one}, {"b": found["b"]})
 
 
-def test_devices_run_the_same_convolutions(meshes):
-    """A convolution with these channels has other bits where the compiler divides a batch of 8 over devices."""
+def test_every_batch_and_device_runs_the_same_convolutions(meshes):
+    """A convolution with these channels has other bits in a batch of 1, or where the compiler divides one of 8."""
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 3, 3, 33)) * 0.2, "b": rng.normal(size=(3, 3, 33, 40)) * 0.2}
 
@@ -184,9 +184,11 @@ def test_devices_run_the_same_convolutions(meshes):
     spread = dissection.extractor(network, ("a", "b"), meshes[8])(
         shares.replicated(params, meshes[8]), shares.placed(images, meshes[8])
     )
-    for one, other in zip(alone, spread, strict=True):
+    first = dissection.extractor(network, ("a", "b"))(params, images[:1])
+    for one, other, single in zip(alone, spread, first, strict=True):
         assert len(other.sharding.device_set) == 8
         np.testing.assert_array_equal(np.asarray(one).view(np.uint32), np.asarray(other).view(np.uint32))
+        np.testing.assert_array_equal(np.asarray(one[:1]).view(np.uint32), np.asarray(single).view(np.uint32))
 
 
 def test_layers_at_once_are_layers_alone(found):

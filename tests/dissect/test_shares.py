@@ -1,5 +1,8 @@
 """Statistics of several devices: one share each, merged once."""
 
+import inspect
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +55,18 @@ def test_every_device_counts_its_own_examples(meshes, devices):
     assert whole.value.is_fully_replicated
 
 
+def test_a_mesh_is_one_process_or_all(meshes, monkeypatch):
+    assert [shares.processes(mesh) for mesh in meshes.values()] == [1, 1, 1, 1]
+    of = inspect.unwrap(shares.processes)
+    two = SimpleNamespace(devices=np.array([[SimpleNamespace(process_index=i)] for i in (0, 0, 1, 1)]))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert of(two) == 2
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert of(None) == 1
+    with pytest.raises(ValueError, match="mesh: expected devices of one process or of all 3, got 2"):
+        of(two)
+
+
 def test_replicated_arguments_reach_every_device(meshes):
     def update(state, values, factor):
         return state + values.sum() * factor
@@ -79,7 +94,9 @@ def test_a_step_is_compiled_once_for_its_options():
     assert traced == [2, 3]
 
 
-def test_placed_without_a_mesh_is_on_the_default_device():
+def test_placed_is_spread_over_the_mesh_or_on_the_default_device(meshes):
+    assert shares.placed(np.zeros((8, 2)), meshes[4]).sharding.spec == jax.P("data")
+    assert shares.replicated(np.zeros((8, 2)), meshes[4]).is_fully_replicated
     x, y = shares.placed((np.arange(3), np.ones((3, 2), np.float32)), None)
     assert isinstance(x, jax.Array)
     np.testing.assert_array_equal(y, np.ones((3, 2)))

@@ -38,6 +38,7 @@ def test_merging_is_associative_and_commutative_in_every_bit(a, b, c):
         np.testing.assert_array_equal(got.low, one.low)
         np.testing.assert_array_equal(got.high, one.high)
     assert wide.total(one).tolist() == [sum(a) + sum(b) + sum(c)]
+    assert 0 <= int(one.low[0]) < 65536, "the carry has moved"
 
 
 def test_the_largest_number():
