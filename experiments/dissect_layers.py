@@ -69,12 +69,12 @@ def main(setting: Units) -> None:
     for index, category in enumerate(categories):
         shares = [layer.best.detects("category")[:, index].astype(float) for layer in (first, last)]
         ends = [bootstrap_mean(share, seed=setting.seed) for share in shares]
-        more = Estimate(
-            ends[1].mean - ends[0].mean, *_difference(shares[0], shares[1], setting.seed), min(map(len, shares))
-        )
+        low, high = _difference(shares[0], shares[1], setting.seed)
+        more = Estimate(ends[1].mean - ends[0].mean, low, high, min(map(len, shares)))
         # Colours are expected to become fewer, all others more.
         sign = -1 if category == "color" else 1
-        signed = Estimate(sign * more.mean, *sorted((sign * more.low, sign * more.high)), more.count)
+        bounds = sorted((sign * low, sign * high))
+        signed = Estimate(sign * more.mean, bounds[0], bounds[1], more.count)
         word = "fewer" if sign < 0 else "more"
         claim = f"{word} units detect a {category} in {nodes[-1]} than in {nodes[0]}"
         settled = verdict(signed, 0.0) if any(share.any() for share in shares) else UNDECIDED

@@ -80,7 +80,7 @@ def main(setting: Masking) -> None:
         chunks.setdefault(attack, []).append(arrays)
 
     answers, results = [], {}
-    detects = layer.best.detects().any(axis=1)
+    detects = np.asarray(layer.best.detects().any(axis=1))
     for attack, parts in chunks.items():
         stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         clean, adversarial, labels = stacked["clean"], stacked["adversarial"], stacked["labels"]

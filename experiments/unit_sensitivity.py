@@ -104,7 +104,7 @@ def main(setting: Sensitive) -> None:
     counted: dict[str, dict[str, dict[str, Estimate]]] = {}
     related: dict[str, dict[str, dict[str, Estimate]]] = {}
     for node, layer in layers.items():
-        detects = layer.best.detects(setting.convention).any(axis=1)  # type: ignore[arg-type]
+        detects = np.asarray(layer.best.detects(setting.convention).any(axis=1))  # type: ignore[arg-type]
         for attack in study.found.attacks:
             pairs = {name: np.concatenate(values[attack, node, name]) for name in (*MEASURES, "norm")}
             means = {name: mean_over_pairs(each.astype(np.float64)) for name, each in pairs.items()}
