@@ -53,6 +53,7 @@ def data(count=13):
     images = np.kron(colours[blocks], np.ones((1, 4, 4, 1))) * 0.8 + rng.uniform(size=(count, 16, 16, 3)) * 0.2
     planes = np.kron(blocks, np.ones((1, 4, 4), int))
     planes = np.stack([planes, np.where(planes > 2, planes + 2, 0)], axis=1)
+    planes[0, 1, 0, :9] = range(1, 10)  # more labels than in any other image, of which one process knows
     scalars = rng.integers(7, 10, (count, 1))
     planes[4:5], scalars[4:5] = 0, 0
     concepts = Concepts(

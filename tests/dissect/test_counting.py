@@ -152,6 +152,9 @@ def test_units_that_fire_are_as_many_as_they_are(same_tally):
     arguments = features, np.zeros(130, np.float32), planes, np.zeros((9, 0), int), CATEGORIES
     gated, dense = (dissect.tally(*arguments, form=form, batch_size=9) for form in ("gated", "dense"))
     same_tally(gated, dense)
+    # What fires lies above the threshold, not above 0.
+    negative = features - 5, np.full(130, -5, np.float32), *arguments[2:]
+    same_tally(dissect.tally(*negative, form="gated", batch_size=9), dense)
     assert gated.activation.sum() == 9 * (1 + 17 + 18 + 33 + 34 + 65 + 66 + 130)
 
 

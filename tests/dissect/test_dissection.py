@@ -322,9 +322,9 @@ def test_any_walk_through_the_images(found, memory):
 
     data = Counting(narrow.data(18))  # so many are announced
     assert_same(run(data=data, walk=walk, batch_size=3, memory=memory), found)
-    with pytest.raises(ValueError, match="walk: expected at most 5 batches of 3 images"):
+    with pytest.raises(ValueError, match="walk: expected at most 5 batches of 3 images, got 3 in batch 6"):
         run(walk=walk, batch_size=3, memory=memory)
-    with pytest.raises(ValueError, match="walk: expected at most 3 batches of 6 images, got 3"):
+    with pytest.raises(ValueError, match="walk: expected at most 3 batches of 6 images, got 3 in batch 1"):
         run(data=data, walk=walk, batch_size=6, memory=memory)
 
 
