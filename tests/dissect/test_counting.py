@@ -83,7 +83,7 @@ SHAPES = [  # of scenes, with a batch size and a form; few, because each is comp
 ]
 
 
-@settings(max_examples=24, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.sampled_from(SHAPES))
 def test_any_scene_is_counted_as_defined(slow, same_tally, seed, shape):
     sizes, batch_size, form = shape
@@ -120,11 +120,11 @@ def test_by_hand():
     assert dissect.tally(features, np.array([below]), *arguments[2:]).activation.tolist() == [2]
 
 
-def test_batches_forms_and_devices_give_the_same_integers(same_tally, meshes):
-    features, thresholds, planes, scalars = scene(3, images=8)
+def test_batches_and_forms_give_the_same_integers(same_tally):
+    features, thresholds, planes, scalars = scene(3, images=7)
     for union in dissect.UNIONS:
         expected = dissect.tally(features, thresholds, planes, scalars, CATEGORIES, union, form="dense", batch_size=8)
-        for batch_size in (1, 3, 7, 100):
+        for batch_size in (1, 3, 7):
             found = dissect.tally(
                 features, thresholds, planes, scalars, CATEGORIES, union, form="gated", batch_size=batch_size
             )
@@ -134,28 +134,29 @@ def test_batches_forms_and_devices_give_the_same_integers(same_tally, meshes):
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("form", ["gated", "dense"])
 def test_sharded_features_are_counted_where_they_are(same_tally, meshes, devices, form):
-    features, thresholds, planes, scalars = scene(4, images=24)
+    features, thresholds, planes, scalars = scene(4, images=16, units=7)
     spread = jax.device_put(features, NamedSharding(meshes[devices], PartitionSpec("data")))
-    expected = dissect.tally(features, thresholds, planes, scalars, CATEGORIES, form="dense", batch_size=24)
+    expected = dissect.tally(features, thresholds, planes, scalars, CATEGORIES, form="dense", batch_size=16)
     same_tally(dissect.tally(spread, thresholds, planes, scalars, CATEGORIES, form=form, batch_size=2), expected)
 
 
 def test_units_that_fire_are_as_many_as_they_are(same_tally):
-    """From no unit to all of 130: every size of program the gated form is made for."""
+    """From no unit to all of 66: every size of program the gated form is made for."""
     assert counting._buckets(130) == [17, 33, 65, 130]
+    assert counting._buckets(66) == [17, 33, 66]
     assert counting._buckets(32) == [32]
     assert counting._buckets(33) == [17, 33]
-    features = np.zeros((9, 2, 2, 130), np.float32)
-    for image, firing in enumerate((0, 1, 17, 18, 33, 34, 65, 66, 130)):
-        features[image, 0, 0, np.random.default_rng(image).permutation(130)[:firing]] = 1
-    planes = np.random.default_rng(0).integers(0, 5, (9, 1, 4, 4))
-    arguments = features, np.zeros(130, np.float32), planes, np.zeros((9, 0), int), CATEGORIES
-    gated, dense = (dissect.tally(*arguments, form=form, batch_size=9) for form in ("gated", "dense"))
+    features = np.zeros((8, 2, 2, 66), np.float32)
+    for image, firing in enumerate((0, 1, 17, 18, 33, 34, 65, 66)):
+        features[image, 0, 0, np.random.default_rng(image).permutation(66)[:firing]] = 1
+    planes = np.random.default_rng(0).integers(0, 5, (8, 1, 4, 4))
+    arguments = features, np.zeros(66, np.float32), planes, np.zeros((8, 0), int), CATEGORIES
+    gated, dense = (dissect.tally(*arguments, form=form, batch_size=8) for form in ("gated", "dense"))
     same_tally(gated, dense)
     # What fires lies above the threshold, not above 0.
-    negative = features - 5, np.full(130, -5, np.float32), *arguments[2:]
-    same_tally(dissect.tally(*negative, form="gated", batch_size=9), dense)
-    assert gated.activation.sum() == 9 * (1 + 17 + 18 + 33 + 34 + 65 + 66 + 130)
+    negative = features - 5, np.full(66, -5, np.float32), *arguments[2:]
+    same_tally(dissect.tally(*negative, form="gated", batch_size=8), dense)
+    assert gated.activation.sum() == 9 * (1 + 17 + 18 + 33 + 34 + 65 + 66)
 
 
 def test_labels_present(rng):
@@ -199,11 +200,11 @@ def test_more_labels_in_an_image_than_a_byte_holds(slow, same_tally):
 
 def test_counts_beyond_32_bits():
     """An image added many times over: states merge with themselves."""
-    features, thresholds, planes, scalars = scene(5)
+    features, thresholds, planes, scalars = scene(5, units=7)
     once = dissect.tally(features, thresholds, planes, scalars, CATEGORIES)
     labels = counting.present(planes, scalars, len(CATEGORIES))
-    state = counting.update(
-        counting.init(40, 10, 4),
+    state = jax.jit(counting.update)(
+        counting.init(7, 10, 4),
         jnp.asarray(features),
         jnp.asarray(thresholds),
         labels,
