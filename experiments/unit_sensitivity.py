@@ -27,6 +27,7 @@ from jaxinterp import plots
 from jaxinterp.cli import guarded
 from jaxinterp.concepts.tables import Layer
 from jaxinterp.dissect import MINIMUM
+from jaxinterp.dissect.detectors import Convention
 from jaxinterp.dissect.dissection import extractor
 from jaxinterp.dissect.sensitivity import MEASURES, Enrichment, change, correlation, enrichment, mean_over_pairs
 from jaxinterp.statistics import Estimate, spearman
@@ -51,7 +52,7 @@ class Sensitive(Units):
     """
 
     top: int = 100
-    convention: str = "best"
+    convention: Convention = "best"
 
 
 def settled(found: Enrichment) -> str:
@@ -78,8 +79,6 @@ def main(setting: Sensitive) -> None:
     smallest = min(layer.units for layer in layers.values())
     if not 1 <= setting.top < smallest:
         raise ValueError(f"--top: expected 1 to {smallest - 1}, below the number of units, got {setting.top}")
-    first = next(iter(layers.values()))
-    first.best.detects(setting.convention)  # type: ignore[arg-type]  # refuses an unknown one before anything is computed
     study = begin("unit_sensitivity", setting, {"dissection": dissection.run.config})
     run, params = extractor(study.found.network, nodes), study.found.params
     limits = [jnp.asarray(layers[node].dissection.thresholds) for node in nodes]
@@ -104,7 +103,7 @@ def main(setting: Sensitive) -> None:
     counted: dict[str, dict[str, dict[str, Estimate]]] = {}
     related: dict[str, dict[str, dict[str, Estimate]]] = {}
     for node, layer in layers.items():
-        detects = np.asarray(layer.best.detects(setting.convention).any(axis=1))  # type: ignore[arg-type]
+        detects = np.asarray(layer.best.detects(setting.convention).any(axis=1))
         for attack in study.found.attacks:
             pairs = {name: np.concatenate(values[attack, node, name]) for name in (*MEASURES, "norm")}
             means = {name: mean_over_pairs(each.astype(np.float64)) for name, each in pairs.items()}
