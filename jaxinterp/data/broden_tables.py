@@ -96,7 +96,7 @@ def read_categories(folder: str, report: Report) -> dict[str, Category]:
         elif name in found:
             report(f"{where}: the category {name!r} is on line {found[name].line} already")
         elif None not in numbers:
-            found[name] = Category(line, name, *numbers)  # type: ignore[arg-type]
+            found[name] = Category(line, name, *numbers)  # type: ignore[arg-type]  # none is None
     return found
 
 

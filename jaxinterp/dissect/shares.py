@@ -71,18 +71,16 @@ def _start(init: Callable[..., Any], mesh: Mesh | None, sizes: tuple[Any, ...]) 
 
 
 @functools.cache
-def step(
-    update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], *, donate: bool = True, **options: Any
-) -> Any:
+def step(update: Callable[..., Any], mesh: Mesh | None, by_example: tuple[bool, ...], **options: Any) -> Any:
     """The jitted `update(states, *arguments)` of every share's own statistic, on the share's device.
 
-    The same function with the same options is compiled once, however often it is asked for.
+    The old statistics are given up to the new ones. The same function with the same options is compiled once, however
+    often it is asked for.
 
     Args:
         update: of one statistic, `update(state, *arguments, **options) -> state`.
         mesh: the devices; None is the default device.
         by_example: for every argument, whether its leaves are spread by example; the others are replicated.
-        donate: the old statistics are not needed any more.
         options: fixed, hashable keyword arguments of `update`.
     """
 
@@ -94,7 +92,7 @@ def step(
         share, whole = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
         specs = (share, *(share if spread else whole for spread in by_example))
         every = jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=share, check_vma=False)
-    return jax.jit(every, donate_argnums=0 if donate else ())
+    return jax.jit(every, donate_argnums=0)
 
 
 def merged(states: S, merge: Callable[[S, S], S], mesh: Mesh | None) -> S:

@@ -75,7 +75,7 @@ def test_replicated_arguments_reach_every_device(meshes):
         states = shares.start(jnp.zeros, mesh, (), jnp.int32)
         values = shares.placed(np.arange(8, dtype=np.int32), mesh)
         factor = shares.replicated(np.int32(3), mesh)
-        step = shares.step(update, mesh, (True, False), donate=False)
+        step = shares.step(update, mesh, (True, False))
         states = step(states, values, factor)
         assert int(shares.merged(states, lambda a, b: a + b, mesh)) == 3 * 28
 
