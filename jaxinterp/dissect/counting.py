@@ -10,8 +10,9 @@ The two published programs disagree about when a category occurs: anywhere in th
 definition in the paper and its first program), or somewhere under the unit's mask (`union="lite"`, NetDissect-Lite).
 Both are counted.
 
-Only labels that are present in an image are compared, and where it is faster only units that fire: `gated` takes image
-after image and, of the units, as many as fire; `dense` takes all units of all images at once.
+Only labels that are present in an image are compared, and where it is faster only what can be under a mask: `gated`
+interpolates around the positions above the threshold, `dense` all units of all images at once. Feature maps larger than
+label maps are counted densely.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Integer
 
-from jaxinterp.dissect import quantiles, shares, wide
+from jaxinterp.dissect import gated, quantiles, shares, wide
 from jaxinterp.dissect.upsample import upsample
 from jaxinterp.dissect.wide import Wide
 from jaxinterp.pytree import pytree
@@ -172,8 +172,14 @@ def update(
     """
     if form == "auto":
         form = "gated" if jax.default_backend() == "cpu" else "dense"
-    count = _gated if form == "gated" else _dense
-    both, active, by_category = count(features, thresholds, labels, membership)
+    apart = form == "gated" and gated.applies(features.shape[1:3], labels.places.shape[2:])
+    count = gated.count if apart else _dense
+    both, active = count(features, thresholds, labels.places, labels.labels.shape[1])
+    both = both + labels.times[:, :, None] * active[:, None]
+    member = membership[labels.labels]  # [B,P,C]
+    anywhere = jnp.einsum("bp,bpc->bc", (labels.area > 0).astype(jnp.float32), member) > 0
+    under = jnp.einsum("bpc,bpu->bcu", member, (both > 0).astype(jnp.float32)) > 0
+    by_category = jnp.stack([jnp.where(occurs, active[:, None], 0) for occurs in (anywhere[:, :, None], under)], axis=1)
     intersection = jnp.zeros(state.intersection.low.shape, jnp.int32).at[labels.labels].add(both)
     counted = intersection, active.sum(axis=0), by_category.sum(axis=0)
     areas = jnp.zeros(state.label_area.low.shape, jnp.int32).at[labels.labels].add(labels.area)
@@ -229,68 +235,20 @@ def memberships(categories: Sequence[int] | np.ndarray, number: int | None = Non
     return matrix
 
 
-def _pixel_counts(labels: Present, pixels: int):
-    """[P,pixels] of one image: how many channels of a pixel carry each of the present labels."""
-    numbers = 1 + jnp.arange(labels.labels.shape[-1], dtype=labels.places.dtype)
-    hits = (labels.places.reshape(-1, 1, pixels) == numbers[:, None]).astype(jnp.float32)
-    return hits.sum(axis=0) if hits.shape[0] > 1 else hits[0]
+def _dense(features, thresholds, places, present: int):
+    """Pixels under the masks: with each of the present labels [B,P,U], and all [B,U]; every unit on every pixel."""
+    return jax.vmap(functools.partial(_of_image, present=present), in_axes=(0, None, 0))(features, thresholds, places)
 
 
-def _of_image(features, thresholds, labels: Present, membership):
-    """Counts of one image: intersections [P,F], activations [F], activations by category [2,C,F].
-
-    Sums of at most 2^24 ones are exact in float32, whatever their order, and so are factors in fewer bits.
-    """
-    sh, sw = labels.places.shape[-2:]
+def _of_image(features, thresholds, places, present: int):
+    """The same of one image. Sums of at most 2^24 ones are exact in float32, whatever their order."""
+    sh, sw = places.shape[-2:]
     mask = (upsample(features, (sh, sw)) > thresholds) & (features.max(axis=(0, 1)) > thresholds)
-    mask = mask.reshape(sh * sw, -1).astype(jnp.float32)
-    counts = jnp.concatenate([_pixel_counts(labels, sh * sw), jnp.ones((1, sh * sw), jnp.float32)])
-    together = jnp.dot(counts, mask).astype(jnp.int32)
-    intersection, activation = together[:-1], together[-1]
-    intersection = intersection + labels.times[:, None] * activation
-    member = membership[labels.labels]  # [P,C]
-    anywhere = ((labels.area > 0).astype(jnp.float32) @ member > 0)[:, None]  # [C,1]
-    under = jnp.einsum("pc,pf->cf", member, (intersection > 0).astype(jnp.float32)) > 0
-    by_category = jnp.stack([jnp.where(anywhere, activation, 0), jnp.where(under, activation, 0)])
-    return intersection, activation, by_category
-
-
-def _buckets(units: int) -> list[int]:
-    """Numbers of units that a program is made for."""
-    sizes = [units]
-    while sizes[-1] > 32:
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes[::-1]
-
-
-def _gated(features, thresholds, labels: Present, membership):
-    """Image after image, units that fire only, in the smallest bucket that holds them."""
-    units = features.shape[-1]
-    sizes = _buckets(units)
-    fired = features.max(axis=(1, 2)) > thresholds
-    which = sum((fired.sum(axis=1) > size).astype(jnp.int32) for size in sizes[:-1]) + jnp.zeros(len(fired), jnp.int32)
-
-    def some(size, feature, fire, label):
-        if size == units:
-            return _of_image(feature, thresholds, label, membership)
-        chosen = jnp.nonzero(fire, size=size, fill_value=units)[0]
-        maps = jnp.take(feature, chosen, axis=-1, mode="fill", fill_value=0)
-        limits = jnp.take(thresholds, chosen, mode="fill", fill_value=0)
-        counts = _of_image(maps, limits, label, membership)
-        return jax.tree.map(
-            lambda c: jnp.zeros((*c.shape[:-1], units), c.dtype).at[..., chosen].set(c, mode="drop"), counts
-        )
-
-    def one(image):
-        bucket, *rest = image
-        return lax.switch(bucket, [functools.partial(some, size) for size in sizes], *rest)
-
-    return lax.map(one, (which, features, fired, labels))
-
-
-def _dense(features, thresholds, labels: Present, membership):
-    """All units of all images at once."""
-    return jax.vmap(_of_image, in_axes=(0, None, 0, None))(features, thresholds, labels, membership)
+    numbers = 1 + jnp.arange(present, dtype=places.dtype)
+    hits = (places.reshape(-1, 1, sh * sw) == numbers[:, None]).astype(jnp.float32)
+    counts = jnp.concatenate([hits.sum(axis=0), jnp.ones((1, sh * sw), jnp.float32)])
+    together = jnp.dot(counts, mask.reshape(sh * sw, -1).astype(jnp.float32)).astype(jnp.int32)
+    return together[:-1], together[-1]
 
 
 def tally(

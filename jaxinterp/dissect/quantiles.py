@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxinterp.pytree import pytree
@@ -31,6 +31,7 @@ METHODS: tuple[Method, ...] = ("linear", "higher")
 """Between two ranks: interpolation, as NumPy's default; or the higher value, which at most the share exceeds."""
 
 _BINS = 1 << 16
+_LAST = 0xFFFFFFFF  # the largest key
 MOST = 2**31 - 1
 """Positions that 32-bit counts can hold."""
 
@@ -146,20 +147,40 @@ def of_kept(
 
 @functools.cache
 def _select(mesh: Mesh | None) -> Any:
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(_selected) if mesh is None else jax.jit(_selected, out_shardings=whole)
+    if mesh is None:
+        return jax.jit(_selected)
+    axis = mesh.axis_names[0]
+    share, whole = PartitionSpec(axis), PartitionSpec()
+    select = functools.partial(_selected, axis=axis)
+    return jax.jit(jax.shard_map(select, mesh=mesh, in_specs=(share, share, whole), out_specs=whole, check_vma=False))
 
 
-def _selected(features, valid, rank):
-    """The values of `rank` and of the next one in every unit, and whether the unit has a NaN."""
-    keys = ordered(features)
-    nan = jnp.isnan(features)
+_BLOCK = 1 << 16  # keys that are compared at once: they and the counts stay in a core's cache
+
+
+def _selected(features, valid, rank, axis: str | None = None):
+    """The values of `rank` and of the next one in every unit, and whether the unit has a NaN.
+
+    With `axis`, of the features of all devices along it.
+    """
+
+    def total(counts):
+        return counts if axis is None else lax.psum(counts, axis)
+
+    units = features.shape[-1]
+    keys, nan = ordered(features), jnp.isnan(features)
     if valid is not None:
         absent = ~valid[:, None, None, None]
-        keys, nan = jnp.where(absent, jnp.uint32(0xFFFFFFFF), keys), nan & ~absent
+        keys, nan = jnp.where(absent, jnp.uint32(_LAST), keys), nan & ~absent
+    rows = max(1, _BLOCK // units)
+    keys = keys.reshape(-1, units)
+    keys = jnp.pad(keys, [(0, -len(keys) % rows), (0, 0)], constant_values=np.uint32(_LAST)).reshape(-1, rows, units)
 
     def count(limit):  # positions up to `limit`, [U]
-        return jnp.sum(keys <= limit, axis=(0, 1, 2), dtype=jnp.int32)
+        def add(counts, block):
+            return counts + jnp.sum(block <= limit, axis=0, dtype=jnp.int32), None
+
+        return total(lax.scan(add, jnp.zeros(units, jnp.int32), keys)[0])
 
     def halve(_, ends):
         low, high = ends
@@ -167,12 +188,21 @@ def _selected(features, valid, rank):
         enough = count(middle) > rank
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    units = features.shape[-1]
-    low, _ = lax.fori_loop(0, 32, halve, (jnp.zeros(units, jnp.uint32), jnp.full(units, 0xFFFFFFFF, jnp.uint32)))
-    following = jnp.min(jnp.where(keys > low, keys, jnp.uint32(0xFFFFFFFF)), axis=(0, 1, 2))
+    low, _ = lax.fori_loop(0, 32, halve, (jnp.zeros(units, jnp.uint32), jnp.full(units, _LAST, jnp.uint32)))
+
+    def least(smallest, block):
+        beyond = jnp.where(block > low, block, jnp.uint32(_LAST))
+        return jnp.minimum(smallest, beyond.min(axis=0)), None
+
+    following = lax.scan(least, jnp.full(units, _LAST, jnp.uint32), keys)[0]
+    following = following if axis is None else lax.pmin(following, axis)
     more = count(low) > rank + 1
-    last = following == jnp.uint32(0xFFFFFFFF)
-    return value(low), value(jnp.where(more | last, low, following)), nan.any(axis=(0, 1, 2))
+    last = following == jnp.uint32(_LAST)
+    return (
+        value(low),
+        value(jnp.where(more | last, low, following)),
+        total(nan.any(axis=(0, 1, 2)).astype(jnp.int32)) > 0,
+    )
 
 
 # Features batch by batch
@@ -194,7 +224,7 @@ class Histogram:
 def init(units: int) -> Histogram:
     """Nothing counted."""
     return Histogram(
-        jnp.zeros((_BINS, units), jnp.int32), jnp.full(units, 0xFFFFFFFF, jnp.uint32), jnp.zeros(units, jnp.int32)
+        jnp.zeros((_BINS, units), jnp.int32), jnp.full(units, _LAST, jnp.uint32), jnp.zeros(units, jnp.int32)
     )
 
 
@@ -221,7 +251,7 @@ def update(
     beyond = histogram.beyond
     bins = keys >> 16
     if upper is not None:
-        after = jnp.where(counted & (bins > upper), keys, jnp.uint32(0xFFFFFFFF))
+        after = jnp.where(counted & (bins > upper), keys, jnp.uint32(_LAST))
         beyond = jnp.minimum(beyond, after.min(axis=0))
         counted, bins = counted & (bins == upper), keys & jnp.uint32(_BINS - 1)
     counts = histogram.counts.at[bins.astype(jnp.int32), jnp.arange(units)].add(counted.astype(jnp.int32))
@@ -251,7 +281,7 @@ def neighbours(
     low = jnp.sum(cumulative <= rank, axis=0, dtype=jnp.int32).astype(jnp.uint32)
     high = jnp.sum(cumulative <= rank + 1, axis=0, dtype=jnp.int32).astype(jnp.uint32)
     first = (upper << 16) | low
-    outside = jnp.where(histogram.beyond == jnp.uint32(0xFFFFFFFF), first, histogram.beyond)
+    outside = jnp.where(histogram.beyond == jnp.uint32(_LAST), first, histogram.beyond)
     return value(first), value(jnp.where(high < _BINS, (upper << 16) | high, outside))
 
 

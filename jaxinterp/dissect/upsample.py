@@ -40,7 +40,7 @@ def _along(x, target: int, axis: int):
         return x
     if target % size == 0 and target // size % 2 == 0:
         return _widened(x, target // size, axis)
-    base, others, factors = _taps(size, target)
+    base, others, factors = taps(size, target)
     start = _picked(x, base, axis)
     shape = [1] * x.ndim
     shape[axis] = target
@@ -53,7 +53,7 @@ def _along(x, target: int, axis: int):
 def _widened(x, factor: int, axis: int):
     """Each position as `factor` ones, an even number: half of them lean on the position before, half on the one after.
 
-    The same values as by `_taps`, without a list of positions.
+    The same values as by `taps`, without a list of positions.
     """
     half = factor // 2
     away = ((np.arange(half) + 0.5) / factor).astype(np.float32)  # distance from the middle, and so the weight
@@ -76,7 +76,7 @@ def _picked(x, index: np.ndarray, axis: int):
     return jnp.concatenate([lax.slice_in_dim(x, i, i + 1, axis=axis) for i in map(int, index)], axis=axis)
 
 
-def _taps(size: int, target: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+def taps(size: int, target: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """The position with the largest weight in every row, and the other positions with their weights.
 
     Shorter rows are filled with the largest position and the weight 0.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinterp.dissect.upsample import _taps, upsample, weights
+from jaxinterp.dissect.upsample import taps, upsample, weights
 
 # from -> to: even factors, odd ones, none, halves, thirds, smaller, and one axis up with the other one down
 SIZES = [
@@ -121,7 +121,7 @@ def rounded_steps(maps, target):
     for axis, size in ((1, target[1]), (0, target[0])):
         if maps.shape[axis] == size:
             continue
-        base, others, factors = _taps(maps.shape[axis], size)
+        base, others, factors = taps(maps.shape[axis], size)
         shape = [-1 if i == axis else 1 for i in range(3)]
         start = np.take(maps, base, axis=axis)
         out = start
