@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +66,50 @@ def _shifted(x, kernel, stride, padding):
     return functools.reduce(jnp.add, products)
 
 
+class _Phase(NamedTuple):
+    """Input positions a stride apart, which the same taps reach."""
+
+    first: int  # the output position that the tap before all of its own would take to its first input position
+    taps: range
+
+
+def _phases(low: int, kernel: int, stride: int) -> list[_Phase]:
+    """Along one axis, for the input positions 0, stride, ..., then 1, 1 + stride, ..., and so on."""
+    starts = [(position + low) % stride for position in range(stride)]
+    return [_Phase((p + low - start) // stride, range(start, kernel, stride)) for p, start in enumerate(starts)]
+
+
 def _shifted_input_gradient(g, kernel, size, stride, padding):
-    """Gradient of `_shifted` with respect to its input of `size`: `g` dilated, times the flipped kernel."""
-    kh, kw = kernel.shape[:2]
-    pads = []
-    for n, out, k, s, (low, _) in zip(size, g.shape[1:3], (kh, kw), stride, padding, strict=True):
-        before = k - 1 - low
-        pads.append((before, n + k - 1 - before - ((out - 1) * s + 1), s - 1))
+    """Gradient of `_shifted` by its input of `size`: for each phase of the stride, shifted products of `g`.
+
+    Every tap is multiplied once, where the textbook form (`g` dilated, the flipped kernel) multiplies zeros.
+    """
+    across: list[list[_Phase]] = []
+    counts, pads = [], []
+    for n, out, k, s, (low, _) in zip(size, g.shape[1:3], kernel.shape[:2], stride, padding, strict=True):
+        phases, count = _phases(low, k, s), -(-n // s)
+        before = max(0, *(len(p.taps) - 1 - p.first for p in phases))
+        after = max(0, max(p.first for p in phases) + count - out)
+        across.append([p._replace(first=p.first + before) for p in phases])
+        counts.append(count)
+        pads.append((before, after, 0))
     g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
-    return _shifted(g, kernel[::-1, ::-1], (1, 1), ((0, 0), (0, 0)))
+    (rows, columns), (by_row, by_column) = counts, across
+
+    def part(row: _Phase, column: _Phase):
+        products = [
+            g[:, row.first - i : row.first - i + rows, column.first - j : column.first - j + columns]
+            * kernel[row.taps[i], column.taps[j], 0]
+            for i in reversed(range(len(row.taps)))
+            for j in reversed(range(len(column.taps)))
+        ]
+        return functools.reduce(jnp.add, products) if products else jnp.zeros_like(g[:, :rows, :columns])
+
+    if stride == (1, 1):
+        return part(by_row[0], by_column[0])
+    parts = jnp.stack([jnp.stack([part(r, c) for c in by_column], axis=3) for r in by_row], axis=2)
+    whole = parts.reshape(g.shape[0], rows * stride[0], columns * stride[1], g.shape[3])
+    return whole[:, : size[0], : size[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
