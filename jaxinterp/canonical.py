@@ -9,10 +9,10 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
 * Reproducibility. A product or a sum with few rows is computed in another order than one with many, so an example's
   result would depend on the size of the batch it came in. Rows and columns of matrix products are padded to multiples
   of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
-  from which on the order is fixed; the gradient of one with strides is computed without the zeros between positions,
-  that with respect to an image, whose channels are very few, as a matrix product; reductions become trees of
-  elementwise operations; a product is rounded before it is added to something. All of this is small beside the
-  convolutions, or faster than them.
+  from which on the order is fixed; convolutions of single pixels become matrix products, which are faster; the gradient
+  of one with strides is computed without the zeros between positions, that with respect to an image, whose channels
+  are very few, as a matrix product; reductions become trees of elementwise operations; a product is rounded before it
+  is added to something. All of this is small beside the convolutions, or faster than them.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
 batch size, so results there agree to rounding only.
@@ -38,6 +38,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SIDE = 64
 _ROWS, _TILES, _TILE = 48, 12, 6
 _IMAGE = 4  # output channels that an image has at most
+_FEWEST = 16  # columns of a matrix product, from which on it is so from twelve tiles of rows
 _COLUMNS = 32  # output channels of a convolution, from which on incomplete tiles of rows follow the same order
 
 
@@ -186,6 +187,8 @@ def _convolution(eqn, lhs, rhs):
 
 def _enough(eqn, lhs, rhs, p, shape):
     """A convolution with enough rows (positions of examples) and output channels."""
+    if _is_pointwise(rhs, p) and 0 not in shape:
+        return _pointwise(eqn, lhs, rhs, p, shape)
     batch, (*others, size) = shape[0], shape[1:-1] or (1,)
     rows, tiles = math.prod(others) * size, math.prod(others) * -(-size // _TILE)
     if batch and rows:
@@ -193,6 +196,25 @@ def _enough(eqn, lhs, rhs, p, shape):
     if p["feature_group_count"] == 1:
         rhs = _pad(rhs, rhs.ndim - 1, max(shape[-1], _COLUMNS))
     return lax.slice(eqn.primitive.bind(lhs, rhs, **p), [0] * len(shape), shape)
+
+
+def _is_pointwise(rhs, p):
+    """Whether every output position sees one input position."""
+    alone = all(size == 1 for size in (*rhs.shape[:-2], p["feature_group_count"], *p["lhs_dilation"]))
+    return alone and all(pads == (0, 0) for pads in p["padding"])
+
+
+def _pointwise(eqn, lhs, rhs, p, shape):
+    """A convolution of single positions as a matrix product, several times as fast where channels are few."""
+    strides = (1, *p["window_strides"], 1)
+    lhs = lax.slice(lhs, [0] * lhs.ndim, lhs.shape, strides)
+    rows, (channels, columns) = math.prod(shape[1:-1]), rhs.shape[-2:]
+    lhs = _pad(lhs, 0, max(shape[0], -(-_TILES * _TILE // rows)))
+    kernel = _pad(lax.reshape(rhs, (channels, columns)), 1, max(columns, _FEWEST))
+    contract = (((lhs.ndim - 1,), (0,)), ((), ()))
+    dtype = eqn.outvars[0].aval.dtype
+    out = lax.dot_general(lhs, kernel, contract, precision=p["precision"], preferred_element_type=dtype)
+    return lax.slice(out, [0] * out.ndim, shape)
 
 
 # The gradient of a convolution with stride s is a convolution of a dilated input: input position i contributes through

@@ -335,6 +335,8 @@ class Attention(nnx.Module):
         (7, 64, 8, 1, 2),
         (9, 3, 12, 5, 2),
         (11, 3, 24, 3, 1),
+        (7, 100, 17, 1, 1),
+        (1, 30, 40, 1, 1),
     ],
 )
 def test_convolutions_of_few_channels_do_not_depend_on_the_batch(size, channels, filters, kernel, stride):

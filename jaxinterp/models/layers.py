@@ -96,20 +96,24 @@ def _shifted_input_gradient(g, kernel, size, stride, padding):
     g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
     (rows, columns), (by_row, by_column) = counts, across
 
-    def part(row: _Phase, column: _Phase):
+    def part(g, row: _Phase, column: _Phase):
         products = [
-            g[:, row.first - i : row.first - i + rows, column.first - j : column.first - j + columns]
+            g[..., row.first - i : row.first - i + rows, column.first - j : column.first - j + columns, :]
             * kernel[row.taps[i], column.taps[j], 0]
             for i in reversed(range(len(row.taps)))
             for j in reversed(range(len(column.taps)))
         ]
-        return functools.reduce(jnp.add, products) if products else jnp.zeros_like(g[:, :rows, :columns])
+        return functools.reduce(jnp.add, products) if products else jnp.zeros_like(g[..., :rows, :columns, :])
 
     if stride == (1, 1):
-        return part(by_row[0], by_column[0])
-    parts = jnp.stack([jnp.stack([part(r, c) for c in by_column], axis=3) for r in by_row], axis=2)
-    whole = parts.reshape(g.shape[0], rows * stride[0], columns * stride[1], g.shape[3])
-    return whole[:, : size[0], : size[1]]
+        return part(g, by_row[0], by_column[0])
+
+    def one(g):
+        parts = jnp.stack([jnp.stack([part(g, r, c) for c in by_column], axis=2) for r in by_row], axis=1)
+        return parts.reshape(rows * stride[0], columns * stride[1], -1)[: size[0], : size[1]]
+
+    # A loop, because the compiler would otherwise compute all phases again for every element of what comes next.
+    return lax.map(one, g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
