@@ -4,6 +4,7 @@ For logits Z = x W + b, the nearest point where Z_j reaches Z_y lies at distance
 and, with the dual norm, (Z_y - Z_j) / ||w_y - w_j||_1 in Linf, as long as the box is not in the way.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,11 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import CW, IFGSM, PGD, advance, finish, objective, run, start
+from jaxinterp import attacks
+from jaxinterp.attacks import CW, IFGSM, PGD, finish, objective, start
 from jaxinterp.attacks.constraint import NORMS, distance, project, random_in_ball, steepest
 
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
+# In one program: what is unfinished in smaller batches is up to test_compaction.py.
+run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
+
+
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
 
 
 def linear(classes: int, seed: int = 0):
@@ -28,7 +36,7 @@ def linear(classes: int, seed: int = 0):
     images = rng.uniform(0.35, 0.65, size=(6, *SHAPE)).astype(np.float32)
     # Margins around 4 of slopes around 13 (L2) and 100 (L1): solutions stay inside the box.
     bias = (-images.reshape(6, -1).mean(0) @ weights).astype(np.float32)
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     labels = np.asarray(model(jnp.asarray(images))).argmax(1)
     return model, images, labels, weights
 

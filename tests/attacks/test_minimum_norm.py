@@ -5,6 +5,7 @@ norm with the dual q, as long as the box is not in the way. The nearest rival is
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,13 +15,16 @@ import pytest
 from jax.tree_util import Partial
 from scipy.optimize import bisect, linprog
 
-from jaxinterp.attacks import DDN, FAB, FMN, DeepFool, advance, boundary, finish, objective, run, start
+from jaxinterp import attacks
+from jaxinterp.attacks import DDN, FAB, FMN, DeepFool, boundary, finish, objective, start
 from jaxinterp.attacks.attack import Examples
 from jaxinterp.attacks.constraint import Norm, farthest, to_hyperplane
 from jaxinterp.attacks.schedule import cosine
 
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
+# In one program: what is unfinished in smaller batches is up to test_compaction.py.
+run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
 ORDER: dict[str, Any] = {"l1": 1, "l2": 2, "linf": np.inf}
 DUAL: dict[str, Any] = {"l1": np.inf, "l2": 2, "linf": 1}
 
@@ -38,13 +42,17 @@ CASES: dict[str, Any] = {
 }
 
 
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
+
+
 def linear(classes: int, seed: int = 0, low: float = 0.35, high: float = 0.65):
     """A linear model, images, and their labels; with the defaults the solutions lie inside the box, except in L0."""
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=(np.prod(SHAPE), classes)).astype(np.float32)
     images = rng.uniform(low, high, size=(6, *SHAPE)).clip(0, 1).astype(np.float32)
     bias = (-images.reshape(6, -1).mean(0) @ weights).astype(np.float32)
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     labels = np.asarray(model(jnp.asarray(images))).argmax(1)
     return model, images, labels, weights.astype(np.float64), bias.astype(np.float64)
 
