@@ -26,6 +26,7 @@ KEY = jax.random.key(0)
 # In one program: what is unfinished in smaller batches is up to test_compaction.py.
 run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
 ORDER: dict[str, Any] = {"l1": 1, "l2": 2, "linf": np.inf}
+EXHAUSTIVE = pytest.mark.exhaustive
 DUAL: dict[str, Any] = {"l1": np.inf, "l2": 2, "linf": 1}
 
 CASES: dict[str, Any] = {
@@ -88,11 +89,18 @@ def optimum(problem, norm, kappa=0.0):
 # Minimal distances
 
 
+# Every attack in one of the two: with targets among several classes, or between two classes, in a wider box too.
+TARGETED = ("fmn-l0", "fmn-l1", "fmn-l2", "deepfool-linf", "fab-linf")
+
+
 @pytest.mark.parametrize(
-    ("classes", "targeted"),
-    [(2, False), (5, True), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((2, True), (5, False)))],
+    ("case", "classes", "targeted"),
+    [
+        pytest.param(case, *more, marks=() if more == ((5, True) if case in TARGETED else (2, False)) else EXHAUSTIVE)
+        for case in CASES
+        for more in ((2, False), (5, True), (2, True), (5, False))
+    ],
 )
-@pytest.mark.parametrize("case", CASES)
 def test_the_result_is_near_the_nearest_point(case, classes, targeted):
     problem = linear(classes)
     model, images, labels, *_ = problem
@@ -109,7 +117,10 @@ def test_the_result_is_near_the_nearest_point(case, classes, targeted):
     assert ((logits[rows, rival] if targeted else others) > logits[rows, labels] - 1e-5).all()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "fmn-l0"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=EXHAUSTIVE if case in TARGETED else ()) for case in CASES if case != "fmn-l0"],
+)
 def test_the_box_and_confidence_move_the_nearest_point(case):
     """Two classes, most pixels at 0 or 1, and a margin that many of them have to move for."""
     problem = linear(2, seed=3, low=-0.5, high=1.5)
