@@ -389,7 +389,13 @@ def query(eps=0.1, batch=2, seed=0):
 
 def answer(chain, asked, memory=None):
     memory = transforms.init(chain, asked.images) if memory is None else memory
-    logits, gradient, memory = transforms.update(chain, bowl, lambda z: z[:, 0] - z[:, 1], asked, memory)
+    arrays = {name: getattr(asked, name) for name in ("images", "keys", "eps", "ahead")}
+
+    @jax.jit
+    def compiled(arrays, memory):
+        return transforms.update(chain, bowl, lambda z: z[:, 0] - z[:, 1], dataclasses.replace(asked, **arrays), memory)
+
+    logits, gradient, memory = compiled(arrays, memory)
     return np.asarray(logits), np.asarray(gradient), memory
 
 
