@@ -35,12 +35,17 @@ def problem():
     return model, jnp.asarray(images), jnp.asarray(logits.argmax(1))
 
 
+@jax.jit
+def begun(attack, model, images, labels, keys):
+    return attack.init(model, images, labels, None, keys)
+
+
 def alone(attack, stage):
     """The result of an attack with the keys of the given stage."""
     model, images, labels = problem()
     attack = by_example(coerce(attack), BATCH)
     keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(example_keys(KEY, images))
-    return finish(attack, advance(attack, model, attack.init(model, images, labels, None, keys)))
+    return finish(attack, advance(attack, model, begun(attack, model, images, labels, keys)))
 
 
 def pick(condition, *results):
