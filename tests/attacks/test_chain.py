@@ -15,7 +15,8 @@ from jaxinterp.attacks.driver import by_example, coerce, example_keys
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
 # In one program: what is unfinished in smaller batches is up to test_compaction.py.
-run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
 BATCH = 6
 WEAK = 0.005  # a radius at which PGD breaks some of the images
 

@@ -22,7 +22,8 @@ from jaxinterp.attacks.constraint import NORMS, distance, project, random_in_bal
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
 # In one program: what is unfinished in smaller batches is up to test_compaction.py.
-run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
 
 
 def affine(p, x):

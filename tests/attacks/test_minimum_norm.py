@@ -24,7 +24,8 @@ from jaxinterp.attacks.schedule import cosine
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
 # In one program: what is unfinished in smaller batches is up to test_compaction.py.
-run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
 ORDER: dict[str, Any] = {"l1": 1, "l2": 2, "linf": np.inf}
 EXHAUSTIVE = pytest.mark.exhaustive
 DUAL: dict[str, Any] = {"l1": np.inf, "l2": 2, "linf": 1}

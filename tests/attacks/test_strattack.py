@@ -16,7 +16,8 @@ from jaxinterp.attacks.strattack import Admm, Grids, bounds, consensus, largest,
 
 KEY = jax.random.key(0)
 # In one program: what is unfinished in smaller batches is up to test_compaction.py.
-run, advance = (functools.partial(f, compact=False) for f in (attacks.run, attacks.advance))
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
 SHAPE = (2, 7, 8, 3)
 
 
