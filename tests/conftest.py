@@ -27,9 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Whatever takes long is begun first, so that no worker is left alone with it at the end.
-LONG = ("tests/test_windowed.py", "tests/experiments/test_units.py", "tests/explain/test_job.py")
-LONG += ("tests/robustness/test_job.py", "tests/test_canonical.py", "tests/attacks/test_descent.py")
-LONG += ("tests/experiments/test_studies.py", "tests/test_pictures.py", "tests/dissect/test_dissection.py")
+LONG = ("tests/dissect/test_dissection.py", "tests/experiments/", "tests/explain/", "tests/models/test_zoo.py")
+LONG += ("tests/robustness/", "tests/test_canonical.py", "tests/test_pictures.py", "tests/attacks/test_descent.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

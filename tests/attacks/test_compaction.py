@@ -1,5 +1,6 @@
 """Finished examples cost nothing: the driver goes on with the unfinished ones alone, and nothing else changes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -102,7 +103,7 @@ def test_the_devices_of_a_mesh_share_the_unfinished_examples(programs):
 def test_a_hyper_parameter_of_each_example_follows_it():
     model, images, labels = problem()
     kappa = jnp.linspace(0, 0.5, BATCH)
-    attack = CW(lr=0.05, initial_const=0.3, search_steps=4, steps=40, kappa=kappa)
+    attack = dataclasses.replace(ATTACK, kappa=kappa)
     both = [run(attack, model, images, labels, key=KEY, compact=compact) for compact in (True, False)]
     same(*both)
 
