@@ -1,12 +1,15 @@
 """Eight virtual CPU devices, and jaxtyping's shapes checked in every public signature."""
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs are compiled once for all workers, commands that tests run, and later runs.
+# Programs are compiled once for all workers, commands that tests run, and later runs: small ones, too, many of which
+# groups of tests have in common.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 from jaxtyping import install_import_hook
@@ -24,19 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-parity", action="store_true", help="also compare with PyTorch, which must be installed")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps tests that share compiled programs on one worker, and skips tests/parity unless it is asked for.
+# Whatever takes long is begun first, so that no worker is left alone with it at the end.
+LONG = ("tests/dissect/test_dissection.py", "tests/experiments/", "tests/explain/", "tests/models/test_zoo.py")
+LONG += ("tests/robustness/", "tests/test_canonical.py", "tests/test_pictures.py", "tests/attacks/test_descent.py")
 
-    Those are the tests of a file; in the rules of all attacks, those of an attack.
-    """
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the tests of a group one after the other, and skips those that must be asked for."""
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        case = callspec.params.get("case") if callspec and item.path.name == "test_rules.py" else None
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{case}" if case else str(item.path)))
         if item.get_closest_marker("exhaustive") and not config.getoption("--exhaustive"):
             item.add_marker(pytest.mark.skip(reason="takes long; runs with --exhaustive (make exhaustive)"))
-    items.sort(key=lambda item: (item.path, group(item) or ""))
+    items.sort(key=lambda item: (not group(item.nodeid).startswith(LONG), group(item.nodeid)))
     if config.getoption("--run-parity"):
         return
     skip = pytest.mark.skip(reason="comparisons with PyTorch run with --run-parity (make parity)")
@@ -45,10 +46,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def group(item: pytest.Item) -> str | None:
-    """The name under which `item` is kept with others on one worker."""
-    marker = item.get_closest_marker("xdist_group")
-    return marker.args[0] if marker else None
+def group(nodeid: str) -> str:
+    """Tests of one group share compiled programs: those of a file; in the rules of all attacks, those of an attack."""
+    file, _, test = nodeid.partition("::")
+    case = re.search(r"\[(.+?)(-linear|-stock|-network-targeted)?\]", test) if "test_rules" in file else None
+    return f"{file} {case[1]}" if case else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps the tests of a group on one worker, in the order of the collection.
+
+    xdist's own groups are names that it appends to node ids, which pytest 9.2 no longer lets it: without a word it then
+    deals out single tests, and every worker compiles what another one has compiled.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False  # by the number of tests
+    return Groups(config, log)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -56,7 +77,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
     Thousands of them in one process exhaust what the system lets a process map, and the compiler then crashes.
     """
-    if nextitem is not None and group(item) != group(nextitem):
+    if nextitem is not None and group(item.nodeid) != group(nextitem.nodeid):
         jax.clear_caches()
 
 

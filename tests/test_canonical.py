@@ -413,7 +413,7 @@ def test_an_example_does_not_depend_on_its_batch(name, loop):
     run = jax.jit(run)
     together = jax.tree.map(np.asarray, run(images, labels))
     assert np.abs(together[2]).max() > 0
-    for size in (1, 2, 3, 5, 8, 13):
+    for size in (1, 3, 8, 13):
         chosen = generator.permutation(13)[:size]
         part = run(images[chosen], labels[chosen])
         for what, a, b in zip(("loss", "logits", "gradient"), part, together, strict=True):

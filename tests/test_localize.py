@@ -321,7 +321,7 @@ REFINED = {
     "ifgsm": attacks.IFGSM(eps=0.3, steps=5),
     "pgd": attacks.PGD(norm="l2", eps=3.0, steps=5),
     "mifgsm": attacks.MIFGSM(eps=0.3, steps=5),
-    "cw": attacks.CW(steps=60, search_steps=3, initial_const=1.0),
+    "cw": attacks.CW(lr=0.03, steps=20, search_steps=3, initial_const=1.0),
     "ead": attacks.EAD(steps=60, search_steps=3, initial_const=1.0),
     "strattack": attacks.StrAttack(steps=60, search_steps=3, refit_search_steps=1, refit_steps=20, eps=1.0, tau=0.1),
     "deepfool": attacks.DeepFool(),

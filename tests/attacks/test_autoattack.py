@@ -14,13 +14,17 @@ SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
 
 
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
+
+
 def linear(classes: int):
     """A linear model, six images inside the box, their labels, and the weights."""
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(np.prod(SHAPE), classes)).astype(np.float32)
     images = rng.uniform(0.35, 0.65, size=(6, *SHAPE)).astype(np.float32)
     bias = (-images.reshape(6, -1).mean(0) @ weights).astype(np.float32)
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     labels = np.asarray(model(jnp.asarray(images))).argmax(1)
     return model, images, labels, weights
 

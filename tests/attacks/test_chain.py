@@ -1,18 +1,28 @@
 """Chain against the same attacks run by hand one after the other, with other keys and on what is left."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import CW, PGD, Chain, Square, advance, finish, run, start
+from jaxinterp import attacks
+from jaxinterp.attacks import CW, PGD, Chain, Square, finish, start
 from jaxinterp.attacks.driver import by_example, coerce, example_keys
 
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
+# In one program: what is unfinished in smaller batches is up to test_compaction.py.
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
 BATCH = 6
 WEAK = 0.005  # a radius at which PGD breaks some of the images
+
+
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
 
 
 def problem():
@@ -21,9 +31,14 @@ def problem():
     weights = rng.normal(size=(np.prod(SHAPE), 3)).astype(np.float32)
     images = rng.uniform(0.35, 0.65, size=(BATCH, *SHAPE)).astype(np.float32)
     bias = (-images.reshape(BATCH, -1).mean(0) @ weights).astype(np.float32)
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     logits = np.asarray(model(jnp.asarray(images)))
     return model, jnp.asarray(images), jnp.asarray(logits.argmax(1))
+
+
+@jax.jit
+def begun(attack, model, images, labels, keys):
+    return attack.init(model, images, labels, None, keys)
 
 
 def alone(attack, stage):
@@ -31,7 +46,7 @@ def alone(attack, stage):
     model, images, labels = problem()
     attack = by_example(coerce(attack), BATCH)
     keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(example_keys(KEY, images))
-    return finish(attack, advance(attack, model, attack.init(model, images, labels, None, keys)))
+    return finish(attack, advance(attack, model, begun(attack, model, images, labels, keys)))
 
 
 def pick(condition, *results):

@@ -1,5 +1,6 @@
 """Finished examples cost nothing: the driver goes on with the unfinished ones alone, and nothing else changes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import CW, advance, driver, finish, finished, run, start
+from jaxinterp.attacks import CW, Square, advance, driver, finish, finished, run, start
 
 BATCH, KEY = 9, jax.random.key(0)
 ATTACK = CW(lr=0.05, initial_const=0.3, search_steps=5, steps=40)
@@ -102,9 +103,16 @@ def test_the_devices_of_a_mesh_share_the_unfinished_examples(programs):
 def test_a_hyper_parameter_of_each_example_follows_it():
     model, images, labels = problem()
     kappa = jnp.linspace(0, 0.5, BATCH)
-    attack = CW(lr=0.05, initial_const=0.3, search_steps=4, steps=40, kappa=kappa)
+    attack = dataclasses.replace(ATTACK, kappa=kappa)
     both = [run(attack, model, images, labels, key=KEY, compact=compact) for compact in (True, False)]
     same(*both)
+
+
+def test_what_an_example_draws_follows_it(programs):
+    model, images, labels = problem()
+    attack = Square(eps=0.02, steps=80)
+    same(*(run(attack, model, images, labels, key=KEY, compact=compact) for compact in (False, True)))
+    assert programs[-1][0] < BATCH
 
 
 def test_short_attacks_are_left_in_one_program(programs):

@@ -1,5 +1,6 @@
 """EAD against a slow program, closed-form optima of linear models, and projected gradient descent at beta = 0."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,11 +9,19 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import CW, EAD, advance, finish, run, start
+from jaxinterp import attacks
+from jaxinterp.attacks import CW, EAD, finish, start
 from jaxinterp.attacks.ead import shrink
 
 SHAPE = (6, 5, 3)
 KEY = jax.random.key(0)
+# In one program: what is unfinished in smaller batches is up to test_compaction.py.
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
+
+
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
 
 
 def linear(classes: int, seed: int = 0):
@@ -21,7 +30,7 @@ def linear(classes: int, seed: int = 0):
     weights = rng.normal(size=(np.prod(SHAPE), classes)).astype(np.float32)
     images = rng.uniform(0.35, 0.65, size=(6, *SHAPE)).astype(np.float32)
     bias = (-images.reshape(6, -1).mean(0) @ weights).astype(np.float32)
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     labels = np.asarray(model(jnp.asarray(images))).argmax(1)
     return model, images, labels, weights
 

@@ -264,7 +264,12 @@ def problem(name: str) -> Problem:
 
 def attack_on(case: str | Attack, p: Problem, **kwargs) -> AttackResult:
     attack = CASES[case] if isinstance(case, str) else case
-    return run(attack, p.model, p.images, p.labels, p.targets, **{"key": KEY, **kwargs})
+    return run(attack, p.model, p.images, p.labels, p.targets, **{"key": KEY, "compact": compact(attack), **kwargs})
+
+
+def compact(attack: Attack) -> bool:
+    """Further programs, for smaller batches of what is unfinished: of HopSkipJump for one of the two norms."""
+    return not (isinstance(attack, HopSkipJump) and attack.norm == "l2")
 
 
 @functools.cache
@@ -281,6 +286,17 @@ def assert_same(actual, expected):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(a, b, err_msg=str(path))
         assert a.tobytes() == b.tobytes(), path
+
+
+def rows_of(tree, rows):
+    """Those examples of a result."""
+    return jax.tree.map(lambda x: np.asarray(x)[np.array(rows)], tree)
+
+
+@jax.jit
+def alternating(a, b):
+    """Every other example of `a`, and of `b` those between: keys, too, which NumPy does not know."""
+    return jnp.where((np.arange(BATCH) % 2 == 0).reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kappa: float = 0.0):
@@ -317,31 +333,29 @@ def assert_obeys(case: Any, p: Problem, result: AttackResult, support=None, kapp
     assert (margin >= kappa)[success].all()
 
 
-# Every rule needs programs of its own for every attack; compiling them all takes an hour (make exhaustive). Whenever
-# the tests run, the leading attacks are put to every rule on every problem, and of the others one of each kind to the
-# rules that its own code could break.
-LEADING = ("ifgsm", "pgd-linf", "cw")
-# These differ from another one in a norm, or consist of others.
-RELATIVES = (
-    *("autoattack", "hopskipjump-linf", "mifgsm-chain", "apgd-l1", "apgd-l2", "pgd-l1", "square-l1", "square-l2"),
-    *("fab-l1", "fab-linf", "fab-t", "fmn-l0", "fmn-l1", "fmn-linf", "deepfool-linf"),
+# Nearly all of the time goes into compiling, and every rule needs programs of its own for every attack; compiling them
+# all takes an hour (make exhaustive). Whenever the tests run, the attacks of the paper and PGD are put to every rule,
+# and of every other family one to those that need no more programs than a whole batch of the linear problem does.
+PAPER = ("ifgsm", "pgd-linf", "cw", "ead", "strattack")
+KINDS = (
+    *PAPER,
+    *("fgsm", "mifgsm", "apgd-linf", "spsa", "fmn-l2", "deepfool-l2", "fab-l2", "square-linf", "chain"),
+    *("hopskipjump-l2", "cw-linf"),
 )
-# These take longest to compile, or share how they treat targets with another one.
-LONG = ("chain", "hopskipjump-l2", "cw-l0", "cw-linf", "apgdt", "strattack", "fgsm", "mifgsm", "spsa", "pgd-l2")
-# Attacks with a state of each kind: one for every device is up to the driver.
-SPREAD = (*LEADING, "spsa", "square-linf", "fab-l2", "strattack", "ead")
+# Where an example is alone, and on many devices: one that draws in every step, too.
+SPREAD = (*PAPER, "square-linf")
+# Stored between steps, which for HopSkipJump takes further programs.
+CUT = tuple(case for case in KINDS if case != "hopskipjump-l2")
+# A stock module is differentiated as the others are.
+STOCK = ("ifgsm",)
 
 
-def _case(case, *more, always=False):
-    marks = () if always or case in LEADING else (pytest.mark.exhaustive,)
-    return pytest.param(case, *more, marks=marks)
+def _case(case, *more, always):
+    return pytest.param(case, *more, marks=() if always else (pytest.mark.exhaustive,))
 
 
-def _attacks(chosen):
-    return pytest.mark.parametrize("case", [_case(case, always=case in chosen) for case in CASES])
-
-
-KINDS = tuple(case for case in CASES if case not in RELATIVES)
+def _attacks(chosen, cases=tuple(CASES)):
+    return pytest.mark.parametrize("case", [_case(case, always=case in chosen) for case in cases])
 
 
 def each_attack(test):
@@ -353,16 +367,13 @@ def spread_attacks(test):
 
 
 def some_attacks(test):
-    return _attacks(LEADING)(test)
+    return _attacks(PAPER)(test)
 
 
-def each_attack_over(problems, always, kinds=KINDS):
-    """On some problems always, on the rest with --exhaustive."""
-    pairs = [
-        _case(case, name, always=name in always and case in kinds and not (case in LONG and name != "linear"))
-        for case in CASES
-        for name in problems
-    ]
+def each_attack_over(problems, *, kinds=KINDS, targeted=PAPER):
+    """On the linear problem those of `kinds`, on the others fewer; the rest with --exhaustive."""
+    chosen = {"linear": kinds, "stock": STOCK, "network-targeted": targeted}
+    pairs = [_case(case, name, always=case in chosen[name]) for case in CASES for name in problems]
     return pytest.mark.parametrize(("case", "name"), pairs)
 
 
@@ -374,28 +385,28 @@ def test_every_attack_of_the_registry_is_tested():
 # Rule 1: an example's result is its own
 
 
-@each_attack_over(PROBLEMS, always=("linear",))
+@each_attack_over(PROBLEMS, kinds=SPREAD, targeted=())
 def test_a_batch_is_runs_of_one(case, name):
     p, whole = problem(name), solved(case, name)
     for i in range(BATCH):
-        assert_same(attack_on(case, p.take([i])), jax.tree.map(lambda x, i=i: x[i : i + 1], whole))
+        assert_same(attack_on(case, p.take([i])), rows_of(whole, [i]))
 
 
-@each_attack_over(PROBLEMS, always=SMALL)
+@each_attack_over(PROBLEMS)
 def test_neither_order_nor_neighbours_matter(case, name):
     p, whole = problem(name), solved(case, name)
     for rows in ([5, 2, 7, 0, 4, 1, 3, 6], [3, 3, 3, 6, 3, 3, 3, 3]):
-        assert_same(attack_on(case, p.take(rows)), jax.tree.map(lambda x, rows=rows: x[np.array(rows)], whole))
+        assert_same(attack_on(case, p.take(rows)), rows_of(whole, rows))
 
 
 @some_attacks
 def test_an_odd_batch_is_part_of_a_larger_one(case):
-    rows = np.array([6, 1, 4])
+    rows = [6, 1, 4]
     part = attack_on(case, problem("network-targeted").take(rows))
-    assert_same(part, jax.tree.map(lambda x: x[rows], solved(case, "network-targeted")))
+    assert_same(part, rows_of(solved(case, "network-targeted"), rows))
 
 
-@each_attack_over(SMALL, always=("linear",), kinds=SPREAD)
+@each_attack_over(SMALL, kinds=SPREAD, targeted=())
 def test_eight_devices_give_what_one_gives(case, name):
     p = problem(name)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -415,20 +426,20 @@ def test_a_hyper_parameter_for_every_example_is_separate_runs_on_any_devices(cas
     assert_same(attack_on(dataclasses.replace(CASES[case], **{field: jnp.asarray(values)}), spread), together)
     for i, value in enumerate(values):
         alone = attack_on(dataclasses.replace(CASES[case], **{field: float(value)}), p.take([i]))
-        assert_same(alone, jax.tree.map(lambda x, i=i: x[i : i + 1], together))
+        assert_same(alone, rows_of(together, [i]))
 
 
 # Rules 2 and 3: what is returned
 
 
-@each_attack_over(PROBLEMS, always=SMALL)
+@each_attack_over(PROBLEMS)
 def test_results_lie_in_box_and_ball_and_succeed_as_they_say(case, name):
     result = solved(case, name)
     assert np.asarray(result.success).any()
     assert_obeys(case, problem(name), result)
 
 
-@each_attack_over(PROBLEMS, always=SMALL)
+@each_attack_over(PROBLEMS)
 def test_confidence_is_honoured(case, name):
     p = problem(name)
     result = attack_on(dataclasses.replace(CASES[case], kappa=0.2), p)
@@ -436,7 +447,7 @@ def test_confidence_is_honoured(case, name):
     assert_obeys(case, p, result, kappa=0.2)
 
 
-@each_attack_over(PROBLEMS, always=SMALL)
+@each_attack_over(PROBLEMS)
 def test_failure_returns_the_original(case, name):
     result = attack_on(dataclasses.replace(CASES[case], kappa=1e6), problem(name))
     assert not np.asarray(result.success).any()
@@ -465,9 +476,7 @@ def test_no_support_at_all_returns_the_original(case):
     np.testing.assert_array_equal(result.images, p.images)
 
 
-@pytest.mark.parametrize(
-    "case", [_case(case, always=case in KINDS) for case, attack in CASES.items() if hasattr(attack, "eps")]
-)
+@_attacks(KINDS, [case for case, attack in CASES.items() if hasattr(attack, "eps")])
 def test_radius_zero_returns_the_input(case):
     p = problem("linear")
     result = attack_on(dataclasses.replace(CASES[case], eps=0.0), p)
@@ -490,7 +499,7 @@ def test_pixels_at_zero_and_one_can_move(case):
         assert (moved & (np.asarray(images) == value)).any(axis=(1, 2, 3)).all()
 
 
-@each_attack_over(PROBLEMS, always=SMALL)
+@each_attack_over(PROBLEMS)
 def test_an_adversarial_input_is_a_success(case, name):
     p = problem(name)
     predicted = p.labels
@@ -568,7 +577,7 @@ def test_logits_that_are_not_numbers_leave_a_finite_result(case):
 # Rule 5: a run can be cut into pieces
 
 
-@each_attack_over(SMALL, always=())
+@each_attack_over(SMALL, kinds=PAPER, targeted=())
 def test_run_is_one_program_and_a_loop_of_steps(case, name):
     attack, p, expected = CASES[case], problem(name), solved(case, name)
     arguments = (p.model, p.images, p.labels, p.targets)
@@ -581,7 +590,7 @@ def test_run_is_one_program_and_a_loop_of_steps(case, name):
     assert_same(finish(attack, state), expected)
 
 
-@each_attack_over(SMALL, always=SMALL)
+@each_attack_over(SMALL, kinds=CUT)
 def test_run_is_chunks_with_the_state_stored_in_between(case, name, tmp_path):
     attack, p, expected = CASES[case], problem(name), solved(case, name)
     first = start(attack, p.model, p.images, p.labels, p.targets, key=KEY)
@@ -604,23 +613,22 @@ def test_run_is_chunks_with_the_state_stored_in_between(case, name, tmp_path):
     assert_same(finish(attack, advance(attack, p.model, restored, 2)), expected)
 
 
-@each_attack
+@_attacks(CUT)
 def test_a_finished_example_stays_as_it_is_beside_one_that_goes_on(case):
     """States of different progress can be put into one batch, as an example's place in its search is its own."""
     attack, p, expected = CASES[case], problem("linear"), solved(case, "linear")
     first = start(attack, p.model, p.images, p.labels, key=KEY)
     ahead = advance(attack, p.model, first, attack.iterations - 1)
-    order = np.arange(BATCH) % 2 == 0
-    mixed = jax.tree.map(lambda a, b: jnp.where(order.reshape(-1, *[1] * (a.ndim - 1)), a, b), first, ahead)
+    mixed = jax.tree.map(alternating, first, ahead)
     assert_same(finish(attack, advance(attack, p.model, mixed)), expected)
 
 
-@each_attack_over(SMALL, always=SMALL)
+@each_attack_over(SMALL)
 def test_arguments_are_left_alone(case, name):
     p = problem(name)
     arrays = [np.array(x) for x in p[1:] if x is not None]
     given = [x.copy() for x in arrays]
-    run(CASES[case], p.model, *arrays, key=KEY)
+    run(CASES[case], p.model, *arrays, key=KEY, compact=compact(CASES[case]))
     for before, after in zip(given, arrays, strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -656,9 +664,7 @@ def test_passes_are_counted_as_they_run(case):
     assert (counts["backward"] > 0) == (case not in BLACK_BOX)
 
 
-@pytest.mark.parametrize(
-    "case", [_case(case, always=case in KINDS) for case, attack in CASES.items() if hasattr(attack, "stop_on_success")]
-)
+@_attacks((*PAPER, "mifgsm"), [case for case, attack in CASES.items() if hasattr(attack, "stop_on_success")])
 def test_stopping_at_success_saves_passes(case):
     p = problem("linear")
     attack = dataclasses.replace(CASES[case], stop_on_success=True)
@@ -733,7 +739,7 @@ def test_a_sweep_is_one_program_and_separate_runs(case):
 # Randomness
 
 
-@each_attack
+@_attacks((*PAPER, "spsa", "square-linf", "hopskipjump-l2"))
 def test_keys_decide_random_starts_and_nothing_else(case):
     p = problem("linear")
 

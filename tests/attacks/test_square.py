@@ -15,13 +15,17 @@ SHAPE = (10, 8, 3)
 KEY = jax.random.key(0)
 
 
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
+
+
 def linear(classes: int, seed: int = 0):
     """A linear model, six images inside the box, and their labels."""
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=(np.prod(SHAPE), classes)).astype(np.float32)
     images = rng.uniform(0.4, 0.6, size=(6, *SHAPE)).astype(np.float32)
     bias = (-images.reshape(6, -1).mean(0) @ weights).astype(np.float32)
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     labels = np.asarray(model(jnp.asarray(images))).argmax(1)
     return model, images, labels, weights
 

@@ -1,5 +1,6 @@
 """StrAttack: every update of ADMM in closed form, its groups, and what it finds on linear models."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import CW, StrAttack, advance, finish, run, start
+from jaxinterp import attacks
+from jaxinterp.attacks import CW, StrAttack, finish, start
 from jaxinterp.attacks.strattack import Admm, Grids, bounds, consensus, largest, shrink, shrink_groups
 
 KEY = jax.random.key(0)
+# In one program: what is unfinished in smaller batches is up to test_compaction.py.
+run = functools.partial(attacks.run, compact=False)
+advance = functools.partial(attacks.advance, compact=False)
 SHAPE = (2, 7, 8, 3)
 
 
@@ -170,6 +175,10 @@ def slow_strattack(x0, y, weights, bias, *, const, tau, gamma, rho, alpha, eps, 
     return best, z
 
 
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
+
+
 def grouped_model(seed: int = 0):
     """Two classes told apart by three groups of 2x2 pixels, and a little by all others; images of gap 1 and more."""
     rng = np.random.default_rng(seed)
@@ -182,7 +191,7 @@ def grouped_model(seed: int = 0):
     images = rng.uniform(0.3, 0.7, size=(4, 6, 8, 3)).astype(np.float32)
     scores = images.reshape(4, -1) @ (weights[:, 0] - weights[:, 1])
     bias = np.array([rng.uniform(1, 2) - scores.min(), 0], np.float32)  # all images are of class 0
-    model = Partial(lambda p, x: x.reshape(x.shape[0], -1) @ p[0] + p[1], (jnp.asarray(weights), jnp.asarray(bias)))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
     gap = scores + bias[0] - bias[1]
     return model, images, np.zeros(4, int), weights, bias, gap, important
 

@@ -131,7 +131,7 @@ def test_batches_and_forms_give_the_same_integers(same_tally):
             same_tally(found, expected)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, 8, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("form", ["gated", "dense"])
 def test_sharded_features_are_counted_where_they_are(same_tally, meshes, devices, form):
     features, thresholds, planes, scalars = scene(4, images=16, units=7)

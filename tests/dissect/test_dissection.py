@@ -157,7 +157,13 @@ def test_feature_maps_computed_again_change_no_bit(found):
     assert_same(run(memory=0), found)
 
 
-@pytest.mark.parametrize(("devices", "memory"), [(2, 1 << 30), (4, 1 << 30), (8, 1 << 30), (2, 0), (8, 0)])
+@pytest.mark.parametrize(
+    ("devices", "memory"),
+    [
+        *((2, 1 << 30), (8, 1 << 30), (8, 0)),
+        *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((4, 1 << 30), (2, 0))),
+    ],
+)
 def test_devices_change_no_bit(meshes, found, devices, memory):
     form = "gated" if devices == 8 else "dense"  # which is compiled faster
     assert_same({"b": run("b", mesh=meshes[devices], memory=memory, form=form)}, {"b": found["b"]})

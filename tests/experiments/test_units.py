@@ -36,16 +36,22 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """The studies of all tests share a run and a dissection, as those of a user do."""
+    return tmp_path_factory.mktemp("results")
+
+
 @pytest.fixture
-def setting(folder, tmp_path, monkeypatch) -> Units:
-    """Two CIFAR-10 pictures; results below a directory of the test."""
-    monkeypatch.chdir(tmp_path)
+def setting(folder, results, monkeypatch) -> Units:
+    """Two CIFAR-10 pictures."""
+    monkeypatch.chdir(results)
     return Units(
         pictures=tuple(samples("cifar10", crop=Crop(32)).paths[:2]),
         model="cifar10_cnn",
         attack=(ATTACK,),
         cell=16,
-        out=tmp_path / "run",
+        out=results / "run",
         labels="names",
         batch_size=2,
         data=folder,

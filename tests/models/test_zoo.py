@@ -20,6 +20,7 @@ from jaxinterp.weights import seeded
 from jaxinterp.weights.names import from_jax_shape
 
 REFERENCES = Path(models.__file__).parents[1] / "weights" / "references.npz"
+HEADS = ("densenet121", "googlenet", "efficientnet_lite0")  # what lies behind the cam_node does not depend on depth
 WITH_CAM = [name for name, entry in models.ARCHITECTURES.items() if entry.cam_node is not None]
 
 
@@ -41,12 +42,14 @@ def test_names_and_shapes(name: str):
     assert ours == theirs
 
 
-# Small members of most families. The others are deeper, or take minutes to compile; test_names_and_shapes and
-# test_nodes_trace_at_full_size check them too, and their values are compared with --exhaustive.
+# Small members of most families. The others are deeper, or take long to compile; test_names_and_shapes and
+# test_nodes_trace_at_full_size check them too, and their values are compared with --exhaustive. Of EfficientNet-Lite,
+# test_efficientnet_lite.py has the classes of pictures.
 DEEPER: tuple[str, ...] = ("densenet121", "googlenet", "inception_v3", "squeezenet1_0", "caffe_squeezenet1_1")
 DEEPER += ("cifar_resnet18", "cifar_resnet56", "resnet34", "resnet50", "resnet101", "resnet152")
 DEEPER += ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
-DEEPER += tuple(f"efficientnet_lite{i}" for i in (1, 2, 3, 4))
+DEEPER += tuple(f"efficientnet_lite{i}" for i in range(5))
+DEEPER += ("alexnet",)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,13 @@ def test_every_block_is_a_node(name: str, nodes: list[str]):
     assert list(models.network(name).nodes) == nodes
 
 
-@pytest.mark.parametrize("name", WITH_CAM)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in DEEPER and name not in HEADS else ())
+        for name in WITH_CAM
+    ],
+)
 def test_cam_sums_to_the_logit(name: str):
     """Logits are the cam_node's spatial means times weights, plus a bias: class activation maps sum to the rest."""
     net, entry = models.network(name), models.ARCHITECTURES[name]
@@ -238,7 +247,10 @@ POOLS = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "ceil_mode", "size"), POOLS)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "ceil_mode", "size"),
+    [pytest.param(*pool, marks=() if pool[-1] == (7, 8) else pytest.mark.exhaustive) for pool in POOLS],
+)
 def test_pools(kernel, stride, padding, ceil_mode, size, rng: np.random.Generator):
     """Maximum and mean of every window, all values negative so that padding with zeros would show."""
     x = rng.normal(size=(2, *size, 3)).astype(np.float32) - 9
@@ -263,7 +275,16 @@ def test_max_pool_gradient_goes_to_the_first_maximum():
         assert np.isnan(layers.max_pool(holed, 2)[0, 0, 0, 0])
 
 
-@pytest.mark.parametrize(("given", "size"), [(3, 7), (7, 7), (14, 7), (10, 7), (5, 6), (2, 6), (6, 1)])
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (14, 7),
+        (10, 7),
+        (2, 6),
+        (6, 1),
+        *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((3, 7), (7, 7), (5, 6))),
+    ],
+)
 def test_adaptive_avg_pool(given: int, size: int, rng: np.random.Generator):
     """Window i of n pixels runs from floor(in/size) to ceil((i+1)n/size)."""
     x = rng.normal(size=(2, given, given + 1, 3)).astype(np.float32)

@@ -22,7 +22,7 @@ from jaxinterp.runs import Run
 from jaxinterp.weights import checkpoint, seeded
 
 PICTURES = 5
-SPECS = ("pgd:eps=24/255,steps=5", "cw:steps=30,search_steps=3,initial_const=10,lr=0.05")
+SPECS = ("pgd:eps=24/255,steps=5", "cw:steps=20,search_steps=3,initial_const=10,lr=0.05")
 
 
 @pytest.fixture(scope="module")
