@@ -114,4 +114,4 @@ def _difference(a: np.ndarray, b: np.ndarray, seed: int, draws: int = 2000) -> t
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Units, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Units, description=__doc__, args=words))))

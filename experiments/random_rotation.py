@@ -153,4 +153,4 @@ def main(setting: Rotations) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Rotations, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Rotations, description=__doc__, args=words))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from jaxinterp import parallel
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import Pictures, Progress, chunk_size, classify, load_chunk, silent
+from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run, file_name, replacing
 
@@ -83,7 +83,7 @@ def evaluate_batch(
     return kept
 
 
-def parts(
+def compute_parts(
     run: Run,
     network: Network,
     params: Params,
@@ -95,21 +95,20 @@ def parts(
     images: bool,
     seed: int,
     batch_size: int,
+    starts: Iterable[int],
     progress: Progress = silent,
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Every finished chunk, (name of the attack, arrays as `evaluate_batch` gives them but for the images).
+) -> None:
+    """Computes what is missing of the chunks with the numbers `starts`: arrays as of `evaluate_batch`, but the images.
 
     The adversarial images are written before the chunk counts as finished.
     """
-    positions = pictures.correct
-    size = chunk_size(pictures, batch_size)
-    for start in range(0, len(positions), size):
-        chunk = positions[start : start + size]
+    size, every = chunk_size(pictures, batch_size), chunks(pictures, batch_size)
+    for start in starts:
+        chunk = every[start]
         batch, targets = None, None
         for name, attack in chosen.items():
-            part = f"{file_name(name)}-{start:06d}"
-            arrays = run.read_part(part)
-            if arrays is None:
+            part = part_name(name, start)
+            if run.read_part(part) is None:
                 progress(name, 0.0)
                 if batch is None:
                     batch, targets = load_chunk(source, pictures, chunk, size)
@@ -130,7 +129,6 @@ def parts(
                     _write_images(run.directory / "adversarial" / file_name(name), arrays, adversarial)
                 run.write_part(part, arrays)
                 run.remove_state(part)
-            yield name, arrays
             progress(name, len(chunk) / len(chosen))
 
 
