@@ -118,7 +118,10 @@ def restart(command: Sequence[str]) -> str:
 def work(given: Options, command: Sequence[str]) -> None:
     """Starts JAX in the child and joins the others. Errors are those of `jaxinterp.parallel.initialize`."""
     read, speaking = map(int, os.environ[_WORKER].split())
+    # What the runtime's libraries print goes to the log that the parent looks into, not between our lines.
     sys.stderr = os.fdopen(speaking, "w", buffering=1, errors="backslashreplace")
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
+    os.dup2(2, 1)
     threading.Thread(target=_end_with_parent, args=(read,), daemon=True).start()
     signal.signal(signal.SIGTERM, _stop)
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from jaxinterp import parallel
-from jaxinterp.attacks.attack import Attack
+from jaxinterp.attacks.attack import Attack, norm
+from jaxinterp.canonical import canonical
 from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run, file_name, replacing
+from jaxinterp.sharding import on_mesh
 
 NORMS = ("l0", "l1", "l2", "linf")
 
@@ -64,7 +68,7 @@ def evaluate_batch(
         part=part,
         progress=lambda done: progress(f"attack {done:4.0%}", 0.0),
     )
-    rounded = jnp.round(found.images * 255) / 255
+    rounded, rounded_linf, rounded_l2 = _rounded(mesh)(found.images, clean)
     rounded_class = classify(model, rounded)
     reached = rounded_class != labels if wanted is None else rounded_class == wanted
     result = {
@@ -73,14 +77,26 @@ def evaluate_batch(
         **{name: getattr(found, name) for name in ("success", *NORMS, "iterations", "forward", "backward")},
         "rounded_class": rounded_class,
         "rounded_success": found.success & reached,
-        "rounded_linf": jnp.max(jnp.abs(rounded - clean), axis=(1, 2, 3)),
-        "rounded_l2": jnp.sqrt(jnp.sum(jnp.square(rounded - clean), axis=(1, 2, 3))),
+        "rounded_linf": rounded_linf,
+        "rounded_l2": rounded_l2,
     }
     kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
     kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
     kept["labels"] = batch.labels[batch.mask]
     kept["targets"] = (np.full(len(batch.mask), -1, np.int32) if targets is None else targets)[batch.mask]
     return kept
+
+
+@functools.cache
+def _rounded(mesh: Mesh | None) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(images, clean) -> the images with 8 bits, and their distances in Linf and L2; the same bits in any batch."""
+
+    def of(images, clean):
+        rounded = jnp.round(images * 255) / 255
+        delta = rounded - clean
+        return rounded, jnp.max(jnp.abs(delta), axis=(1, 2, 3)), norm(delta)
+
+    return on_mesh(mesh, canonical(of), (True, True))
 
 
 def compute_parts(
