@@ -154,10 +154,9 @@ def _last_words(status: int, log: IO[bytes]) -> str:
     name = signal.Signals(-status).name
     if status == -signal.SIGKILL:
         return "this process was killed (SIGKILL), by a person or for want of memory"
-    found = re.search(r"^F.*?(?:absl::Status: |\] )(.*?)$", text, re.MULTILINE)
-    if status == -signal.SIGABRT and ("coordination" in text or "distributed" in text):
-        said = f" ({found[1][:200]})" if found else ""
+    if status == -signal.SIGABRT and "coordination" in text:
         if "RegisterTask" in text or "Connect()" in text:
-            return f"the processes did not come together within the time limit{said}: are all of them running?"
-        return f"process 0, which coordinates, has died or cannot be reached any more{said}"
-    return f"this process was ended by {name}: {found[1][:400] if found else text.strip()[-400:]}"
+            return "the processes did not come together within the time limit: are all of them running?"
+        return "process 0, which coordinates the others, has died or cannot be reached any more"
+    found = re.findall(r"^F.*?\] (.*)$", text, re.MULTILINE)
+    return f"this process was ended by {name}: {(found or [text.strip()])[-1][-400:]}"
