@@ -496,7 +496,8 @@ def guarded(job: Callable[[list[str]], object], args: list[str] | None = None) -
         print("\njaxinterp: stopped; the same command continues from the last finished part", file=sys.stderr)
         return _left(130, "stopped")
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"jaxinterp: error: {_reason(error)}", file=sys.stderr)
+        processes.current().yield_to_cause(error)
+        print(f"jaxinterp: error: {_reason(error)}{_kept(error)}", file=sys.stderr)
         return _left(2, _reason(error))
     except BaseException as error:
         processes.current().break_off(error)
@@ -536,11 +537,15 @@ def _keep_compiled_programs() -> None:
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
+def _kept(error: BaseException) -> str:
+    on_disk = isinstance(error, OSError) and error.strerror and error.errno in _DISK
+    return "; what was finished is kept, and the same command continues from there" if on_disk else ""
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        kept = "; what was finished is kept, and the same command continues from there"
-        return f"{error.strerror}{where}{kept if error.errno in _DISK else ''}"
+        return f"{error.strerror}{where}"
     if isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"
     return str(error)

@@ -160,6 +160,7 @@ def attacking(pictures: Pictures, done: int) -> Iterator[Progress]:
         yield progress
         bar.set_description_str("waiting for the other processes" if processes.current().count > 1 else "done")
         processes.current().wait(lambda: progress("", 0.0))
+        bar.update(len(pictures.correct) - bar.n)
         bar.set_description_str("done")
 
 

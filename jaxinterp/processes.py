@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -22,13 +23,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-
 from jaxinterp.runs import Run, differences, machine
 
 T = TypeVar("T")
 _BEAT = 1.0  # seconds
 _PREFIX = "jaxinterp"
+# What the libraries that exchange data say when they cannot.
+_BROKEN = re.compile(r"gloo|nccl|\b(unavailable|aborted|deadline_exceeded)\b|connection (reset|closed)", re.IGNORECASE)
 
 
 class Processes:
@@ -120,6 +121,14 @@ class Processes:
             self._client.key_value_set(f"{_PREFIX}/failed/{self.index}", f"{self.name}: {message}")
         self._leave(status)
 
+    def yield_to_cause(self, error: BaseException) -> None:
+        """Returns, unless devices of several processes could not exchange something: another process has ended then.
+
+        The watch finds out which and why, and ends this process while it waits here.
+        """
+        if self._client is not None and _BROKEN.search(str(error)):
+            time.sleep(self.timeout + 5 * _BEAT)
+
     def break_off(self, error: BaseException) -> None:
         """Ends this process and all others after an error that was not expected, or an exit; returns where alone."""
         if self._client is None:
@@ -127,9 +136,7 @@ class Processes:
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
             self.fail(code, f"exit status {code}")
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # What devices exchange breaks where another process has died: the watch finds out which, and ends this one.
-            time.sleep(self.timeout + 5 * _BEAT)
+        self.yield_to_cause(error)
         traceback.print_exception(error)
         self.fail(1, f"{type(error).__name__}: {error}")
 

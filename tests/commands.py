@@ -1,8 +1,7 @@
-"""Three commands in one program, for tests of several processes: python commands.py FOLDER OUT [--distributed ...].
+"""Commands in one program, for tests of several processes: python commands.py FOLDER OUT COMMAND... [--distributed ...]
 
 FOLDER holds what `test_distributed.py` makes: checkpoints, pictures and a set in Broden's format. The variable CRASH
-names a file of the results and, after a colon, what befalls the process that has written it: `kill`, or `full`, where
-the disk is full from then on.
+says what befalls the process that would write a part: `attack/ifgsm:kill`, or `:full` where the disk is full.
 """
 
 import errno
@@ -16,47 +15,42 @@ from jaxinterp.runs import Run
 
 
 def main(words: list[str]) -> None:
-    """Explains, attacks and dissects."""
-    folder, out = map(Path, words)
+    """Runs the commands on the smallest of everything."""
+    folder, out = Path(words[0]), Path(words[1])
     os.environ["JAXINTERP_CKPTS"] = str(folder / "ckpts")
     crash()
-    cli.explain(
-        str(folder / "pictures"),
-        model="small_cnn",
-        attack=("ifgsm:steps=2,eps=0.1",),
-        cell=16,
-        out=out / "explain",
-        batch_size=2,
-    )
-    cli.attack(
-        str(folder / "pictures"), model="small_cnn", attack=("pgd:steps=3,eps=0.1",), out=out / "attack", batch_size=2
-    )
-    cli.dissect(
-        data=f"broden:{folder / 'broden'}",
-        model="small_cnn",
-        node=("conv2",),
-        out=out / "dissect",
-        quantile=0.1,
-        minimum=0.02,
-        top=2,
-        batch_size=8,
-        form="gated",
-    )
+    attacked = {"model": "small_cnn", "attack": ("ifgsm:steps=3,eps=0.5",), "batch_size": 2}
+    if "explain" in words:
+        cli.explain(str(folder / "pictures"), cell=16, out=out / "explain", **attacked)
+    if "attack" in words:
+        cli.attack(str(folder / "pictures"), targeted=True, out=out / "attack", **attacked)
+    if "dissect" in words:
+        cli.dissect(
+            data=f"broden:{folder / 'broden'}",
+            model="small_cnn",
+            node=("conv2",),
+            out=out / "dissect",
+            quantile=0.1,
+            minimum=0.02,
+            top=2,
+            batch_size=8,
+            form="gated",
+        )
 
 
 def crash() -> None:
-    """Lets the process end when it has written the file that CRASH names."""
-    name, _, kind = os.environ.get("CRASH", ":").partition(":")
+    """Lets the process end when it would write the part that CRASH names."""
+    name, _, kind = os.environ.get("CRASH", "").partition(":")
     write = Run.write_part
 
-    def then(run: Run, part: str, arrays) -> None:
-        write(run, part, arrays)
-        if name and part.startswith(name):
+    def instead(run: Run, part: str, arrays) -> None:
+        if name and f"{run.directory.name}/{part}".startswith(name):
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.directory))
+        write(run, part, arrays)
 
-    Run.write_part = then  # type: ignore[method-assign]
+    Run.write_part = instead  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

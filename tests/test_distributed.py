@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ from jaxinterp.weights import checkpoint, seeded
 
 TESTS = Path(__file__).parent
 PROGRAM = TESTS / "commands.py"
-PICTURES = 5  # fewer than eight devices, and the last of three chunks holds one
+COMMANDS = ["explain", "attack", "dissect"]
+PICTURES = 3  # fewer than eight devices, and the last chunk holds one
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folder")
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
-    for name in "abcde"[:PICTURES]:
+    for name in "abc"[:PICTURES]:
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "pictures" / f"{name}.png")
     (root / "pictures" / "broken.png").write_bytes(b"no picture")
     for scene in ("day", "night"):
@@ -95,12 +95,16 @@ def end(process: subprocess.Popen, timeout: float = 150) -> Ended:
 
 
 def alone(folder: Path, out: Path, devices: int) -> None:
-    ended = end(start([str(PROGRAM), str(folder), str(out)], devices))
+    ended = end(start([str(PROGRAM), str(folder), str(out), *COMMANDS], devices))
     assert ended.status == 0, ended.err[-3000:]
 
 
-def run_together(folder: Path, out: Path, processes: int, devices: int, crash=None) -> list[Ended]:
-    return together([[str(PROGRAM), str(folder), str(out)]] * processes, devices, crash)
+def run_together(folder: Path, out: Path, devices: int, commands=COMMANDS, crash=None) -> tuple[Ended, Ended]:
+    first, second = together([[str(PROGRAM), str(folder), str(out), *commands]] * 2, devices, crash)
+    for ended in (first, second):
+        assert "Traceback" not in ended.err
+        assert "***" not in ended.err
+    return first, second
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -122,12 +126,12 @@ def expected(folder, tmp_path_factory) -> dict[str, bytes]:
     alone(folder, out, 1)
     found = results(out)
     assert {"explain/cells.csv", "explain/index.html", "attack/images.csv", "dissect/tally.csv"} <= found.keys()
-    assert sum(name.startswith("attack/adversarial") for name in found) > 2
+    assert any(name.startswith("attack/adversarial") for name in found)
     return found
 
 
 def test_two_processes_leave_the_files_of_one(folder, expected, tmp_path):
-    first, second = run_together(folder, tmp_path / "out", 2, 2)
+    first, second = run_together(folder, tmp_path / "out", 2)
     assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
     assert_same(tmp_path / "out", expected)
     assert "broken.png: could not be read" in first.out
@@ -137,47 +141,40 @@ def test_two_processes_leave_the_files_of_one(folder, expected, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_other_devices(folder, expected, tmp_path):
-    """Process 1 of two is killed when it has attacked its chunk; one process with eight devices goes on."""
+    """Process 1 of two is killed before it has stored its chunk; one process with eight devices goes on."""
     out = tmp_path / "out"
-    began = time.monotonic()
-    first, second = run_together(folder, out, 2, 1, {1: "pgd:kill"})
+    first, second = run_together(folder, out, 1, ["explain"], {1: "explain/ifgsm:kill"})
     assert (first.status, second.status) == (2, 2)
     assert "has been silent for 8 s and counts as dead" in first.err
     assert "was killed (SIGKILL)" in second.err
     for ended in (first, second):
         assert "continues from there:\n" in ended.err
         assert str(PROGRAM) in ended.err.splitlines()[-1]
-        assert "Traceback" not in ended.err
-    assert time.monotonic() - began < 100
-    assert not (out / "attack" / "images.csv").exists()
-    finished = {path: path.stat().st_mtime_ns for path in out.rglob("parts/*-00000?.npz")}
-    assert len(finished) == 6  # the chunks of explain, and all of attack: process 0 did its share
+    assert not (out / "explain" / "images.csv").exists()
+    [chunk] = out.rglob("parts/ifgsm*.npz")
+    finished = chunk.stat().st_mtime_ns
     alone(folder, out, 8)
     assert_same(out, expected)
-    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    assert chunk.stat().st_mtime_ns == finished
 
 
 def test_the_death_of_process_0_and_a_full_disk(folder, expected, tmp_path):
-    """Stopped twice in dissection, by what may befall either; then two processes with two devices end the run."""
-    out = tmp_path / "out"
-    for command in ("explain", "attack"):  # nothing is left of these to do
-        for name in [name for name in expected if name.startswith(command)]:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_bytes(expected[name])
-    first, second = run_together(folder, out, 2, 1, {0: "features:kill"})
+    """Stopped twice in dissection, by what may befall either; then two processes end the run."""
+    out, command = tmp_path / "out", ["dissect"]
+    first, second = run_together(folder, out, 1, command, {0: "dissect/features-00002:kill"})
     assert (first.status, second.status) == (2, 2)
     assert "process 0, which coordinates the others, has died" in second.err
-    first, second = run_together(folder, out, 2, 1, {1: "features:full"})
+    stored = {path: path.stat().st_mtime_ns for path in out.rglob("parts/features-*.npz")}
+    assert {path.stem for path in stored} == {"features-00000", "features-00001"}
+    first, second = run_together(folder, out, 1, command, {0: "dissect/features:full"})
     assert (first.status, second.status) == (2, 2)
     assert "No space left on device" in first.err
-    assert "process 1 on " in first.err
+    assert "ended with the others: process 0 on " in second.err
     assert "No space left on device" in second.err
-    assert not any("Traceback" in ended.err or "***" in ended.err for ended in (first, second))
-    stored = {path: path.stat().st_mtime_ns for path in out.rglob("parts/features-*.npz")}
-    assert stored
-    first, second = run_together(folder, out, 2, 2)
+    assert all(path.stat().st_mtime_ns == when for path, when in stored.items())
+    first, second = run_together(folder, out, 2, command)
     assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
-    assert_same(out, expected)
+    assert_same(out / "dissect", {n.removeprefix("dissect/"): x for n, x in expected.items() if n[0] == "d"})
 
 
 # What is refused, in programs that compute nothing
