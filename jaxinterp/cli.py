@@ -453,17 +453,20 @@ def main(args: list[str] | None = None) -> int:
         "validate": validate,
         "broden": broden,
     }
-    return guarded(
-        lambda words: tyro.extras.subcommand_cli_from_dict(
+
+    def run(words: list[str]) -> None:
+        if processes.current().count > 1 and words and words[0] in commands and words[0] not in _SHARED:
+            raise ValueError(f"--distributed: {words[0]} is not shared by processes; {', '.join(_SHARED)} are")
+        tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="jaxinterp",
             description=f"{_DESCRIPTION}\n\n{launch.HELP}",
             args=words,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             sort_subcommands=False,
-        ),
-        args,
-    )
+        )
+
+    return guarded(run, args)
 
 
 def guarded(job: Callable[[list[str]], object], args: list[str] | None = None) -> int:
@@ -511,6 +514,7 @@ def _left(status: int, reason: str) -> int:
     return status
 
 
+_SHARED = ("explain", "attack", "dissect")
 _DESCRIPTION = "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
 which promote the target, and where they lie on the class activation maps."
 

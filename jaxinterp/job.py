@@ -166,8 +166,8 @@ def attacking(pictures: Pictures, done: int) -> Iterator[Progress]:
 
 def _shown(bar: tqdm) -> Progress:
     """Progress of all processes on a bar."""
-    group = processes.current()
-    before = bar.n - group.done
+    group, before = processes.current(), bar.n
+    group.begin_stage()
 
     def progress(what: str, done: float) -> None:
         group.report(done)

@@ -25,16 +25,23 @@ Table = Sequence[tuple[str, PartitionSpec]]
 
 def data_mesh() -> Mesh | None:
     """The mesh of all devices of this process with the one axis `data`; None where there is only one device."""
-    return _mesh(jax.local_devices())
+    devices = jax.local_devices()
+    return None if len(devices) == 1 else _mesh(devices, "data")
 
 
 def global_mesh() -> Mesh | None:
     """The mesh of the devices of all processes with the one axis `data`, those of a process side by side."""
-    return _mesh(sorted(jax.devices(), key=lambda device: (device.process_index, device.id)))
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return None if len(devices) == 1 else _mesh(devices, "data")
 
 
-def _mesh(devices: Sequence[jax.Device]) -> Mesh | None:
-    return None if len(devices) == 1 else Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+def model_mesh() -> Mesh:
+    """The mesh of all devices of this process with the one axis `model`, over which parameters are spread."""
+    return _mesh(jax.local_devices(), "model")
+
+
+def _mesh(devices: Sequence[jax.Device], axis: str) -> Mesh:
+    return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
 
 
 def multiple(mesh: Mesh | None) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxinterp import parallel, processes
 from jaxinterp.data import Batch, DamagedImage, Example, Source, batches
 from jaxinterp.network import Model, Network, Params
+from jaxinterp.processes import read_part
 from jaxinterp.runs import Run, file_name
 
 Progress = Callable[[str, float], None]
@@ -92,12 +93,12 @@ def survey(
             run.write_part(_survey_part(start), _look(network, params, source, block, size, progress))
         group.wait()
         if group.first:
-            run.write_part("pictures", _merged(network, [_read(run, _survey_part(start)) for start in starts]))
+            run.write_part("pictures", _merged(network, [read_part(run, _survey_part(start)) for start in starts]))
         group.wait()
     if group.first:
         for start in starts:
             run.remove_part(_survey_part(start))
-    stored = _read(run, "pictures")
+    stored = read_part(run, "pictures")
     ids = tuple(str(name) for name in stored["ids"])
     return Pictures(
         indices=stored["indices"],
@@ -117,14 +118,6 @@ def _missing(run: Run, starts: Sequence[int]) -> list[int]:
 
 def _survey_part(start: int) -> str:
     return f"pictures-{start:08d}"
-
-
-def _read(run: Run, part: str, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """A part that has been written. Raises OSError where it is not there."""
-    arrays = run.read_part(part, without=without)
-    if arrays is None:
-        raise OSError(f"{part} in {run.directory} is missing or damaged; the same command makes it again")
-    return arrays
 
 
 def _look(
@@ -232,7 +225,7 @@ def stored_parts(
     for start in chunks(pictures, batch_size):
         for name in names:
             part = part_name(name, start)
-            yield part, name, _read(run, part, without)
+            yield part, name, read_part(run, part, without=without)
 
 
 def shared_chunks(run: Run, names: Collection[str], pictures: Pictures, batch_size: int) -> tuple[list[int], int]:

@@ -10,6 +10,7 @@ Alone, a process agrees with itself and waits for nobody.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -19,9 +20,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from jaxinterp.runs import Run, differences, machine
 
@@ -52,8 +55,9 @@ class Processes:
             again: the command that continues the job.
         """
         self.index, self.count, self.timeout, self._again = index, count, timeout, again
-        self._client, self._settled, self._done = client, 0, 0.0
-        self._others: dict[int, float] = {}  # what they have done
+        self._client, self._settled = client, 0
+        self._stage, self._done = 0, 0.0
+        self._others: dict[int, tuple[int, float]] = {}  # in which stage they are, and what they have done of it
         self._ended = threading.Event()
         self.name = f"process {index} on {socket.gethostname()}"
         if client is not None:
@@ -104,14 +108,18 @@ class Processes:
         """The value that process 0 has."""
         return self.settle(value if self.first else None, lambda values: values[0])
 
+    def begin_stage(self) -> None:
+        """From here on is counted anew what is done; every process must call this."""
+        self._stage, self._done = self._stage + 1, 0.0
+
     def report(self, done: float) -> None:
         """Adds to what this process has done."""
         self._done += done
 
     @property
     def done(self) -> float:
-        """What all processes have done, as far as process 0 knows it."""
-        return self._done + sum(self._others.values())
+        """What all processes have done in this stage, as far as process 0 knows it."""
+        return self._done + sum(done for stage, done in self._others.values() if stage == self._stage)
 
     def fail(self, status: int, message: str) -> None:
         """Ends this process, and all others with a message; does not return unless the process is alone."""
@@ -155,7 +163,7 @@ class Processes:
 
     def _beat(self, number: int) -> None:
         self._client.key_value_set(
-            f"{_PREFIX}/alive/{self.index}", f"{number} {self._done} {self.name}", allow_overwrite=True
+            f"{_PREFIX}/alive/{self.index}", f"{number} {self._stage} {self._done} {self.name}", allow_overwrite=True
         )
 
     def _watch(self) -> None:
@@ -171,11 +179,11 @@ class Processes:
                 continue
             now = time.monotonic()
             for key, text in alive:
-                i, (beat, done, name) = int(key.rpartition("/")[2]), text.split(" ", 2)
+                i, (beat, stage, done, name) = int(key.rpartition("/")[2]), text.split(" ", 3)
                 if beat != heard[i][0]:
                     heard[i] = beat, now, name
                 if i:
-                    self._others[i] = float(done)
+                    self._others[i] = int(stage), float(done)
             silent = [name for _, when, name in heard.values() if self.first and now - when > self.timeout]
             if silent and not failed:
                 failed = [f"{name} has been silent for {self.timeout:.0f} s and counts as dead" for name in silent]
@@ -243,11 +251,12 @@ def join(*, timeout: float, again: str) -> Processes:
     """
     global _current
     from jax._src import distributed  # its key-value store has no public name
+    from tqdm import tqdm
 
     state = distributed.global_state
     _current = Processes(state.process_id, state.num_processes, client=state.client, timeout=timeout, again=again)
     if not _current.first:
-        os.environ["TQDM_DISABLE"] = "1"
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
     return _current
 
@@ -276,6 +285,24 @@ def open_run(directory: str | os.PathLike, config: Mapping[str, Any]) -> Run:
     if group.first:
         run.write_json("machine.json", machine())
     return run
+
+
+def read_part(run: Run, name: str, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of a chunk that one of the processes has written, as `Run.read_part`.
+
+    File systems of networks may show a file late to a host that has looked for it before; that is waited for.
+
+    Raises:
+        OSError: the chunk is missing or damaged.
+    """
+    group = current()
+    deadline = time.monotonic() + (group.timeout if group.count > 1 else 0)
+    with _patience() as pause:
+        while (arrays := run.read_part(name, without=without)) is None:
+            if time.monotonic() >= deadline:
+                raise OSError(f"{name} in {run.directory} is missing or damaged; the same command makes it again")
+            pause()
+    return arrays
 
 
 def _disagreement(values: list[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from jaxinterp.concepts import Dissected
 from jaxinterp.explain import Explained, explain
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import chunks, part_name
-from jaxinterp.processes import open_run
+from jaxinterp.processes import open_run, read_part
 from jaxinterp.runs import Run, file_name, machine
 from jaxinterp.statistics import Estimate
 
@@ -116,10 +116,7 @@ class Study:
                     left.update()
         group.wait()
         for part, attack, arrays in self.found.parts(attacks):
-            extra = self.run.read_part(part)
-            if extra is None:
-                raise OSError(f"{part} in {self.run.directory} is missing or damaged; the same command makes it again")
-            yield attack, arrays, extra
+            yield attack, arrays, read_part(self.run, part)
 
     def conclude(self, answers: Sequence[Answer], results: Any = None) -> None:
         """Stores answers.json and prints the answers.

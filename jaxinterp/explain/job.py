@@ -155,8 +155,9 @@ def explain(
     summary = tables.summarise(rows, list(chosen), seed=seed)
     written = run.directory / "index.html"
     if group.first:
-        for name, arrays in stored():
-            page.draw_missing(run, network, name, arrays, list(tables.image_rows(network, name, arrays)), cell)
+        if not all(page.figure_path(run, row["attack"], row["id"]).exists() for row in rows):
+            for name, arrays in stored():
+                page.draw_missing(run, network, name, arrays, list(tables.image_rows(network, name, arrays)), cell)
         run.write_table("images.csv", tables.IMAGE_COLUMNS, rows)
         run.write_table(
             "cells.csv", tables.CELL_COLUMNS, (row for name, a in stored() for row in tables.cell_rows(name, a, cell))
