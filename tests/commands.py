@@ -15,7 +15,7 @@ from jaxinterp.runs import Run
 
 
 def main(words: list[str]) -> None:
-    """Runs the commands on the smallest of everything."""
+    """Runs the commands on little of everything."""
     folder, out = Path(words[0]), Path(words[1])
     os.environ["JAXINTERP_CKPTS"] = str(folder / "ckpts")
     crash()
@@ -23,7 +23,7 @@ def main(words: list[str]) -> None:
     if "explain" in words:
         cli.explain(str(folder / "pictures"), cell=16, out=out / "explain", **attacked)
     if "attack" in words:
-        cli.attack(str(folder / "pictures"), targeted=True, out=out / "attack", **attacked)
+        cli.attack(str(folder / "pictures"), out=out / "attack", **attacked)
     if "dissect" in words:
         cli.dissect(
             data=f"broden:{folder / 'broden'}",
