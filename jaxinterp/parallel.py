@@ -94,7 +94,7 @@ def placement(mesh: Mesh, table: Table) -> Callable[[str, tuple[int, ...]], Name
             parts = int(np.prod([mesh.shape[axis] for axis in _axes(entry)], dtype=int))
             if size % parts:
                 raise ValueError(
-                    f"table: {name} of shape {list(shape)} cannot be spread by {spec}: {size} into {parts}"
+                    f"table: {name} of shape {list(shape)} cannot be spread by {spec}: {size} into {parts} parts"
                 )
         return NamedSharding(mesh, spec)
 

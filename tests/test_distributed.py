@@ -165,7 +165,7 @@ def test_the_death_of_process_0_and_a_full_disk(folder, expected, tmp_path):
     assert (first.status, second.status) == (2, 2)
     assert "process 0, which coordinates the others, has died" in second.err
     stored = {path: path.stat().st_mtime_ns for path in out.rglob("parts/features-*.npz")}
-    assert {path.stem for path in stored} == {"features-00000", "features-00001"}
+    assert {"features-00000", "features-00001"} <= {path.stem for path in stored}
     first, second = run_together(folder, out, 1, command, {0: "dissect/features:full"})
     assert (first.status, second.status) == (2, 2)
     assert "No space left on device" in first.err
@@ -181,10 +181,12 @@ def test_the_death_of_process_0_and_a_full_disk(folder, expected, tmp_path):
 
 OPEN = """
 import sys
-from jaxinterp import cli
+from jaxinterp import cli, processes
 from jaxinterp.processes import current, open_run
 
 def main(words):
+    if len(words) > 2:
+        processes.machine = lambda: {"jax": words[2]}
     open_run(words[0], {"seed": int(words[1]), "attacks": {"pgd": {"steps": 3}}})
     print(current().settle(current().index, sum))
 
@@ -200,17 +202,23 @@ def opening(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_another_config_is_refused_by_all(opening, tmp_path):
-    out = str(tmp_path / "out")
-    for ended in together([[opening, out, "0"], [opening, out, "1"]], 1):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([["0"], ["1"]], "config.seed: 0 process 0 on "),
+        ([["0", "0.10.2"], ["0", "0.11.0"]], 'versions.jax: "0.10.2" process 0 on '),
+    ],
+)
+def test_another_config_or_version_is_refused_by_all(opening, tmp_path, words, message):
+    for ended in together([[opening, str(tmp_path / "out"), *mine] for mine in words], 1):
         assert ended.status == 2
-        assert "the processes were not given the same: config.seed: 0 process 0 on " in ended.err
+        assert f"the processes were not given the same: {message}" in ended.err
         assert "Traceback" not in ended.err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_that_is_not_shared_is_refused_by_all(opening, tmp_path):
-    for ended in together([[opening, str(tmp_path / name), "0"] for name in ("one", "two")], 1, patience=3):
+    for ended in together([[opening, str(tmp_path / name), "0"] for name in ("one", "two")], 1, patience=2):
         assert ended.status == 2
         assert "is not the same directory for all: process 1 on " in ended.err
     assert not (tmp_path / "two").exists()
@@ -224,22 +232,11 @@ def test_bad_arguments_of_one_end_all(opening, tmp_path):
     assert "ended with the others: process 1 on " in first.err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--coordinator-address", "127.0.0.1:PORT"], "nobody answered at 127.0.0.1:"),
-        (["--coordinator-address", "no.such.host.invalid:PORT"], "nobody answered at no.such.host.invalid:"),
-        (["--coordinator-address", "127.0.0.1"], "--coordinator-address: expected HOST:PORT, got '127.0.0.1'"),
-        (["--process-id", "2"], "--process-id must be from 0 to 1, got 2"),
-        (["--num-processes", "two"], "--num-processes: expected a whole number, got 'two'"),
-    ],
-)
-def test_bad_options(opening, tmp_path, words, message):
-    words = [word.replace("PORT", str(free_port())) for word in words]
-    given = ["--distributed", "--coordinator-address", "127.0.0.1:9", "--num-processes", "2", "--process-id", "1"]
-    ended = end(start([opening, str(tmp_path / "out"), "0", *given, "--start-timeout", "1", *words], 1), 60)
+def test_an_address_where_nobody_answers(opening, tmp_path):
+    given = ["--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id", "1"]
+    ended = end(start([opening, str(tmp_path / "out"), "0", "--distributed", *given, "--start-timeout", "1"], 1), 60)
     assert ended.status == 2
-    assert message in ended.err
+    assert "nobody answered at 127.0.0.1:" in ended.err
     assert "Traceback" not in ended.err
 
 
