@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folder")
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir()
-    for name in "abc"[:PICTURES]:
+    for name in "abd"[:PICTURES]:
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "pictures" / f"{name}.png")
     (root / "pictures" / "broken.png").write_bytes(b"no picture")
     for scene in ("day", "night"):
@@ -127,6 +127,7 @@ def expected(folder, tmp_path_factory) -> dict[str, bytes]:
     found = results(out)
     assert {"explain/cells.csv", "explain/index.html", "attack/images.csv", "dissect/tally.csv"} <= found.keys()
     assert any(name.startswith("attack/adversarial") for name in found)
+    assert b",true," in found["explain/images.csv"]  # a perturbation to explain: d.png reaches its target
     return found
 
 
