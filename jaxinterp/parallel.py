@@ -40,7 +40,7 @@ def model_mesh() -> Mesh:
     return _mesh(jax.local_devices(), "model")
 
 
-def _mesh(devices: Sequence[jax.Device], axis: str) -> Mesh:
+def _mesh(devices: Sequence[Any], axis: str) -> Mesh:
     return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
 
 
