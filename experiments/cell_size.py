@@ -94,4 +94,4 @@ def main(setting: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Sizes, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Sizes, description=__doc__, args=words))))

@@ -111,4 +111,4 @@ def main(setting: Definitions) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Definitions, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Definitions, description=__doc__, args=words))))

@@ -22,7 +22,8 @@ import tyro
 from jaxinterp import models, plots
 from jaxinterp.cli import guarded
 from jaxinterp.dissect import CONVENTIONS, counts
-from jaxinterp.runs import Run, machine
+from jaxinterp.processes import open_run
+from jaxinterp.runs import machine
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import UNDECIDED, Answer, Units, dissected, verdict
 
@@ -45,7 +46,7 @@ def main(setting: Units) -> None:
     out = setting.out or Path("results/study") / setting.model
     dissection = dissected(setting)
     layers = dissection.layers
-    run = Run(out / "dissect_layers", {"dissection": dissection.run.config})
+    run = open_run(out / "dissect_layers", {"dissection": dissection.run.config})
     categories = next(iter(layers.values())).concepts.categories
 
     panels: dict[str, dict[str, list[Estimate]]] = {}
@@ -114,4 +115,4 @@ def _difference(a: np.ndarray, b: np.ndarray, seed: int, draws: int = 2000) -> t
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Units, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Units, description=__doc__, args=words))))

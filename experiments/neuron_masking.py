@@ -172,4 +172,4 @@ def _attacked(attack: Any, network: Any, params: Any, kept: Any, arrays: Any, ke
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Masking, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Masking, description=__doc__, args=words))))

@@ -53,4 +53,4 @@ def main(setting: Setting) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Setting, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Setting, description=__doc__, args=words))))

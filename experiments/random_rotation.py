@@ -26,7 +26,8 @@ from jaxinterp import load, plots
 from jaxinterp.cli import guarded
 from jaxinterp.dissect import counts
 from jaxinterp.network import Network, identity
-from jaxinterp.runs import Run, machine
+from jaxinterp.processes import open_run
+from jaxinterp.runs import machine
 from jaxinterp.statistics import Estimate
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Units, dissected
 
@@ -86,7 +87,7 @@ def main(setting: Rotations) -> None:
     dissection = dissected(setting)
     layers = dissection.layers
     config = {"rotations": setting.rotations, "amounts": amounts, "seed": setting.seed}
-    run = Run(out / "random_rotation", {"dissection": dissection.run.config, **config})
+    run = open_run(out / "random_rotation", {"dissection": dissection.run.config, **config})
     if len(layers) != 1:
         raise ValueError(f"--node: expected one layer, got {len(layers)}")
     [(node, layer)] = layers.items()
@@ -153,4 +154,4 @@ def main(setting: Rotations) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Rotations, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Rotations, description=__doc__, args=words))))

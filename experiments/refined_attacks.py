@@ -140,4 +140,4 @@ def main(setting: Refined) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Refined, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Refined, description=__doc__, args=words))))

@@ -161,4 +161,4 @@ def main(setting: Sensitive) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Sensitive, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Sensitive, description=__doc__, args=words))))

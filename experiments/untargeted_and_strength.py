@@ -111,4 +111,4 @@ def main(setting: Strengths) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Strengths, description=__doc__))))
+    sys.exit(guarded(lambda words: main(tyro.cli(Strengths, description=__doc__, args=words))))

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxinterp import launch, processes
+
 
 def explain(
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
@@ -451,20 +453,30 @@ def main(args: list[str] | None = None) -> int:
         "validate": validate,
         "broden": broden,
     }
-    return guarded(
-        lambda: tyro.extras.subcommand_cli_from_dict(
+
+    def run(words: list[str]) -> None:
+        if processes.current().count > 1 and words and words[0] in commands and words[0] not in _SHARED:
+            raise ValueError(f"--distributed: {words[0]} is not shared by processes; {', '.join(_SHARED)} are")
+        tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="jaxinterp",
-            description=_DESCRIPTION,
-            args=args,
+            description=f"{_DESCRIPTION}\n\n{launch.HELP}",
+            args=words,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
             sort_subcommands=False,
         )
-    )
+
+    return guarded(run, args)
 
 
-def guarded(job: Callable[[], object]) -> int:
+def guarded(job: Callable[[list[str]], object], args: list[str] | None = None) -> int:
     """Runs a command line's job; bad input, a full disk and an interruption end in a message, not in a traceback.
+
+    With `--distributed` among the words it is the part of one of several processes, see `jaxinterp.launch`.
+
+    Args:
+        job: takes the words of the command line, without those of `--distributed`.
+        args: the words; None means this process's own.
 
     Returns:
         The exit status: 0, 2 or 130.
@@ -473,17 +485,36 @@ def guarded(job: Callable[[], object]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character of a picture's name
             stream.reconfigure(errors="backslashreplace")
     try:
+        distributed, words = launch.options(sys.argv[1:] if args is None else args)
+        command = [sys.executable, *(sys.orig_argv[1:] if args is None else ["-m", "jaxinterp", *args])]
+        if distributed is not None and not launch.is_worker():
+            return launch.supervise(command)
         _keep_compiled_programs()
-        job()
+        if distributed is not None:
+            launch.work(distributed, command)
+        job(words)
+        if distributed is not None:
+            processes.current().end()
     except KeyboardInterrupt:
         print("\njaxinterp: stopped; the same command continues from the last finished part", file=sys.stderr)
-        return 130
+        return _left(130, "stopped")
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"jaxinterp: error: {_reason(error)}", file=sys.stderr)
-        return 2
+        processes.current().yield_to_cause(error)
+        print(f"jaxinterp: error: {_reason(error)}{_kept(error)}", file=sys.stderr)
+        return _left(2, _reason(error))
+    except BaseException as error:
+        processes.current().break_off(error)
+        raise
     return 0
 
 
+def _left(status: int, reason: str) -> int:
+    """The exit status; of several processes this one and the others end here."""
+    processes.current().fail(status, reason)
+    return status
+
+
+_SHARED = ("explain", "attack", "dissect")
 _DESCRIPTION = "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
 which promote the target, and where they lie on the class activation maps."
 
@@ -510,11 +541,15 @@ def _keep_compiled_programs() -> None:
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
+def _kept(error: BaseException) -> str:
+    on_disk = isinstance(error, OSError) and error.strerror and error.errno in _DISK
+    return "; what was finished is kept, and the same command continues from there" if on_disk else ""
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        kept = "; what was finished is kept, and the same command continues from there"
-        return f"{error.strerror}{where}{kept if error.errno in _DISK else ''}"
+        return f"{error.strerror}{where}"
     if isinstance(error, MemoryError):
         return "out of memory; a smaller --batch-size needs less"
     return str(error)

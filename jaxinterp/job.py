@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from jaxinterp import attacks
+from jaxinterp import attacks, parallel, processes
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import coerce
 from jaxinterp.attacks.spec import from_spec, record
 from jaxinterp.data import AnySource, Crop, Folder, Tfds, open_source
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import Pictures, Selection, left_out, survey
-from jaxinterp.runs import Run, machine
+from jaxinterp.pictures import Pictures, Progress, Selection, left_out, survey
+from jaxinterp.processes import open_run
+from jaxinterp.runs import Run
 from jaxinterp.weights import checkpoint, load
 
 Say = Callable[[str], None]
@@ -107,7 +109,7 @@ def begin(
         data_dir=data_dir,
     )
     count = len(source) if limit is None else min(limit, len(source))
-    run = Run(
+    run = open_run(
         out,
         {
             "command": command,
@@ -121,15 +123,13 @@ def begin(
             "source": _identity(source, pictures, count),
         },
     )
-    run.write_json("machine.json", machine())
     selected = Selection(source, tuple(range(count)))
     say(f"{count} pictures; labels: {source.label_origin}")
 
+    unit = parallel.multiple(parallel.data_mesh())
+    if batch_size % unit:
+        say(f"--batch-size {batch_size} is not a multiple of the {unit} devices: some of them have less to do")
     with tqdm(total=count, unit="picture", desc="reading pictures", leave=False) as bar:
-
-        def read(what: str, done: float) -> None:
-            bar.update(done)
-
         seen = survey(
             run,
             network,
@@ -137,7 +137,7 @@ def begin(
             selected,
             seed=seed,
             batch_size=batch_size,
-            progress=read,
+            progress=_shown(bar),
         )
     for name, reason in left_out(network, seen):
         say(f"  {name}: {reason}")
@@ -147,6 +147,35 @@ def begin(
     if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
     return Job(run, network, params, selected, seen, source.label_origin)
+
+
+@contextlib.contextmanager
+def attacking(pictures: Pictures, done: int) -> Iterator[Progress]:
+    """The bar of the attacked pictures over all processes, of which so many are done.
+
+    At its end it waits until all processes have done their share.
+    """
+    with tqdm(total=len(pictures.correct), initial=done, bar_format=BAR) as bar:
+        progress = _shown(bar)
+        yield progress
+        bar.set_description_str("waiting for the other processes" if processes.current().count > 1 else "done")
+        processes.current().wait(lambda: progress("", 0.0))
+        bar.update(len(pictures.correct) - bar.n)
+        bar.set_description_str("done")
+
+
+def _shown(bar: tqdm) -> Progress:
+    """Progress of all processes on a bar."""
+    group, before = processes.current(), bar.n
+    group.begin_stage()
+
+    def progress(what: str, done: float) -> None:
+        group.report(done)
+        if what:
+            bar.set_description_str(what, refresh=not done)
+        bar.update(before + group.done - bar.n)
+
+    return progress
 
 
 def choose_attacks(specs: Sequence[str], presets: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Attack]:

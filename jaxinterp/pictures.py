@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinterp import parallel
+from jaxinterp import parallel, processes
 from jaxinterp.data import Batch, DamagedImage, Example, Source, batches
 from jaxinterp.network import Model, Network, Params
-from jaxinterp.runs import Run
+from jaxinterp.processes import read_part
+from jaxinterp.runs import Run, file_name
 
 Progress = Callable[[str, float], None]
 """Called with what is being done, and how many attacked pictures were finished since the last call."""
+
+
+_SURVEYED = 16  # batches that are looked at before it is stored what was seen
 
 
 def silent(what: str, done: float) -> None:
@@ -74,42 +79,26 @@ def survey(
 ) -> Pictures:
     """What the network makes of the clean pictures, and the random but seeded target of each.
 
-    A picture without a label gets the network's own prediction for one.
+    A picture without a label gets the network's own prediction for one. Several processes share the pictures.
 
     Raises:
         ValueError: a label is not one of the network's classes, or the network cannot take the pictures.
     """
-    stored = run.read_part("pictures")
-    if stored is None:
-        damaged: list[DamagedImage] = []
-        model = network.bind(params)
-        columns: dict[str, list[Any]] = {"ids": [], "labels": [], "predicted": []}
-        size = max(1, min(batch_size, len(source)))
-        for batch in batches(Numbered(source), size, on_damaged=damaged.append):
-            if not columns["ids"]:
-                _check_fits(network, model, batch.images)
-            kept = batch.mask
-            progress("reading pictures", float(np.sum(kept)))
-            columns["ids"] += [name for name, keep in zip(batch.ids, kept, strict=True) if keep]
-            columns["labels"] += list(batch.labels[kept])
-            columns["predicted"] += list(np.asarray(classify(model, batch.images))[kept])
-        labels, predicted = (np.array(columns[k], np.int32) for k in ("labels", "predicted"))
-        labels = np.where(labels < 0, predicted, labels)
-        outside = np.flatnonzero(labels >= network.num_classes)
-        if outside.size:
-            raise ValueError(
-                f"labels must be from 0 to {network.num_classes - 1}, the classes of {network.name}, but "
-                f"{columns['ids'][outside[0]].partition(':')[2]} has {labels[outside[0]]}"
-            )
-        numbered = [name.partition(":") for name in columns["ids"]]
-        stored = {
-            "indices": np.array([int(index) for index, _, _ in numbered], np.int64),
-            "ids": np.array([name for _, _, name in numbered], dtype=np.str_),
-            "labels": labels,
-            "predicted": predicted,
-            "damaged": np.array([(d.id, d.reason) for d in damaged], dtype=np.str_).reshape(-1, 2),
-        }
-        run.write_part("pictures", stored)
+    group = processes.current()
+    size = max(1, min(batch_size, len(source)))
+    starts = range(0, len(source), _SURVEYED * size)
+    if group.told(run.read_part("pictures") is None):
+        for start in group.share(_missing(run, starts)):
+            block = range(start, min(start + _SURVEYED * size, len(source)))
+            run.write_part(_survey_part(start), _look(network, params, source, block, size, progress))
+        group.wait()
+        if group.first:
+            run.write_part("pictures", _merged(network, [read_part(run, _survey_part(start)) for start in starts]))
+        group.wait()
+    if group.first:
+        for start in starts:
+            run.remove_part(_survey_part(start))
+    stored = read_part(run, "pictures")
     ids = tuple(str(name) for name in stored["ids"])
     return Pictures(
         indices=stored["indices"],
@@ -119,6 +108,55 @@ def survey(
         targets=random_targets(ids, stored["labels"], network.num_classes, seed),
         damaged=tuple((str(name), str(reason)) for name, reason in stored["damaged"]),
     )
+
+
+def _missing(run: Run, starts: Sequence[int]) -> list[int]:
+    group = processes.current()
+    mine = [start for start in group.share(starts) if run.read_part(_survey_part(start)) is None]
+    return group.settle(mine, lambda lists: sorted(itertools.chain(*lists)))
+
+
+def _survey_part(start: int) -> str:
+    return f"pictures-{start:08d}"
+
+
+def _look(
+    network: Network, params: Params, source: Source, block: Sequence[int], size: int, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Positions, ids, labels and predicted classes of the pictures at the positions `block`, in order."""
+    damaged: list[DamagedImage] = []
+    model = network.bind(params)
+    columns: dict[str, list[Any]] = {"ids": [], "labels": [], "predicted": []}
+    selection = Numbered(Selection(source, tuple(block)))
+    for batch in batches(selection, size, on_damaged=damaged.append):
+        if not columns["ids"]:
+            _check_fits(network, model, batch.images)
+        kept = batch.mask
+        progress("reading pictures", float(np.sum(kept)))
+        columns["ids"] += [name for name, keep in zip(batch.ids, kept, strict=True) if keep]
+        columns["labels"] += list(batch.labels[kept])
+        columns["predicted"] += list(np.asarray(classify(model, batch.images))[kept])
+    numbered = [name.partition(":") for name in columns["ids"]]
+    return {
+        "indices": np.array([block[int(index)] for index, _, _ in numbered], np.int64),
+        "ids": np.array([name for _, _, name in numbered], dtype=np.str_),
+        "labels": np.array(columns["labels"], np.int32),
+        "predicted": np.array(columns["predicted"], np.int32),
+        "damaged": np.array([(d.id, d.reason) for d in damaged], dtype=np.str_).reshape(-1, 2),
+    }
+
+
+def _merged(network: Network, blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """All blocks as one; the network's own prediction where there is no label. Errors are those of `survey`."""
+    whole = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    whole["labels"] = np.where(whole["labels"] < 0, whole["predicted"], whole["labels"])
+    outside = np.flatnonzero(whole["labels"] >= network.num_classes)
+    if outside.size:
+        raise ValueError(
+            f"labels must be from 0 to {network.num_classes - 1}, the classes of {network.name}, but "
+            f"{whole['ids'][outside[0]]} has {whole['labels'][outside[0]]}"
+        )
+    return whole
 
 
 def _check_fits(network: Network, model: Model, images: np.ndarray) -> None:
@@ -154,17 +192,63 @@ def left_out(network: Network, pictures: Pictures) -> list[tuple[str, str]]:
 
 
 def chunk_size(pictures: Pictures, batch_size: int) -> int:
-    """How many pictures are attacked at once: `batch_size` or all there are, a multiple of the devices."""
-    unit = parallel.multiple(parallel.data_mesh())
-    return -(-min(batch_size, max(1, len(pictures.correct))) // unit) * unit
+    """How many pictures are attacked at once and stored together: `batch_size` or all there are, on any devices."""
+    return min(batch_size, max(1, len(pictures.correct)))
+
+
+def chunks(pictures: Pictures, batch_size: int) -> dict[int, np.ndarray]:
+    """For every chunk, by its number, the positions of its pictures."""
+    size, positions = chunk_size(pictures, batch_size), pictures.correct
+    return {start: positions[start : start + size] for start in range(0, len(positions), size)}
+
+
+def part_name(attack: str, start: int) -> str:
+    """The part of a chunk, by its number, under an attack."""
+    return f"{file_name(attack)}-{start:06d}"
+
+
+def stored_parts(
+    run: Run, names: Iterable[str], pictures: Pictures, batch_size: int, *, without: Collection[str] = ()
+) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
+    """Every chunk of a finished run, read back in order: its name, the attack's, its arrays.
+
+    Args:
+        run: the results directory.
+        names: of the attacks.
+        pictures: the pictures.
+        batch_size: as in `chunk_size`.
+        without: arrays that are not wanted.
+
+    Raises:
+        OSError: a part is missing or damaged.
+    """
+    for start in chunks(pictures, batch_size):
+        for name in names:
+            part = part_name(name, start)
+            yield part, name, read_part(run, part, without=without)
+
+
+def shared_chunks(run: Run, names: Collection[str], pictures: Pictures, batch_size: int) -> tuple[list[int], int]:
+    """The unfinished chunks that this process computes, and how many pictures are in those that all have finished.
+
+    What is left is shared anew at every start, so any number of processes goes on with what others have left.
+    """
+    group, every = processes.current(), chunks(pictures, batch_size)
+    mine = [s for s in group.share(list(every)) if any(run.read_part(part_name(n, s)) is None for n in names)]
+    missing = group.settle(mine, lambda lists: sorted(itertools.chain(*lists)))
+    return group.share(missing), sum(len(every[start]) for start in every.keys() - set(missing))
 
 
 def load_chunk(source: Source, pictures: Pictures, chunk: np.ndarray, size: int) -> tuple[Batch, np.ndarray]:
-    """The pictures at the positions `chunk` as one batch of `size`, with their labels, and their targets [size].
+    """The pictures at the positions `chunk` as one batch, with their labels, and their targets [B].
+
+    The batch has `size` places, or as many more as make it a multiple of the devices.
 
     Raises:
         ValueError: a picture can no longer be read.
     """
+    unit = parallel.multiple(parallel.data_mesh())
+    size = -(-size // unit) * unit
     selection = Selection(source, tuple(int(i) for i in pictures.indices[chunk]))
     batch = next(iter(batches(selection, size, on_damaged=_gone)))
     batch = dataclasses.replace(batch, labels=_padded(pictures.labels[chunk], size))

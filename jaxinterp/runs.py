@@ -22,7 +22,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -77,6 +77,7 @@ def machine() -> dict[str, str]:
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "device": device.device_kind,
         "devices": f"{jax.device_count()} x {device.device_kind}",
     }
 
@@ -106,7 +107,7 @@ class Run:
                 found = json.loads(path.read_text())
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}); choose another directory") from error
-            differing = _differences(found, self.config)
+            differing = differences(found, self.config)
             if differing:
                 raise ValueError(
                     f"{self.directory} holds results of another config; choose another directory, or remove it. "
@@ -122,11 +123,16 @@ class Run:
         with replacing(self._part(name)) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # a mapping of names to arrays
 
-    def read_part(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays of a chunk; None where it has not been finished, or is damaged and must be made again."""
+    def read_part(self, name: str, *, without: Collection[str] = ()) -> dict[str, np.ndarray] | None:
+        """The arrays of a chunk; None where it has not been finished, or is damaged and must be made again.
+
+        Args:
+            name: of the chunk.
+            without: names of arrays that are not wanted, and not read.
+        """
         try:
             with np.load(self._part(name), allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files}
+                return {key: arrays[key] for key in arrays.files if key not in without}
         except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
             return None
 
@@ -147,9 +153,13 @@ class Run:
         placed = [jax.device_put(a, leaf.sharding) if isinstance(leaf, jax.Array) else a for a, leaf in found]
         return jax.tree.unflatten(treedef, placed)
 
+    def remove_part(self, name: str) -> None:
+        """Forgets a chunk, if there is one."""
+        self._part(name).unlink(missing_ok=True)
+
     def remove_state(self, name: str) -> None:
         """Forgets a stored computation, if there is one."""
-        self._part(f"{name}.state").unlink(missing_ok=True)
+        self.remove_part(f"{name}.state")
 
     def write_json(self, name: str, record: Any) -> Path:
         """Writes a record as indented JSON and returns its path."""
@@ -191,12 +201,14 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two configs, as "name: old, not new"."""
+def differences(found: Any, wanted: Any, name: str = "", *, there: str = "there", asked: str = "asked") -> list[str]:
+    """What differs between two configs, as "name: old there, new asked"."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return [
             line
             for key in sorted(found.keys() | wanted.keys())
-            for line in _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            for line in differences(
+                found.get(key), wanted.get(key), f"{name}.{key}" if name else key, there=there, asked=asked
+            )
         ]
-    return [] if found == wanted else [f"{name}: {json.dumps(found)} there, {json.dumps(wanted)} asked"]
+    return [] if found == wanted else [f"{name}: {json.dumps(found)} {there}, {json.dumps(wanted)} {asked}"]

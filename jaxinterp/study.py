@@ -21,11 +21,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from jaxinterp import processes
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.concepts import Dissected
 from jaxinterp.explain import Explained, explain
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import chunk_size
+from jaxinterp.pictures import chunks, part_name
+from jaxinterp.processes import open_run, read_part
 from jaxinterp.runs import Run, file_name, machine
 from jaxinterp.statistics import Estimate
 
@@ -100,18 +102,21 @@ class Study:
             analyse: takes an attack and the arrays of a chunk, the picture being their first axis; returns arrays.
             attacks: names of those whose chunks are wanted; None means all.
         """
-        pictures = self.found.pictures
-        chunks = -(-len(pictures.correct) // chunk_size(pictures, self.found.batch_size))
-        total = chunks * len(self.found.attacks if attacks is None else attacks)
-        with tqdm(total=total, desc=self.name, unit="chunk") as left:
-            for part, attack, arrays in self.found.parts(attacks):
-                extra = self.run.read_part(part)
-                if extra is None:
+        group = processes.current()
+        wanted = [name for name in self.found.attacks if attacks is None or name in attacks]
+        starts = chunks(self.found.pictures, self.found.batch_size)
+        every = [part_name(name, start) for start in starts for name in wanted]
+        missing = group.told([part for part in every if self.run.read_part(part) is None])
+        mine = set(group.share(missing))
+        with tqdm(total=len(mine), desc=self.name, unit="chunk") as left:
+            for part, attack, arrays in self.found.parts(attacks) if mine else ():
+                if part in mine:
                     made = analyse(self.found.attacks[attack], arrays)
-                    extra = {name: np.asarray(value) for name, value in made.items()}
-                    self.run.write_part(part, extra)
-                yield attack, arrays, extra
-                left.update()
+                    self.run.write_part(part, {name: np.asarray(value) for name, value in made.items()})
+                    left.update()
+        group.wait()
+        for part, attack, arrays in self.found.parts(attacks):
+            yield attack, arrays, read_part(self.run, part)
 
     def conclude(self, answers: Sequence[Answer], results: Any = None) -> None:
         """Stores answers.json and prints the answers.
@@ -120,18 +125,19 @@ class Study:
             answers: to the claims.
             results: numbers behind them, as JSON.
         """
-        self.run.write_json(
-            "answers.json",
-            {
-                "study": self.name,
-                "pictures": len(self.found.pictures.correct),
-                "run": self.found.run.config,
-                "config": self.run.config,
-                "machine": machine(),
-                "answers": [dataclasses.asdict(answer) for answer in answers],
-                "results": results,
-            },
-        )
+        if processes.current().first:
+            self.run.write_json(
+                "answers.json",
+                {
+                    "study": self.name,
+                    "pictures": len(self.found.pictures.correct),
+                    "run": self.found.run.config,
+                    "config": self.run.config,
+                    "machine": machine(),
+                    "answers": [dataclasses.asdict(answer) for answer in answers],
+                    "results": results,
+                },
+            )
         print()
         for answer in answers:
             print(f"{answer.verdict:<30} {answer.claim}: {answer.measured}")
@@ -163,7 +169,7 @@ def begin(name: str, setting: Setting, config: Mapping[str, Any], attacks: Seque
         seed=setting.seed,
         batch_size=setting.batch_size,
     )
-    run = Run(out / name, {"study": name, "run": found.run.config, **config})
+    run = open_run(out / name, {"study": name, "run": found.run.config, **config})
     return Study(name, found, run, setting.seed)
 
 
@@ -213,9 +219,11 @@ def dissected(setting: Units, out: Path | None = None, model: str | tuple[Networ
     """
     from jaxinterp import broden, concepts
 
-    if not setting.data.exists():
+    group = processes.current()
+    if group.first and not setting.data.exists():
         print(f"{setting.data} does not exist and is made of the installed pictures")
         broden.make((), setting.data)
+    group.wait()
     job = concepts.prepare(
         f"broden:{setting.data}", model=model or setting.model, nodes=setting.node, quantile=setting.quantile
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxinterp import dissect, parallel
+from jaxinterp import dissect, parallel, processes
 from jaxinterp.concepts import reading
 from jaxinterp.concepts.job import Job, gib, storage
 from jaxinterp.data import Broden, DamagedImage
@@ -45,13 +45,14 @@ def estimate(job: Job, out: Path, spill: bool = True) -> Iterator[str]:
     if isinstance(source, Broden):
         yield f"decoded images and labels take {gib(packed_size(source))} on the disk"
     yield words
-    read, forward, count = measure(job)
+    read, forward, tally = measure(job)
     walks = 1 if stores else job.plan.walks
-    each = read + forward * walks + count
-    devices = parallel.multiple(job.mesh)
+    count = processes.current().count
+    each = (read + forward * walks + tally) / count
+    devices = parallel.multiple(parallel.data_mesh()) * count
     yield (
         f"measured on one batch, ms an image: reading {1e3 * read:.1f}, forward {1e3 * forward:.1f}, tally"
-        f" {1e3 * count:.1f}; on {devices} {jax.devices()[0].device_kind} device{'' if devices == 1 else 's'}"
+        f" {1e3 * tally:.1f}; on {devices} {jax.devices()[0].device_kind} device{'' if devices == 1 else 's'}"
     )
     yield f"expected time: {_duration(each * len(source))}, and some seconds for compiling and figures"
 
@@ -66,14 +67,15 @@ def measure(job: Job) -> tuple[float, float, float]:
             raise ValueError(f"{error}") from error
         skipped.append(error)
 
-    walk = reading.walk(_First(job.source, 2 * job.config["batch_size"]), job.config["batch_size"], skip)
-    batch = next((batch for _, batch in walk), None)
+    walk = reading.walk(_First(job.source, 2 * job.batch_size), job.batch_size, skip)
+    batch = next((batch for _, batch in walk if batch.mask.any()), None)
     if batch is None:
         raise ValueError(f"data: none of the first images can be read: {skipped[0] if skipped else 'there is none'}")
     images = int(batch.mask.sum())
     read = (time.perf_counter() - start) / images
-    pixels, params = parallel.shard(batch.images, job.mesh), parallel.replicate(job.params, job.mesh)
-    run = extractor(job.network, job.nodes, job.mesh)
+    mesh = parallel.data_mesh()
+    pixels, params = parallel.shard(batch.images, mesh), parallel.replicate(job.params, mesh)
+    run = extractor(job.network, job.nodes, mesh)
 
     def forward() -> Any:
         return jax.block_until_ready(run(params, pixels))

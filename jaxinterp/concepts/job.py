@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxinterp import parallel
+from jaxinterp import parallel, processes
 from jaxinterp.concepts import page, reading, tables
 from jaxinterp.concepts.tables import Layer
 from jaxinterp.data import Broden, DamagedImage, SegmentedSource, packed
@@ -33,7 +34,8 @@ from jaxinterp.dissect.counting import Form
 from jaxinterp.dissect.quantiles import check as check_quantile
 from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params
-from jaxinterp.runs import Run, file_name, machine
+from jaxinterp.processes import open_run
+from jaxinterp.runs import Run, file_name
 from jaxinterp.weights import checkpoint, load
 
 Say = Callable[[str], None]
@@ -54,7 +56,8 @@ class Job:
         nodes: its layers.
         source: the images and labels.
         config: what determines the numbers.
-        mesh: the devices; None for one.
+        batch_size: images that each process computes at once.
+        mesh: the devices of all processes; None for one.
         plan: what will be held in memory.
         form: of the tally.
         strict: whether an image that cannot be read ends the job.
@@ -66,6 +69,7 @@ class Job:
     nodes: tuple[str, ...]
     source: SegmentedSource
     config: dict[str, Any]
+    batch_size: int
     mesh: Mesh | None
     plan: Plan
     form: Form
@@ -119,7 +123,7 @@ def prepare(
         categories: which to use; none means all.
         split: use only this split.
         limit: use only the first so many images.
-        batch_size: images that are computed at once, rounded up to a multiple of the devices.
+        batch_size: images that are computed at once in every process, rounded up to a multiple of its devices.
         top: images that are shown for each unit.
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
         form: of the tally, see `jaxinterp.dissect.tally`.
@@ -156,11 +160,9 @@ def prepare(
         source = data
     if not len(source):
         raise ValueError("data: expected at least one image")
-    mesh = parallel.data_mesh()
-    size = -(-batch_size // parallel.multiple(mesh)) * parallel.multiple(mesh)
-    notes = (
-        [f"batches of {size} images, a multiple of the {parallel.multiple(mesh)} devices"] if size > batch_size else []
-    )
+    mesh, unit = parallel.global_mesh(), parallel.multiple(parallel.data_mesh())
+    size = -(-batch_size // unit) * unit
+    notes = [f"batches of {size} images, a multiple of the {unit} devices"] if size > batch_size else []
     if isinstance(source, Broden) and source.left_out:
         notes.append(f"{source.left_out} images have no label in the chosen categories and are left out")
     concepts = source.concepts
@@ -183,8 +185,9 @@ def prepare(
             "quantile": quantile,
             "union": union,
             "top": top,
-            "batch_size": size,
+            "batch_size": batch_size,
         },
+        size,
         mesh,
         plan(
             network,
@@ -193,7 +196,7 @@ def prepare(
             len(source),
             labels=len(concepts.names),
             categories=len(concepts.categories),
-            batch_size=size,
+            batch_size=size * processes.current().count,
             mesh=mesh,
             memory=memory,
         ),
@@ -283,38 +286,47 @@ def dissect(
     if not 0 <= minimum < 1:
         raise ValueError(f"--minimum: expected an IoU from 0 to below 1, got {minimum}")
     out = Path(out)
-    run = Run(out, job.config)
-    run.write_json("machine.json", machine())
+    run, group = open_run(out, job.config), processes.current()
     for line in job.notes:
         say(line)
     source = job.source
     if isinstance(source, Broden):
+        if not group.first:
+            group.wait()  # the cache is made by process 0, and by others only where it is on a disk of their own
         with tqdm(total=len(source), unit="image", desc="packing", leave=False) as bar:
             source = packed(source, out / "cache" if cache is None else cache, progress=bar.update)
+        if group.first:
+            group.wait()
     found, damaged = _stored(run, job), _stored_damaged(run)
-    if found is None or damaged is None:
+    if group.told(found is None or damaged is None):
         found, damaged = _compute(run, job, source, spill, say)
+    elif found is None or damaged is None:
+        raise OSError(f"the counts that process 0 finds in {run.directory} cannot be read by {group.name}")
     else:
         say("everything has been counted; tables and pages are made again")
     for name, reason in damaged:
         say(f"  skipped {name}: {reason}")
-    removed = _forget_features(run)
+    group.wait()
+    removed = _forget_features(run) if group.first else 0
     if removed:
         say(f"the stored feature maps are not needed any more and were removed ({gib(removed)})")
     layers = {node: tables.layer(each, source.concepts) for node, each in found.items()}
-    for node, layer in layers.items():
-        columns = tables.tally_columns(source.concepts.categories)
-        run.write_table(tally_name(node, job.nodes), columns, tables.tally_rows(layer))
-    tables.write_ious(run.directory / "iou.parquet", layers)
     summary = {
         "model": job.network.name,
         "weights": job.config["weights"],
         **tables.summarise(layers, damaged, minimum),
     }
-    run.write_json("summary.json", summary)
-    with tqdm(total=sum(layer.units for layer in layers.values()), unit="unit", desc="figures", leave=False) as bar:
-        written = page.write(run, job.network, source, layers, summary, minimum, lambda: bar.update(1))
-    return Dissected(run, layers, summary, written)
+    if group.first:
+        for node, layer in layers.items():
+            columns = tables.tally_columns(source.concepts.categories)
+            run.write_table(tally_name(node, job.nodes), columns, tables.tally_rows(layer))
+        tables.write_ious(run.directory / "iou.parquet", layers)
+        run.write_json("summary.json", summary)
+        units = sum(layer.units for layer in layers.values())
+        with tqdm(total=units, unit="unit", desc="figures", leave=False) as bar:
+            page.write(run, job.network, source, layers, summary, minimum, lambda: bar.update(1))
+    group.wait()
+    return Dissected(run, layers, summary, run.directory / "index.html")
 
 
 def tally_name(node: str, nodes: Sequence[str]) -> str:
@@ -328,7 +340,8 @@ def _compute(
     """Counts all layers, stores and returns what was found, and which images could not be read."""
     for line in job.plan.lines():
         say(line)
-    stores, words = storage(job, run.directory, spill)
+    group = processes.current()
+    stores, words = group.told(storage(job, run.directory, spill))
     say(words)
     damaged: dict[str, str] = {}
     current: list[np.ndarray] = []
@@ -339,7 +352,7 @@ def _compute(
         damaged[error.id] = error.reason
 
     def walk() -> Iterator[tuple[np.ndarray, Any]]:
-        for numbers, batch in reading.walk(source, job.config["batch_size"], skip):
+        for numbers, batch in reading.walk(source, job.batch_size, skip, (group.index, group.count)):
             current[:] = [np.where(batch.mask, numbers, -1)]
             yield numbers, batch
 
@@ -352,7 +365,7 @@ def _compute(
             run.write_part(name, {**stored, "__images": numbers})
         return stored
 
-    with _bars(len(source)) as told:
+    with _bars(len(source), group.count) as told:
         found = dissect_layers(
             job.network,
             job.params,
@@ -362,7 +375,7 @@ def _compute(
             union=job.config["union"],
             top=job.config["top"],
             maps=True,
-            batch_size=job.config["batch_size"],
+            batch_size=job.batch_size * group.count,
             mesh=job.mesh,
             memory=job.plan.budget,
             form=job.form,
@@ -370,16 +383,18 @@ def _compute(
             memo=memo if stores else None,
             progress=told,
         )
-    listed = sorted(damaged.items())
-    run.write_part("damaged", {"listed": np.array(listed, str).reshape(-1, 2)})
-    for node, each in found.items():
-        run.write_part(_part(node), _arrays(each))
+    every = group.settle(list(damaged.items()), lambda lists: sorted(set(map(tuple, itertools.chain(*lists)))))
+    listed = [(name, reason) for name, reason in every]
+    if group.first:
+        run.write_part("damaged", {"listed": np.array(listed, str).reshape(-1, 2)})
+        for node, each in found.items():
+            run.write_part(_part(node), _arrays(each))
     return found, listed
 
 
 @contextlib.contextmanager
-def _bars(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar for each walk through the data."""
+def _bars(total: int, count: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar for each walk through the data; the processes, which walk in step, do as much as this one."""
     with contextlib.ExitStack() as stack:
         shown: dict[str, Any] = {}
 
@@ -387,7 +402,7 @@ def _bars(total: int) -> Iterator[Callable[[str, int], None]]:
             if what not in shown:
                 stack.close()
                 shown[what] = stack.enter_context(tqdm(total=total, unit="image", desc=what, leave=False))
-            shown[what].update(images)
+            shown[what].update(min(images * count, total - shown[what].n))
 
         yield told
 

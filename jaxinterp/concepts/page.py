@@ -86,7 +86,7 @@ def write(
             "union": f"{summary['union']}: images in which the category occurs {UNION_NAMES[summary['union']]}",
             "data": config["data"],
             "weights (sha256)": config["weights"],
-            **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "devices")},
+            **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "device")},
         },
         damaged=summary["damaged"],
         **shared,

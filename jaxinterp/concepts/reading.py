@@ -100,7 +100,7 @@ class Numbered:
 
 
 def walk(
-    source: SegmentedSource, batch_size: int, on_damaged: OnDamaged
+    source: SegmentedSource, batch_size: int, on_damaged: OnDamaged, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[np.ndarray, SegmentedBatch]]:
     """Walks once through a source, by threads, as `jaxinterp.dissect.dissect` takes it.
 
@@ -108,9 +108,10 @@ def walk(
         source: the source.
         batch_size: images in a batch.
         on_damaged: see `OnDamaged`; such an image is skipped, and its number too.
+        shard: (index, count) of this process, which reads whole blocks, see `jaxinterp.data.segmented_batches`.
 
     Yields:
         The numbers of a batch's images (positions in the source, int32; 0 where there is no image), and the batch.
     """
-    for batch in segmented_batches(Numbered(source), batch_size, on_damaged=on_damaged):
+    for batch in segmented_batches(Numbered(source), batch_size, on_damaged=on_damaged, shard=shard, blocks=True):
         yield np.array([int(name.partition(":")[0] or 0) for name in batch.ids], np.int32), batch

@@ -107,6 +107,7 @@ def segmented_batches(
     workers: int | None = None,
     on_damaged: Callable[[DamagedImage], None] | None = None,
     shard: tuple[int, int] = (0, 1),
+    blocks: bool = False,
 ) -> Iterator[SegmentedBatch]:
     """Walks once through a segmented source, or through one process's share of it, as `batches` does through others.
 
@@ -116,6 +117,9 @@ def segmented_batches(
         workers: as in `batches`.
         on_damaged: as in `batches`.
         shard: (index, count), as in `batches`.
+        blocks: shards are interleaved by blocks of B items, and no item moves up: whatever the number of shards, block
+            k is a batch of the readable ones among the items k B, k B + 1, ... Shards end with empty batches where
+            others have one more block.
 
     Yields:
         Batches of B items in the order of the source. None at all where no item can be read.
@@ -123,7 +127,7 @@ def segmented_batches(
     Raises:
         ValueError: an argument out of range; or, on the way, images or label maps of different shapes.
     """
-    return _walk(source, batch_size, _stack_segmented, workers, on_damaged, shard)
+    return _walk(source, batch_size, _stack_segmented, workers, on_damaged, shard, blocks)
 
 
 def read_ahead(
@@ -175,6 +179,7 @@ def _walk(
     workers: int | None,
     on_damaged: Callable[[DamagedImage], None] | None,
     shard: tuple[int, int],
+    blocks: bool = False,
 ) -> Iterator[B]:
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -185,7 +190,8 @@ def _walk(
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard: expected (index, count) with 0 <= index < count, got {shard}")
-    return _batches(source, batch_size, stack, workers, on_damaged or _warn, index, count)
+    walk = _blocks if blocks else _batches
+    return walk(source, batch_size, stack, workers, on_damaged or _warn, index, count)
 
 
 def _warn(error: DamagedImage) -> None:
@@ -202,7 +208,8 @@ def _batches(
     count: int,
 ) -> Iterator[B]:
     # One batch is read while the previous one is in use, and no thread waits for its neighbours.
-    items = _items(source, range(index, len(source), count), workers, batch_size + workers, on_damaged)
+    read = _items(source, range(index, len(source), count), workers, batch_size + workers, on_damaged)
+    items = (item for item in read if item is not None)
     last: I | None = None
     done = 0
     try:
@@ -212,6 +219,7 @@ def _batches(
             done += 1
     finally:
         items.close()
+        read.close()
     if count == 1:
         return
     expected = math.ceil(math.ceil(len(source) / count) / batch_size)
@@ -223,14 +231,37 @@ def _batches(
                 yield stack([], batch_size, last)
 
 
+def _blocks(
+    source: _Indexable[I],
+    batch_size: int,
+    stack: Callable[[Sequence[I], int, I], B],
+    workers: int,
+    on_damaged: Callable[[DamagedImage], None],
+    index: int,
+    count: int,
+) -> Iterator[B]:
+    mine = [range(i, min(i + batch_size, len(source))) for i in range(0, len(source), batch_size)][index::count]
+    items = _items(source, list(itertools.chain(*mine)), workers, batch_size + workers, on_damaged)
+    empty = math.ceil(math.ceil(len(source) / batch_size) / count) - len(mine)
+    last: I | None = None
+    try:
+        for block in [*mine, *[range(0)] * empty]:
+            chunk = [item for item in itertools.islice(items, len(block)) if item is not None]
+            last = chunk[-1] if chunk else last or _first(source)
+            if last is not None:
+                yield stack(chunk, batch_size, last)
+    finally:
+        items.close()
+
+
 def _items(
     source: _Indexable[I],
     indices: Sequence[int],
     workers: int,
     ahead: int,
     on_damaged: Callable[[DamagedImage], None],
-) -> Generator[I, None, None]:
-    """The readable items among `indices`, in order, with at most `ahead` being read or waiting."""
+) -> Generator[I | None, None, None]:
+    """The items at `indices`, in order, None where one is damaged; at most `ahead` are being read or waiting."""
     reading = read_ahead(source.__getitem__, indices, workers, ahead)
     try:
         for future in reading:
@@ -238,6 +269,7 @@ def _items(
                 item = future.result()
             except DamagedImage as error:
                 on_damaged(error)
+                yield None
             else:
                 yield item
     finally:

@@ -393,23 +393,29 @@ class Passes:
             self.told(what, int(np.sum(batch.mask)))
 
     def maps(self, i: int, batch: Labelled) -> list[jax.Array]:
-        """The feature maps of a batch, from a stored part where there is one."""
-        run = extractor(self.network, self.nodes, self.mesh)
+        """The feature maps of a batch, from a stored part where there is one.
+
+        Every process computes its own, so that one which finds them stored need not wait for another.
+        """
+        here = shares.local(self.mesh)
+        run = extractor(self.network, self.nodes, here)
 
         def compute() -> dict[str, Any]:
-            maps = run(self._params, shares.placed(np.asarray(batch.images, np.float32), self.mesh))
+            maps = run(self._params, shares.placed(np.asarray(batch.images, np.float32), here))
             return dict(zip(self.nodes, maps, strict=True))
 
         if not self.spilled:
-            return list(compute().values())
+            return shares.joined(list(compute().values()), self.mesh)
+        number = shares.processes(self.mesh)
+        block = i * number + (jax.process_index() if number > 1 else 0)
         stored = self.memo(
-            f"features-{i:05d}", lambda: {node: _of_this_process(leaf) for node, leaf in compute().items()}
+            f"features-{block:05d}", lambda: {node: np.asarray(leaf) for node, leaf in compute().items()}
         )
         return [shares.placed(np.asarray(stored[node]), self.mesh) for node in self.nodes]
 
     @functools.cached_property
     def _params(self) -> Params:
-        return shares.replicated(self.params, self.mesh)
+        return shares.replicated(self.params, shares.local(self.mesh))
 
     def first(self, top: int) -> Seen:
         """Computes feature maps, keeps or counts them, and finds the top images."""
@@ -568,14 +574,6 @@ def _total(mesh: Mesh | None) -> Any:
         return jnp.sum(there, dtype=jnp.int32)
 
     return jax.jit(total) if mesh is None else jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def _of_this_process(leaf: jax.Array) -> np.ndarray:
-    """The rows that this process has computed."""
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    rows = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in rows])
 
 
 def _agreed(number: int, mesh: Mesh | None, choose: Callable[[list[int]], int]) -> int:

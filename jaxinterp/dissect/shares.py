@@ -47,6 +47,28 @@ def placed(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
+def local(mesh: Mesh | None) -> Mesh | None:
+    """The devices of the mesh that belong to this process: what is computed for single examples needs no others."""
+    if mesh is None or processes(mesh) == 1:
+        return mesh
+    mine = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Mesh(np.array(mine), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def joined(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays on the devices of `local(mesh)` as this process's part of arrays on the whole mesh, where they are."""
+    if mesh is None or processes(mesh) == 1:
+        return tree
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+
+    def join(leaf):
+        shape = (leaf.shape[0] * processes(mesh), *leaf.shape[1:])
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return jax.tree.map(join, tree)
+
+
 def replicated(tree: Any, mesh: Mesh | None) -> Any:
     """The same values on every device."""
     if mesh is None:

@@ -13,9 +13,9 @@ from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import Pictures, Progress, chunk_size, classify, load_chunk, silent
+from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
-from jaxinterp.runs import Run, file_name
+from jaxinterp.runs import Run
 
 PERCENTILES = (30, 40, 50, 60, 70, 80, 90)
 """Of maps, at which interpretability scores are stored."""
@@ -126,19 +126,20 @@ def parts(
     cam: str,
     seed: int,
     batch_size: int,
+    starts: Iterable[int],
     progress: Progress = silent,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Every finished chunk, (name of the attack, arrays as `explain_batch` gives them), computed or read back.
+    """The chunks with the numbers `starts`, (name of the attack, arrays as `explain_batch` gives them), computed or
+    read back.
 
     Chunks come picture by picture, all attacks of one before the next, so that a stopped run has whole comparisons.
     """
-    positions = pictures.correct
-    size = chunk_size(pictures, batch_size)
-    for start in range(0, len(positions), size):
-        chunk = positions[start : start + size]
+    size, every = chunk_size(pictures, batch_size), chunks(pictures, batch_size)
+    for start in starts:
+        chunk = every[start]
         batch, targets = None, None
         for name, attack in chosen.items():
-            part = _part_name(name, start)
+            part = part_name(name, start)
             arrays = run.read_part(part)
             if arrays is None:
                 progress(name, 0.0)
@@ -161,19 +162,3 @@ def parts(
                 run.remove_state(part)
             yield name, arrays
             progress(name, len(chunk) / len(chosen))
-
-
-def stored_parts(
-    run: Run, names: Iterable[str], pictures: Pictures, batch_size: int
-) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
-    """Every chunk of a finished run, read back in order: its name, the attack's, its arrays."""
-    for start in range(0, len(pictures.correct), chunk_size(pictures, batch_size)):
-        for name in names:
-            part = _part_name(name, start)
-            arrays = run.read_part(part)
-            if arrays is not None:
-                yield part, name, arrays
-
-
-def _part_name(attack: str, start: int) -> str:
-    return f"{file_name(attack)}-{start:06d}"

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from jaxinterp import cam, effect
+from jaxinterp import cam, effect, processes
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.explain import compute, page, tables
-from jaxinterp.job import BAR, begin, choose_attacks
+from jaxinterp.job import attacking, begin, choose_attacks
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import Pictures
+from jaxinterp.pictures import Pictures, shared_chunks, stored_parts
 from jaxinterp.runs import Run
 
 # Settings for explaining: a perturbation near the attack's best, at a cost of minutes on a laptop. The classes
@@ -58,7 +57,7 @@ class Explained:
     def parts(self, attacks: Collection[str] | None = None) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
         """Every chunk: its name, its attack's, and the arrays of `compute.explain_batch`; of all attacks or of some."""
         wanted = [name for name in self.attacks if attacks is None or name in attacks]
-        return compute.stored_parts(self.run, wanted, self.pictures, self.batch_size)
+        return stored_parts(self.run, wanted, self.pictures, self.batch_size)
 
 
 def explain(
@@ -124,13 +123,8 @@ def explain(
     )
     run, network, seen = job.run, job.network, job.pictures
 
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(seen.correct), bar_format=BAR) as bar:
-
-        def progress(what: str, done: float) -> None:
-            bar.set_description_str(what, refresh=not done)
-            bar.update(done)
-
+    mine, done = shared_chunks(run, chosen, seen, batch_size)
+    with attacking(seen, done) as progress:
         for name, arrays in compute.parts(
             run,
             network,
@@ -142,24 +136,33 @@ def explain(
             cam=compute.map_method(network, method),
             seed=seed,
             batch_size=batch_size,
+            starts=mine,
             progress=progress,
         ):
-            fresh = list(tables.image_rows(network, name, arrays))
-            bar.set_description_str(f"{name}: figures")
-            page.draw_missing(run, network, name, arrays, fresh, cell)
-            rows += fresh
-        bar.set_description_str("done")
+            progress(f"{name}: figures", 0.0)
+            page.draw_missing(run, network, name, arrays, list(tables.image_rows(network, name, arrays)), cell)
+
+    group = processes.current()
+    rows: list[dict[str, Any]] = []
+    for _, name, arrays in stored_parts(run, chosen, seen, batch_size, without=tables.NOT_IN_ROWS):
+        rows += tables.image_rows(network, name, arrays)
 
     def stored():
-        return ((name, arrays) for _, name, arrays in compute.stored_parts(run, chosen, seen, batch_size))
+        return ((name, arrays) for _, name, arrays in stored_parts(run, chosen, seen, batch_size))
 
     place = {(picture, name): (i, j) for i, picture in enumerate(seen.ids) for j, name in enumerate(chosen)}
     rows.sort(key=lambda row: place[row["id"], row["attack"]])
-    run.write_table("images.csv", tables.IMAGE_COLUMNS, rows)
-    run.write_table(
-        "cells.csv", tables.CELL_COLUMNS, (row for name, a in stored() for row in tables.cell_rows(name, a, cell))
-    )
     summary = tables.summarise(rows, list(chosen), seed=seed)
-    run.write_json("summary.json", tables.as_json(summary))
-    written = page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored)
+    written = run.directory / "index.html"
+    if group.first:
+        if not all(page.figure_path(run, row["attack"], row["id"]).exists() for row in rows):
+            for name, arrays in stored():
+                page.draw_missing(run, network, name, arrays, list(tables.image_rows(network, name, arrays)), cell)
+        run.write_table("images.csv", tables.IMAGE_COLUMNS, rows)
+        run.write_table(
+            "cells.csv", tables.CELL_COLUMNS, (row for name, a in stored() for row in tables.cell_rows(name, a, cell))
+        )
+        run.write_json("summary.json", tables.as_json(summary))
+        page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored)
+    group.wait()
     return Explained(run, network, job.params, chosen, seen, rows, summary, written, batch_size)

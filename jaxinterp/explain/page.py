@@ -134,7 +134,7 @@ def write_page(
             "maps": map_method(network, config["maps"]),
             "seed": str(config["seed"]),
             "weights (sha256)": config["weights"],
-            **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "devices")},
+            **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "device")},
         },
         summary=[{k: format(v) if isinstance(v, Estimate) else v for k, v in row.items()} for row in summary],
         summary_columns=SUMMARY_COLUMNS,

@@ -21,6 +21,8 @@ IMAGE_COLUMNS = (
     *("label_map_suppression", "label_map_balanced", "label_map_promotion"),
     *("target_map_suppression", "target_map_balanced", "target_map_promotion"),
 )
+NOT_IN_ROWS = ("clean", "adversarial", "maps")
+"""The large arrays of a chunk, which `image_rows` does not need."""
 CELL_COLUMNS = (
     *("id", "attack", "row", "column", "suppression", "promotion", "ratio", "kind", "norm"),
     *("map_label_clean", "map_target_adversarial"),

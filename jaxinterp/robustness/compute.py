@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from jaxinterp import parallel
-from jaxinterp.attacks.attack import Attack
+from jaxinterp.attacks.attack import Attack, norm
+from jaxinterp.canonical import canonical
 from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import Pictures, Progress, chunk_size, classify, load_chunk, silent
+from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run, file_name, replacing
+from jaxinterp.sharding import on_mesh
 
 NORMS = ("l0", "l1", "l2", "linf")
 
@@ -64,7 +68,7 @@ def evaluate_batch(
         part=part,
         progress=lambda done: progress(f"attack {done:4.0%}", 0.0),
     )
-    rounded = jnp.round(found.images * 255) / 255
+    rounded, rounded_linf, rounded_l2 = _rounded(mesh)(found.images, clean)
     rounded_class = classify(model, rounded)
     reached = rounded_class != labels if wanted is None else rounded_class == wanted
     result = {
@@ -73,8 +77,8 @@ def evaluate_batch(
         **{name: getattr(found, name) for name in ("success", *NORMS, "iterations", "forward", "backward")},
         "rounded_class": rounded_class,
         "rounded_success": found.success & reached,
-        "rounded_linf": jnp.max(jnp.abs(rounded - clean), axis=(1, 2, 3)),
-        "rounded_l2": jnp.sqrt(jnp.sum(jnp.square(rounded - clean), axis=(1, 2, 3))),
+        "rounded_linf": rounded_linf,
+        "rounded_l2": rounded_l2,
     }
     kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
     kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
@@ -83,7 +87,19 @@ def evaluate_batch(
     return kept
 
 
-def parts(
+@functools.cache
+def _rounded(mesh: Mesh | None) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(images, clean) -> the images with 8 bits, and their distances in Linf and L2; the same bits in any batch."""
+
+    def of(images, clean):
+        rounded = jnp.round(images * 255) / 255
+        delta = rounded - clean
+        return rounded, jnp.max(jnp.abs(delta), axis=(1, 2, 3)), norm(delta)
+
+    return on_mesh(mesh, canonical(of), (True, True))
+
+
+def compute_parts(
     run: Run,
     network: Network,
     params: Params,
@@ -95,21 +111,20 @@ def parts(
     images: bool,
     seed: int,
     batch_size: int,
+    starts: Iterable[int],
     progress: Progress = silent,
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Every finished chunk, (name of the attack, arrays as `evaluate_batch` gives them but for the images).
+) -> None:
+    """Computes what is missing of the chunks with the numbers `starts`: arrays as of `evaluate_batch`, but the images.
 
     The adversarial images are written before the chunk counts as finished.
     """
-    positions = pictures.correct
-    size = chunk_size(pictures, batch_size)
-    for start in range(0, len(positions), size):
-        chunk = positions[start : start + size]
+    size, every = chunk_size(pictures, batch_size), chunks(pictures, batch_size)
+    for start in starts:
+        chunk = every[start]
         batch, targets = None, None
         for name, attack in chosen.items():
-            part = f"{file_name(name)}-{start:06d}"
-            arrays = run.read_part(part)
-            if arrays is None:
+            part = part_name(name, start)
+            if run.read_part(part) is None:
                 progress(name, 0.0)
                 if batch is None:
                     batch, targets = load_chunk(source, pictures, chunk, size)
@@ -130,7 +145,6 @@ def parts(
                     _write_images(run.directory / "adversarial" / file_name(name), arrays, adversarial)
                 run.write_part(part, arrays)
                 run.remove_state(part)
-            yield name, arrays
             progress(name, len(chunk) / len(chosen))
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from jaxinterp import attacks
+from jaxinterp import attacks, processes
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.diagnostics import Finding
-from jaxinterp.job import BAR, Job, Say, begin, choose_attacks
+from jaxinterp.job import Job, Say, attacking, begin, choose_attacks
 from jaxinterp.network import Network
-from jaxinterp.pictures import Pictures, load_chunk
+from jaxinterp.pictures import Pictures, load_chunk, shared_chunks, stored_parts
 from jaxinterp.robustness import compute, tables
 from jaxinterp.runs import Run
 from jaxinterp.statistics import Estimate, proportion
@@ -104,15 +103,11 @@ def evaluate(
         say=say,
     )
     run, seen = job.run, job.pictures
-    findings = _diagnose(job, seed)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(seen.correct), bar_format=BAR) as bar:
-
-        def progress(what: str, done: float) -> None:
-            bar.set_description_str(what, refresh=not done)
-            bar.update(done)
-
-        for name, arrays in compute.parts(
+    group = processes.current()
+    findings = _diagnose(job, seed) if group.first else []
+    mine, done = shared_chunks(run, chosen, seen, batch_size)
+    with attacking(seen, done) as progress:
+        compute.compute_parts(
             run,
             job.network,
             job.params,
@@ -123,39 +118,35 @@ def evaluate(
             images=images,
             seed=seed,
             batch_size=batch_size,
+            starts=mine,
             progress=progress,
-        ):
-            rows += tables.rows(job.network, name, arrays)
-        bar.set_description_str("done")
+        )
+    rows: list[dict[str, Any]] = []
+    for _, name, arrays in stored_parts(run, chosen, seen, batch_size):
+        rows += tables.rows(job.network, name, arrays)
 
     place = {(picture, name): (i, j) for i, picture in enumerate(seen.ids) for j, name in enumerate(chosen)}
     rows.sort(key=lambda row: place[row["id"], row["attack"]])
     findings += attacks.compare_access({name: [row for row in rows if row["attack"] == name] for name in chosen})
     clean = proportion(len(seen.correct), len(seen.ids))
     summary = tables.summarise(rows, list(chosen), labelled=len(seen.ids), correct=len(seen.correct))
-    run.write_table("images.csv", tables.COLUMNS, rows)
-    run.write_json(
-        "summary.json",
-        {
-            "clean_accuracy": tables.as_json([{"clean": clean}])[0]["clean"],
-            "attacks": tables.as_json(summary),
-            "quantiles": tables.QUANTILES,
-            "warnings": [dataclasses.asdict(finding) for finding in findings],
-        },
-    )
+    curves = run.directory / "curves.png"
+    if group.first:
+        run.write_table("images.csv", tables.COLUMNS, rows)
+        run.write_json(
+            "summary.json",
+            {
+                "clean_accuracy": tables.as_json([{"clean": clean}])[0]["clean"],
+                "attacks": tables.as_json(summary),
+                "quantiles": tables.QUANTILES,
+                "warnings": [dataclasses.asdict(finding) for finding in findings],
+            },
+        )
+        _draw(curves, rows, list(chosen), len(seen.correct))
     for finding in findings:
         say(f"warning: {finding}")
-    return Evaluated(
-        run,
-        job.network,
-        chosen,
-        seen,
-        rows,
-        summary,
-        clean,
-        findings,
-        _draw(run, rows, list(chosen), len(seen.correct)),
-    )
+    group.wait()
+    return Evaluated(run, job.network, chosen, seen, rows, summary, clean, findings, curves)
 
 
 def _diagnose(job: Job, seed: int) -> list[Finding]:
@@ -166,11 +157,11 @@ def _diagnose(job: Job, seed: int) -> list[Finding]:
     return attacks.diagnose(model, batch.images, batch.labels, key=jax.random.key(seed))
 
 
-def _draw(run: Run, rows: Sequence[dict[str, Any]], names: Sequence[str], total: int) -> Path:
+def _draw(path: Path, rows: Sequence[dict[str, Any]], names: Sequence[str], total: int) -> None:
     from jaxinterp import plots
 
     distances = {
         norm: {name: np.array([r[norm] for r in rows if r["attack"] == name and r["success"]], float) for name in names}
         for norm in compute.NORMS
     }
-    return plots.save(plots.success_curves(distances, total=total), run.directory / "curves.png")
+    plots.save(plots.success_curves(distances, total=total), path)

@@ -180,7 +180,7 @@ def load(
     if wrong:
         raise ValueError(f"checkpoint {folder} does not fit {name}: {', '.join(wrong[:8])}; {remedy}")
     if placement is None:
-        placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         key: jax.ShapeDtypeStruct(
             spec.shape, spec.dtype, sharding=placement(key, spec.shape) if callable(placement) else placement

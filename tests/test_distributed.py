@@ -1,0 +1,258 @@
+"""Several processes give the files of one; whatever befalls one of them, all end in time, say why, and can go on."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxinterp import broden, models
+from jaxinterp.weights import checkpoint, seeded
+
+TESTS = Path(__file__).parent
+PROGRAM = TESTS / "commands.py"
+COMMANDS = ["explain", "attack", "dissect"]
+PICTURES = 3  # fewer than eight devices, and the last chunk holds one
+
+
+@dataclasses.dataclass
+class Ended:
+    """What a process left: its exit status, its output, what it said otherwise."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Checkpoints, pictures and a set in Broden's format."""
+    root = tmp_path_factory.mktemp("folder")
+    rng = np.random.default_rng(0)
+    (root / "pictures").mkdir()
+    for name in "abd"[:PICTURES]:
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "pictures" / f"{name}.png")
+    (root / "pictures" / "broken.png").write_bytes(b"no picture")
+    for scene in ("day", "night"):
+        (root / "scenes" / scene).mkdir(parents=True)
+        for i in range(2):
+            patches = rng.integers(0, 255, (5, 5, 3), dtype=np.uint8).repeat(20, 0).repeat(20, 1)
+            Image.fromarray(patches).save(root / "scenes" / scene / f"{scene}{i}.png")
+    broden.make([], root / "broden", scenes=root / "scenes", size=32, crops=5)
+    # One of twenty images is damaged: it is missing in its block, whoever reads that.
+    next(path for path in sorted((root / "broden" / "images").rglob("*.*g"))).write_bytes(b"no picture")
+    source = {"file": "seeded", "sha256": "0", "known": False}
+    params = seeded.params(models.shapes("small_cnn"))
+    checkpoint.save(params, root / "ckpts" / "small_cnn", name="small_cnn", classes=10, source=source)
+    return root
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(words: list[str], devices: int, **variables: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        **variables,
+        "XLA_FLAGS": "",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(TESTS.parent),
+    }
+    return subprocess.Popen(
+        [sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def together(words: list[list[str]], devices: int, crash=None, patience: int = 8) -> list[Ended]:
+    """Ends of processes that work together, each with its own words."""
+    address = f"127.0.0.1:{free_port()}"
+    common = ["--distributed", "--coordinator-address", address, "--num-processes", str(len(words))]
+    limits = ["--peer-timeout", str(patience), "--start-timeout", "60"]
+    started = [
+        start([*mine, *common, "--process-id", str(i), *limits], devices, CRASH=(crash or {}).get(i, ""))
+        for i, mine in enumerate(words)
+    ]
+    return [end(process) for process in started]
+
+
+def end(process: subprocess.Popen, timeout: float = 150) -> Ended:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Ended(process.returncode, out, err)
+
+
+def alone(folder: Path, out: Path, devices: int) -> None:
+    ended = end(start([str(PROGRAM), str(folder), str(out), *COMMANDS], devices))
+    assert ended.status == 0, ended.err[-3000:]
+
+
+def run_together(folder: Path, out: Path, devices: int, commands=COMMANDS, crash=None) -> tuple[Ended, Ended]:
+    first, second = together([[str(PROGRAM), str(folder), str(out), *commands]] * 2, devices, crash)
+    for ended in (first, second):
+        assert "Traceback" not in ended.err
+        assert "***" not in ended.err
+    return first, second
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """All files but the records of the machine, which tell the number of devices."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "machine.json"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def assert_same(out: Path, expected: dict[str, bytes]) -> None:
+    found = results(out)
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if found[name] != expected[name]]
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory) -> dict[str, bytes]:
+    """The files of one process with one device."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    alone(folder, out, 1)
+    found = results(out)
+    assert {"explain/cells.csv", "explain/index.html", "attack/images.csv", "dissect/tally.csv"} <= found.keys()
+    assert any(name.startswith("attack/adversarial") for name in found)
+    assert b",true," in found["explain/images.csv"]  # a perturbation to explain: d.png reaches its target
+    return found
+
+
+def test_two_processes_leave_the_files_of_one(folder, expected, tmp_path):
+    first, second = run_together(folder, tmp_path / "out", 2)
+    assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
+    assert_same(tmp_path / "out", expected)
+    assert "broken.png: could not be read" in first.out
+    assert "16 of 16 units" in first.out
+    assert f"{PICTURES}.0/{PICTURES} pictures" in first.err
+    assert second.out == second.err == ""
+
+
+def test_a_killed_run_goes_on_with_other_devices(folder, expected, tmp_path):
+    """Process 1 of two is killed before it has stored its chunk; one process with eight devices goes on."""
+    out = tmp_path / "out"
+    first, second = run_together(folder, out, 1, ["explain"], {1: "explain/ifgsm:kill"})
+    assert (first.status, second.status) == (2, 2)
+    assert "has been silent for 8 s and counts as dead" in first.err
+    assert "was killed (SIGKILL)" in second.err
+    for ended in (first, second):
+        assert "continues from there:\n" in ended.err
+        assert str(PROGRAM) in ended.err.splitlines()[-1]
+    assert not (out / "explain" / "images.csv").exists()
+    [chunk] = out.rglob("parts/ifgsm*.npz")
+    finished = chunk.stat().st_mtime_ns
+    alone(folder, out, 8)
+    assert_same(out, expected)
+    assert chunk.stat().st_mtime_ns == finished
+
+
+def test_the_death_of_process_0_and_a_full_disk(folder, expected, tmp_path):
+    """Stopped twice in dissection, by what may befall either; then two processes end the run."""
+    out, command = tmp_path / "out", ["dissect"]
+    first, second = run_together(folder, out, 1, command, {0: "dissect/features-00002:kill"})
+    assert (first.status, second.status) == (2, 2)
+    assert "process 0, which coordinates the others, has died" in second.err
+    stored = {path: path.stat().st_mtime_ns for path in out.rglob("parts/features-*.npz")}
+    assert {"features-00000", "features-00001"} <= {path.stem for path in stored}
+    first, second = run_together(folder, out, 1, command, {0: "dissect/features:full"})
+    assert (first.status, second.status) == (2, 2)
+    assert "No space left on device" in first.err
+    assert "ended with the others: process 0 on " in second.err
+    assert "No space left on device" in second.err
+    assert all(path.stat().st_mtime_ns == when for path, when in stored.items())
+    first, second = run_together(folder, out, 2, command)
+    assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
+    assert_same(out / "dissect", {n.removeprefix("dissect/"): x for n, x in expected.items() if n[0] == "d"})
+
+
+# What is refused, in programs that compute nothing
+
+OPEN = """
+import sys
+from jaxinterp import cli, processes
+from jaxinterp.processes import current, open_run
+
+def main(words):
+    if len(words) > 2:
+        processes.machine = lambda: {"jax": words[2]}
+    open_run(words[0], {"seed": int(words[1]), "attacks": {"pgd": {"steps": 3}}})
+    print(current().settle(current().index, sum))
+
+sys.exit(cli.guarded(main))
+"""
+
+
+@pytest.fixture(scope="module")
+def opening(tmp_path_factory) -> str:
+    """A program that opens a results directory."""
+    path = tmp_path_factory.mktemp("program") / "opening.py"
+    path.write_text(OPEN)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([["0"], ["1"]], "config.seed: 0 process 0 on "),
+        ([["0", "0.10.2"], ["0", "0.11.0"]], 'versions.jax: "0.10.2" process 0 on '),
+    ],
+)
+def test_another_config_or_version_is_refused_by_all(opening, tmp_path, words, message):
+    for ended in together([[opening, str(tmp_path / "out"), *mine] for mine in words], 1):
+        assert ended.status == 2
+        assert f"the processes were not given the same: {message}" in ended.err
+        assert "Traceback" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_is_not_shared_is_refused_by_all(opening, tmp_path):
+    for ended in together([[opening, str(tmp_path / name), "0"] for name in ("one", "two")], 1, patience=2):
+        assert ended.status == 2
+        assert "is not the same directory for all: process 1 on " in ended.err
+    assert not (tmp_path / "two").exists()
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["config.json"]
+
+
+def test_bad_arguments_of_one_end_all(opening, tmp_path):
+    first, second = together([[opening, str(tmp_path / "out"), "0"], [opening, str(tmp_path / "out"), "x"]], 1)
+    assert (first.status, second.status) == (2, 2)
+    assert "invalid literal" in second.err
+    assert "ended with the others: process 1 on " in first.err
+
+
+def test_an_address_where_nobody_answers(opening, tmp_path):
+    given = ["--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id", "1"]
+    ended = end(start([opening, str(tmp_path / "out"), "0", "--distributed", *given, "--start-timeout", "1"], 1), 60)
+    assert ended.status == 2
+    assert "nobody answered at 127.0.0.1:" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_no_cluster(opening, tmp_path):
+    ended = end(start([opening, str(tmp_path / "out"), "0", "--distributed"], 1), 60)
+    assert ended.status == 2
+    assert "no cluster was found" in ended.err
+    assert "--coordinator-address, --num-processes, --process-id" in ended.err
+
+
+def test_processes_that_never_come(opening, tmp_path):
+    given = ["--distributed", "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    ended = end(
+        start([opening, str(tmp_path / "out"), "0", *given, "--process-id", "0", "--start-timeout", "3"], 1), 90
+    )
+    assert ended.status == 2
+    assert "the processes did not come together" in ended.err
+    assert "Traceback" not in ended.err
