@@ -12,6 +12,7 @@ Masks and labels are packed, 32 pixels to an integer, and counted by population 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +60,7 @@ def _intervals(size: int, target: int) -> _Intervals:
     return _Intervals(pairs[starts, 0], pairs[starts, 1], pixels, needed, nearer, factor[pixels])
 
 
-def applies(maps: tuple[int, int], size: tuple[int, int]) -> bool:
+def applies(maps: Sequence[int], size: Sequence[int]) -> bool:
     """Whether every pixel of a label map of this size lies between four positions of the feature maps."""
     return maps[0] <= size[0] and maps[1] <= size[1]
 
