@@ -157,6 +157,6 @@ def _last_words(status: int, log: IO[bytes]) -> str:
     if status == -signal.SIGABRT and "coordination" in text:
         if "RegisterTask" in text or "Connect()" in text:
             return "the processes did not come together within the time limit: are all of them running?"
-        return "process 0, which coordinates the others, has died or cannot be reached any more"
+        return "another process, most likely number 0, which coordinates, has died or cannot be reached any more"
     found = re.findall(r"^F.*?\] (.*)$", text, re.MULTILINE)
     return f"this process was ended by {name}: {(found or [text.strip()])[-1][-400:]}"

@@ -164,7 +164,7 @@ def initialize(
             _check_free(int(port))
         elif process_id is not None:
             began = time.monotonic()
-            _wait_for(host.strip("[]"), int(port), start_timeout)
+            _wait_for(host.strip("[]"), int(port), float(start_timeout))
             start_timeout = max(1, start_timeout - int(time.monotonic() - began))
     # Its handler of SIGTERM would keep the process alive.
     jax.config.update("jax_enable_preemption_service", False)

@@ -167,8 +167,8 @@ class Processes:
         )
 
     def _watch(self) -> None:
-        number, begin = 0, time.monotonic()
-        heard = {i: ("", begin, f"process {i}") for i in range(self.count)}
+        number, last = 0, time.monotonic()
+        heard = {i: ("", last, f"process {i}") for i in range(self.count)}
         while not self._ended.wait(_BEAT):
             number += 1
             try:
@@ -178,6 +178,9 @@ class Processes:
             except Exception:  # the coordinator is gone, and JAX ends this process
                 continue
             now = time.monotonic()
+            if now - last > self.timeout / 2:  # this process has stood still, perhaps with the others
+                heard = {i: (beat, now, name) for i, (beat, _, name) in heard.items()}
+            last = now
             for key, text in alive:
                 i, (beat, stage, done, name) = int(key.rpartition("/")[2]), text.split(" ", 3)
                 if beat != heard[i][0]:

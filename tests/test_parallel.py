@@ -29,6 +29,7 @@ def test_an_attack_on_parameters_that_are_spread(params):
         np.testing.assert_array_equal(placed[name], whole)
     network = models.network("small_cnn")
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 32, 32, 3)), jnp.float32)
+    params = jax.tree.map(jnp.asarray, params)
     labels = np.argmax(network.bind(params)(images), axis=1)
     attack, key = attacks.IFGSM(steps=3, eps=0.1), jax.random.key(0)
     expected = attacks.run(attack, network.bind(params), images, labels, key=key)
