@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -435,6 +436,113 @@ def broden(
     del command  # it has run
 
 
+def bench(
+    subjects: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    model: str = "efficientnet_lite0",
+    weights: Literal["auto", "converted", "seeded"] = "auto",
+    batch: int = 8,
+    size: int | None = None,
+    rounds: int = 5,
+    formats: tuple[str, ...] = ("float32",),
+    attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    cell: int | None = None,
+    images: int | None = None,
+    node: str | None = None,
+    devices: int | None = None,
+    sweep: bool = False,
+    largest: int | None = None,
+    patience: float = 10.0,
+    memory: float | None = None,
+    peers: bool = False,
+    against: str = "torchvision",
+    compare: tuple[Path, Path] | None = None,
+    out: Path = Path("results/bench"),
+    seed: int = 0,
+) -> None:
+    """Measure how fast this machine attacks, explains and dissects, and how close that is to what it can do at most.
+
+    Subjects are attacks, effect, cam, dissect, models and scaling; without any, all are measured. Everything is run
+    once to compile it, which is timed apart, then in turn; what is printed are medians and quartiles, work a second,
+    the share of the device's peak by the compiler's count of operations, and what limits it (arithmetic or memory).
+    OUT/bench.jsonl gets a line for every subject, with versions, machine and this command; figures are drawn beside it.
+
+    A small network in seconds: jaxinterp bench attacks scaling --model small_cnn --batch 4 --rounds 2 --devices 2
+
+    Args:
+        subjects: attacks, effect, cam, dissect, models, scaling.
+        model: Network.
+        weights: converted ones, seeded ones (made by rule; nothing needs to be there), or auto: converted where there
+            are any. Images are made by rule.
+        batch: Images in a batch.
+        size: Side of the images in pixels; the network's own by default.
+        rounds: How often everything is timed.
+        formats: Any of float32, tf32 and bf16, such as --formats float32 bf16; what the others change in results is
+            stated against the first.
+        attack: Attacks to time, as in `jaxinterp attack`; may be given several times. Without it: pgd, mifgsm and cw.
+        cell: Side of the cells of effects, in pixels; a fourteenth of the image by default.
+        images: Images of the dissection, a multiple of the batch; four batches by default.
+        node: Layer that is dissected.
+        devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which
+            share its cores.
+        sweep: Also try batch sizes up to the memory's limit, for attacks and models.
+        largest: No larger batch than this.
+        patience: No larger batch is tried after one that took longer, in seconds.
+        memory: GiB that programs may take; by default what the device or the system has.
+        peers: Also run torchattacks, foolbox (PGD) and pytorch-grad-cam where they are installed, on the same weights.
+        against: Whose weights those are: torchvision, or FILE.py:factory, a function that returns the PyTorch module.
+        compare: Two bench.jsonl files: print what changed from the first to the second, and stop.
+        out: Folder of the records and figures.
+        seed: Of attacks' randomness.
+    """
+    if compare is not None:
+        from jaxinterp.bench import records
+
+        if subjects:
+            raise ValueError(f"--compare goes without subjects, got {' '.join(subjects)}")
+        for line in records.compare(*compare):
+            print(line)
+        return
+    if devices is not None:
+        _divide_cpu(devices)
+    from jaxinterp.bench import job
+
+    options = job.Options(
+        specs=attack,
+        cell=cell,
+        images=images,
+        node=node,
+        devices=devices,
+        peers=peers,
+        against=against,
+        sweep=sweep,
+        largest=largest,
+        patience=patience,
+        memory=None if memory is None else int(memory * 2**30),
+    )
+    setting = job.prepare(model, weights=weights, size=size, batch=batch, rounds=rounds, forms=formats, seed=seed)
+    job.run(subjects or job.SUBJECTS, setting, options, out, command=_given())
+
+
+def _divide_cpu(devices: int) -> None:
+    """Makes a CPU `devices` devices, unless JAX has begun to use it or was told otherwise."""
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {devices}")
+    import jax
+
+    if jax.config.jax_num_cpu_devices < 1 and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        with contextlib.suppress(RuntimeError):  # in use already: what there is, is counted later
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _given() -> str:
+    """The command line, for records."""
+    return " ".join(["jaxinterp", *map(shlex.quote, sys.argv[1:])])
+
+
 def _show(bar: Any, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
@@ -450,6 +558,7 @@ def main(args: list[str] | None = None) -> int:
         "models": models,
         "validate": validate,
         "broden": broden,
+        "bench": bench,
     }
     return guarded(
         lambda: tyro.extras.subcommand_cli_from_dict(
@@ -480,6 +589,11 @@ def guarded(job: Callable[[], object]) -> int:
         return 130
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"jaxinterp: error: {_reason(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # what XLA says when a device's memory gives out
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"jaxinterp: error: {_reason(MemoryError())}", file=sys.stderr)
         return 2
     return 0
 
@@ -516,7 +630,7 @@ def _reason(error: BaseException) -> str:
         kept = "; what was finished is kept, and the same command continues from there"
         return f"{error.strerror}{where}{kept if error.errno in _DISK else ''}"
     if isinstance(error, MemoryError):
-        return "out of memory; a smaller --batch-size needs less"
+        return "out of memory; a smaller batch (--batch-size, --batch) needs less"
     return str(error)
 
 

@@ -170,6 +170,16 @@ def finish(attack: Attack, state: Any) -> AttackResult:
     return _finish(mesh_of(state))(by_example(coerce(attack), state.done.shape[0]), state)
 
 
+def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
+    """The program in which `advance` takes its steps on a whole batch, before it is compiled.
+
+    It tells what a step costs, what memory it takes and what devices exchange. `state` is one from `start`, or its
+    shapes (`jax.eval_shape`); the other arguments are those of `advance`.
+    """
+    attack, model, mesh = by_example(coerce(attack), state.done.shape[0]), as_model(model), mesh_of(state)
+    return _advance(mesh).lower(attack, model, state, _counts(attack.iterations, mesh), np.int32(0))
+
+
 def finished(state: Any) -> bool:
     """Whether no further step changes anything."""
     return bool(jnp.all(state.done))
