@@ -10,7 +10,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -337,7 +337,12 @@ def validate(
     if out is not None:
         with replacing(out) as file:
             original = {"torch": importlib.metadata.version("torch")} if against else {}
-            whole = {"against": against or "references", "machine": machine() | original, "networks": record}
+            whole = {
+                "against": against or "references",
+                "machine": machine() | original,
+                "matmul_precision": validation.PRECISION,
+                "networks": record,
+            }
             file.write((json.dumps(whole, indent=1) + "\n").encode())
     if failed:
         raise ValueError(f"differs from its original: {', '.join(failed)}")
@@ -560,16 +565,39 @@ def main(args: list[str] | None = None) -> int:
         "broden": broden,
         "bench": bench,
     }
-    return guarded(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="jaxinterp",
-            description=_DESCRIPTION,
-            args=args,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-            sort_subcommands=False,
-        )
-    )
+
+    def job() -> None:
+        from jaxinterp import precision
+
+        chosen, rest = _taken("--precision", sys.argv[1:] if args is None else args)
+        with precision.using(chosen):
+            tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="jaxinterp",
+                description=_DESCRIPTION,
+                args=rest,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+                sort_subcommands=False,
+            )
+
+    return guarded(job)
+
+
+def _taken(option: str, args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of an option of every command, in `--option value` or `--option=value`, and the other arguments."""
+    value, rest, waiting = None, [], False
+    for argument in args:
+        if waiting:
+            value, waiting = argument, False
+        elif argument == option:
+            waiting = True
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if waiting:
+        raise ValueError(f"{option}: expected a value behind it")
+    return value, rest
 
 
 def guarded(job: Callable[[], object]) -> int:
@@ -598,26 +626,34 @@ def guarded(job: Callable[[], object]) -> int:
     return 0
 
 
-_DESCRIPTION = "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
-which promote the target, and where they lie on the class activation maps."
+_DESCRIPTION = """What adversarial perturbations do to a network: which cells of a perturbation suppress the true \
+class, which promote the target, and where they lie on the class activation maps.
+
+Every command takes --precision default, high or highest: of matrix products and convolutions in float32 (JAX's \
+jax_default_matmul_precision; TF32 or bfloat16 by default where the device has them, float32 at the highest).
+
+Compiled programs are kept in ~/.cache/jaxinterp (or $XDG_CACHE_HOME/jaxinterp), so that the second run of a command \
+compiles nothing. JAX_COMPILATION_CACHE_DIR moves them, JAX_ENABLE_COMPILATION_CACHE=0 switches that off."""
 
 
 def _keep_compiled_programs() -> None:
-    """Compiled programs are kept between processes, in the user's cache, for this kind of processor only.
+    """Every compiled program is kept between processes, in the user's cache, for this kind of processor only.
 
     JAX's own settings, where they are given, come first.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
     import jax
 
-    processor = platform.machine() + platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        processor += next((line for line in file if line.startswith(("flags", "Features"))), "")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
-    jax.config.update("jax_compilation_cache_dir", str(home / "jaxinterp" / f"xla-{kind}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        processor = platform.machine() + platform.processor()
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            processor += next((line for line in file if line.startswith(("flags", "Features"))), "")
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxinterp" / f"xla-{kind}"))
+    # JAX keeps what took a second to compile; a command has hundreds of programs that take less.
+    for name, least in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", least)
 
 
 # What befalls a disk while results are written to it.

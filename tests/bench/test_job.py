@@ -74,7 +74,7 @@ def test_attacks_and_models(tmp_path, capsys):
     change = found[0]["changes"]["bf16"]
     assert not change["same bits"]
     assert 0.8 < change["gradient signs that agree"] < 1
-    expected = attacks.run(attacks.IFGSM(steps=2, eps=1), *problem(), key=jax.random.key(0)).success
+    expected = attacks.run(attacks.IFGSM(steps=2, eps=1.0), *problem(), key=jax.random.key(0)).success
     assert attack["success"] == pytest.approx(float(np.mean(expected)))
     assert change["ifgsm:steps=2,eps=1"]["success in float32"] == attack["success"]
     assert 0 < found[1]["changes"]["bf16"]["logits, largest difference over largest"] < 0.05
