@@ -96,20 +96,17 @@ def bench(
 
             account = functools.partial(_account, setting, attack, model, form, lambda n=name, f=form: results[n, f])
             tasks.append(Task(f"{name} {form}", attacked, account, "image steps", form))
-    for name, run in (peers or {}).items():
-        count = setting.batch * PEER_STEPS
-        tasks.append(Task(name, run, functools.partial(Account, count), "image steps", setting.forms[0]))
     if peers:
-        ours = f"ours, {PEER}"
-        attack = from_spec(PEER, attacks.ATTACKS)
-        model = setting.network.bind(setting.params)
+        ours, same, form = f"ours, {PEER}", from_spec(PEER, attacks.ATTACKS), peer_form(setting)
+        bound = setting.network.bind(setting.params)
 
-        def as_peers(attack=attack, model=model):
-            with computing_in(setting.forms[0]):
-                return attacks.run(attack, model, images, labels, key=setting.key())
+        def as_peers():
+            with computing_in(form):
+                return attacks.run(same, bound, images, labels, key=setting.key())
 
-        tasks.append(Task(ours, as_peers, lambda: Account(setting.batch * PEER_STEPS), "image steps", setting.forms[0]))
-        tasks = [_over(task, ours, 1.0) if task.name in peers else task for task in tasks]
+        counted = functools.partial(Account, setting.batch * PEER_STEPS)
+        tasks.append(Task(ours, as_peers, counted, "image steps", form))
+        tasks += [Task(name, run, counted, "image steps", form, over=(ours, 1.0)) for name, run in peers.items()]
     found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
     for row in found.rows:
         form, (name, _, _) = row["format"], row["name"].rpartition(" ")
@@ -130,10 +127,9 @@ PEER = f"pgd:eps=8/255,step_size=2/255,steps={PEER_STEPS}"
 """Our side of the comparison with peers, whose settings `jaxinterp.bench.peers` gives them, too."""
 
 
-def _over(task: Task, other: str, count: float) -> Task:
-    import dataclasses
-
-    return dataclasses.replace(task, over=(other, count))
+def peer_form(setting: Setting) -> str:
+    """The format in which peers and our side of the comparison compute: float32, or TF32 where the first is lower."""
+    return "float32" if setting.forms[0] == "float32" else "tf32"
 
 
 def steps_taken(result: AttackResult) -> int:
@@ -174,9 +170,11 @@ def _trial(setting: Setting, attack: Attack, batch: int) -> Trial:
         lowered = _loop(attack, model, jax.ShapeDtypeStruct((batch, *shape), jnp.float32), labels, setting.key())
         size = program_bytes(lowered.compile())
 
+    images = functools.cache(lambda: setting.images(batch))  # made when it is clear that they fit
+
     def run():
         with computing_in(form):
-            return attacks.run(attack, model, setting.images(batch), labels, key=setting.key())
+            return attacks.run(attack, model, images(), labels, key=setting.key())
 
     return Trial(size, run, batch * attack.iterations)
 

@@ -51,6 +51,14 @@ def label_maps(
     return planes, rng.integers(1, LABELS, (images, 2)).astype(np.int16)
 
 
+def check(setting: Setting, images: int, node: str | None) -> str:
+    """The layer that is dissected. Arguments and errors are those of `bench`."""
+    if images < 1 or images % setting.batch:
+        raise ValueError(f"--images must be a multiple of --batch, {setting.batch}, got {images}")
+    node = node or setting.network.cam_node or setting.network.nodes[-1]
+    return setting.network.check_node(node, argument="--node")
+
+
 def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
     """Times a dissection and its parts.
 
@@ -62,10 +70,7 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
     Raises:
         ValueError: images that are no multiple of the batch, an unknown layer.
     """
-    if images < 1 or images % setting.batch:
-        raise ValueError(f"--images must be a multiple of --batch, {setting.batch}, got {images}")
-    node = node or setting.network.cam_node or setting.network.nodes[-1]
-    setting.network.check_node(node, argument="--node")
+    node = check(setting, images, node)
     pictures = np.asarray(setting.images(images))
     side = SIDE if setting.network.image_size >= SIDE else 7 * max(1, setting.network.image_size // 14)
     planes, scalars = label_maps(images, side=side)
@@ -104,17 +109,17 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
         tasks.append(Task(f"whole dissection {form}", whole, counted, "images", form, over=passed))
         if form != setting.forms[0]:
             continue
-        maps = jnp.concatenate(forward())
-        limits = np.asarray(dissect.thresholds(maps))
-        tasks.append(
-            Task(
-                f"thresholds {form}", functools.partial(dissect.thresholds, maps), counted, "images", form, over=passed
-            )
-        )
+        kept = functools.cache(lambda forward=forward: jnp.concatenate(forward()))  # after its own first run
+        limits = functools.cache(lambda kept=kept: np.asarray(dissect.thresholds(kept())))
+
+        def thresholds(kept=kept):
+            return dissect.thresholds(kept())
+
+        tasks.append(Task(f"thresholds {form}", thresholds, counted, "images", form, over=passed))
         for way in ways:
 
-            def tally(way=way, maps=maps, limits=limits):
-                results[way] = dissect.tally(maps, limits, planes, scalars, names.category, "lite", form=way)
+            def tally(way=way, kept=kept, limits=limits):
+                results[way] = dissect.tally(kept(), limits(), planes, scalars, names.category, "lite", form=way)
 
             tasks.append(Task(f"tally, {way} {form}", tally, counted, "images", form, over=passed))
     found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
@@ -127,10 +132,10 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
     there = _detected(results["whole", first], names)
     for form in setting.forms[1:]:
         here = _detected(results["whole", form], names)
-        limits = [np.asarray(results["whole", f].thresholds) for f in (form, first)]
+        both = [np.asarray(results["whole", f].thresholds) for f in (form, first)]
         found.changes[form] = {
             "than": first,
-            "thresholds, largest difference over largest": formats.difference(*limits),
+            "thresholds, largest difference over largest": formats.difference(*both),
             "best concepts that agree": formats.agreement(here, there),
         }
     return found

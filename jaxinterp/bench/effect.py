@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -25,6 +26,13 @@ def _logits(model: Any, images: Any) -> jax.Array:
 _forward = jax.jit(canonical(_logits))
 
 
+def grid(setting: Setting, cell: int | None) -> tuple[int, int]:
+    """The side of a cell, and how many cells an image has. Arguments and errors are those of `bench`."""
+    side = setting.network.image_size
+    cell = -(-side // 14) if cell is None else cell
+    return cell, math.prod(effect.grid(side, side, cell))
+
+
 def bench(setting: Setting, cell: int | None = None) -> Found:
     """Times the effects of all cells of a batch.
 
@@ -38,9 +46,7 @@ def bench(setting: Setting, cell: int | None = None) -> Found:
     Raises:
         ValueError: a cell beyond the image.
     """
-    side = setting.network.image_size
-    cell = -(-side // 14) if cell is None else cell
-    cells = int(np.prod(effect.grid(side, side, cell)))
+    cell, cells = grid(setting, cell)
     clean, labels = setting.images(), setting.labels
     noise = 0.05 * np.random.default_rng(setting.seed).normal(size=clean.shape)
     adversarial = jnp.clip(clean + noise.astype(np.float32), 0, 1)
@@ -100,5 +106,6 @@ def bench(setting: Setting, cell: int | None = None) -> Found:
 
 
 def _shares(found: effect.Effect) -> dict[str, float]:
-    mean = np.nanmean(np.asarray(effect.shares(found.kind)), axis=0)
-    return {kind: float(share) for kind, share in zip(_KINDS, mean, strict=True)}
+    """Of the cells of all images that have an effect."""
+    counts = [int(np.sum(np.asarray(found.kind) == kind)) for kind in list(effect.Kind)[1:]]
+    return {kind: count / max(1, sum(counts)) for kind, count in zip(_KINDS, counts, strict=True)}

@@ -78,17 +78,10 @@ def run(
         ValueError: an unknown subject, an argument out of range.
         OSError: the results cannot be written.
     """
-    for subject in subjects:
-        if subject not in SUBJECTS:
-            raise ValueError(f"unknown subject {subject!r}{suggest(subject, SUBJECTS)}")
-    if options.largest is not None and options.largest < 1:
-        raise ValueError(f"--largest must be at least 1, got {options.largest}")
-    if options.memory is not None and options.memory < 1:
-        raise ValueError(f"--memory must be positive, got {options.memory} bytes")
-    if options.sweep and not set(subjects) & set(SWEPT):
-        raise ValueError(f"--sweep goes with {' and '.join(SWEPT)}, not with {', '.join(subjects)}")
-    attacks.choose(options.specs)
-    there = _peers(setting, options, subjects, say) if options.peers else None
+    _check(subjects, setting, options)
+    there = _peers(setting, options, say) if options.peers else None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     say(_headline(setting))
     for form in setting.forms:
         peak = setting.peak(form)
@@ -123,20 +116,47 @@ def run(
     return written
 
 
-def _peers(setting: Setting, options: Options, subjects: Sequence[str], say: Callable[[str], None]) -> Any:
-    if not {"attacks", "cam"} & set(subjects):
+def _check(subjects: Sequence[str], setting: Setting, options: Options) -> None:
+    """Raises ValueError for what any of the subjects would refuse, before the first is measured."""
+    for subject in subjects:
+        if subject not in SUBJECTS:
+            raise ValueError(f"unknown subject {subject!r}{suggest(subject, SUBJECTS)}")
+    if options.largest is not None and options.largest < 1:
+        raise ValueError(f"--largest must be at least 1, got {options.largest}")
+    if not options.patience > 0:
+        raise ValueError(f"--patience must be positive, got {options.patience} seconds")
+    if options.memory is not None and options.memory < 1:
+        raise ValueError(f"--memory must be positive, got {options.memory} bytes")
+    if options.sweep and not set(subjects) & set(SWEPT):
+        raise ValueError(f"--sweep goes with {' and '.join(SWEPT)}, not with {', '.join(subjects)}")
+    if options.peers and not {"attacks", "cam"} & set(subjects):
         raise ValueError(f"--peers goes with attacks and cam, not with {', '.join(subjects)}")
-    for package, what in peers.missing().items():
+    attacks.choose(options.specs)
+    if "effect" in subjects:
+        effect.grid(setting, options.cell)
+    if "dissect" in subjects:
+        dissect.check(setting, _images(setting, options), options.node)
+    if "scaling" in subjects:
+        scaling.check(options.devices)
+
+
+def _images(setting: Setting, options: Options) -> int:
+    return 4 * setting.batch if options.images is None else options.images
+
+
+def _peers(setting: Setting, options: Options, say: Callable[[str], None]) -> peers.Peers | None:
+    missing = peers.missing()
+    for package, what in missing.items():
         say(f"peer {package}: {what}")
-    if len(peers.missing()) == len(peers.PACKAGES):
-        say("no peer is installed: nothing to compare with")
+    if "torch" in missing or len(missing) == len(peers.PACKAGES):
+        say("no peer can run: measured without any")
         return None
     found = peers.Peers(setting, options.against)
     say(f"peers on the weights of {options.against}: logits differ by {found.difference():.1e} of the largest")
     return found
 
 
-def _subject(subject: str, setting: Setting, options: Options, compared: Any) -> Found:
+def _subject(subject: str, setting: Setting, options: Options, compared: peers.Peers | None) -> Found:
     sweeping: Mapping[str, Any] | None = None
     if options.sweep and subject in SWEPT:
         limit = device.memory_limit() if options.memory is None else options.memory
@@ -149,19 +169,24 @@ def _subject(subject: str, setting: Setting, options: Options, compared: Any) ->
     if subject == "cam":
         return cam.bench(setting, peers=None if compared is None else compared.maps())
     if subject == "dissect":
-        return dissect.bench(setting, options.images or 4 * setting.batch, options.node)
+        return dissect.bench(setting, _images(setting, options), options.node)
     if subject == "models":
         return models.bench(setting, sweeping=sweeping)
     return scaling.bench(setting, options.specs, options.devices)
 
 
 def _headline(setting: Setting) -> str:
-    first = jax.devices()[0]
     size = setting.network.image_size
     return (
         f"{setting.network.name} ({setting.weights} weights), batch {setting.batch} at {size} px, "
-        f"{jax.local_device_count()} x {first.device_kind}, {setting.rounds} rounds; medians (quartiles)"
+        f"{jax.local_device_count()} x {_device()}, {setting.rounds} rounds; medians (quartiles)"
     )
+
+
+def _device() -> str:
+    """What a person calls the devices."""
+    kind = jax.devices()[0].device_kind
+    return records.machine()["cpu"] or kind if kind == "cpu" else kind
 
 
 def _lines(subject: str, found: Found) -> list[str]:
@@ -220,7 +245,7 @@ def _draw(subject: str, found: Found, setting: Setting, out: Path) -> list[Path]
     from jaxinterp import plots
     from jaxinterp.bench import figures
 
-    kind = jax.devices()[0].device_kind
+    kind = _device()
     drawn = {}
     peaks = {form: dataclasses.asdict(setting.peak(form)) for form in setting.forms}
     roof = None if subject == "scaling" else figures.roofline(found.rows, peaks, device=kind)

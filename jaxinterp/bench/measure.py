@@ -117,10 +117,11 @@ def measure(tasks: Sequence[Task], *, rounds: int, peak: Callable[[str], Peak]) 
             "per_second": account.work / seconds["median"],
             **task.more,
         }
+        devices = 1 if jax.default_backend() == "cpu" else task.devices  # those of a CPU share its cores
         if account.cost is not None:
-            row |= _position(account.cost, seconds["median"], peak(task.form), task.devices)
+            row |= _position(account.cost, seconds["median"], peak(task.form), devices)
         if account.network is not None:
-            useful = position(account.network, seconds["median"], peak(task.form), task.devices)
+            useful = position(account.network, seconds["median"], peak(task.form), devices)
             row |= {"network_flops": account.network.flops, "network_share_of_peak": useful.share_of_peak}
         if task.over is not None:
             other, count = task.over

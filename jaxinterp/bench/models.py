@@ -84,8 +84,10 @@ def _trial(setting: Setting, batch: int) -> Trial:
     with computing_in(form):
         _, size = program(gradient, model, jax.ShapeDtypeStruct((batch, *shape), jnp.float32), labels)
 
+    images = functools.cache(lambda: setting.images(batch))  # made when it is clear that they fit
+
     def run():
         with computing_in(form):
-            return gradient(model, setting.images(batch), labels)
+            return gradient(model, images(), labels)
 
     return Trial(size, run, batch)

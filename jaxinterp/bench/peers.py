@@ -8,6 +8,7 @@ which is what our attacks compute, too.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinterp.bench.attacks import PEER_STEPS
+from jaxinterp.bench.attacks import PEER_STEPS, peer_form
 from jaxinterp.bench.records import cores
 from jaxinterp.bench.setting import Setting
 from jaxinterp.weights import validation
@@ -28,17 +29,18 @@ EPS, STEP_SIZE = 8 / 255, 2 / 255
 
 
 def missing() -> dict[str, str]:
-    """The peers that are not installed, and how to install them."""
+    """The peers (and torch, which all of them need) that are not installed, and how to install them."""
     return {
         package: f"not installed; run: pip install {package}"
-        for name, package in PACKAGES.items()
+        for name, package in {"torch": "torch", **PACKAGES}.items()
         if importlib.util.find_spec(name) is None
     }
 
 
 def versions() -> dict[str, str]:
     """Of those that are installed."""
-    return {p: importlib.metadata.version(p) for n, p in PACKAGES.items() if importlib.util.find_spec(n) is not None}
+    all_of = {"torch": "torch", **PACKAGES}
+    return {p: importlib.metadata.version(p) for n, p in all_of.items() if importlib.util.find_spec(n) is not None}
 
 
 class Peers:
@@ -58,6 +60,7 @@ class Peers:
         import torch  # pyright: ignore[reportMissingImports]  # there, or `original` would have said so
 
         torch.set_num_threads(cores())
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = peer_form(setting) == "tf32"
         self._torch = torch
         self._device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         params = jax.tree.map(jnp.asarray, original.params)
@@ -66,7 +69,7 @@ class Peers:
         self.module = original.module.to(self._device)
         images = np.asarray(self.setting.images()).transpose(0, 3, 1, 2).copy()
         self._images = torch.from_numpy(images).to(self._device)
-        self._labels = torch.from_numpy(np.asarray(self.setting.labels)).long().to(self._device)
+        self._labels = torch.tensor(np.asarray(self.setting.labels).tolist()).to(self._device)
 
     def difference(self) -> float:
         """By how much the logits of the two frameworks differ, relative to the largest."""
@@ -76,44 +79,49 @@ class Peers:
         return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
     def attacks(self) -> Mapping[str, Callable[[], Any]]:
-        """PGD of the libraries that are installed, each a function that runs it to its end."""
-        found: dict[str, Callable[[], Any]] = {}
-        if importlib.util.find_spec("torchattacks"):
-            import torchattacks  # pyright: ignore[reportMissingImports]  # optional: a peer
+        """PGD of the libraries that are installed, each a function that runs it to its end.
 
+        Raises:
+            ValueError: one is installed but does not import.
+        """
+        found: dict[str, Callable[[], Any]] = {}
+        if torchattacks := _imported("torchattacks"):
             theirs = torchattacks.PGD(self.module, eps=EPS, alpha=STEP_SIZE, steps=PEER_STEPS, random_start=True)
             found["torchattacks PGD"] = lambda: self._waited(theirs(self._images, self._labels))
-        if importlib.util.find_spec("foolbox"):
-            import foolbox
-
+        if foolbox := _imported("foolbox"):
             model = foolbox.PyTorchModel(self.module, bounds=(0, 1), device=self._device)
             attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP_SIZE, steps=PEER_STEPS, random_start=True)
             found["foolbox LinfPGD"] = lambda: self._waited(attack(model, self._images, self._labels, epsilons=EPS)[1])
         return found
 
     def maps(self) -> Mapping[str, Callable[[], Any]]:
-        """Grad-CAM of pytorch-grad-cam, where it is installed, at the node of our maps."""
-        if importlib.util.find_spec("pytorch_grad_cam") is None:
-            return {}
-        import pytorch_grad_cam  # pyright: ignore[reportMissingImports]  # optional: a peer
-        from pytorch_grad_cam.utils.model_targets import (  # pyright: ignore[reportMissingImports]  # as above
-            ClassifierOutputTarget,
-        )
+        """Grad-CAM of pytorch-grad-cam, where it is installed, at the node of our maps.
 
+        Raises:
+            ValueError: it is installed but does not import, or the PyTorch module has no submodule of the node's name.
+        """
+        if (package := _imported("pytorch_grad_cam")) is None:
+            return {}
+        wanted = _imported("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget
         node = self.setting.network.cam_node or self.setting.network.nodes[-1]
         modules = dict(self.module.named_modules())
-        name = f"inner.{node}"
-        if name not in modules:
+        if f"inner.{node}" not in modules:
             raise ValueError(f"the PyTorch module has no submodule {node!r}, at which pytorch-grad-cam would look")
-        method = pytorch_grad_cam.GradCAM(model=self.module, target_layers=[modules[name]])
-        targets = [ClassifierOutputTarget(int(label)) for label in self._labels]
-
-        def run() -> Any:
-            return method(input_tensor=self._images, targets=targets)
-
-        return {"pytorch-grad-cam GradCAM": run}
+        method = package.GradCAM(model=self.module, target_layers=[modules[f"inner.{node}"]])
+        targets = [wanted(int(label)) for label in self._labels]
+        return {"pytorch-grad-cam GradCAM": lambda: method(input_tensor=self._images, targets=targets)}
 
     def _waited(self, images: Any) -> Any:
         if self._device == "cuda":
             self._torch.cuda.synchronize()
         return images
+
+
+def _imported(name: str) -> Any:
+    """A package, or None where it is not installed."""
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{PACKAGES.get(name, name)} is installed but does not import: {error}") from error

@@ -26,6 +26,14 @@ def numbers(most: int) -> list[int]:
     return [*powers, most]
 
 
+def check(most: int | None) -> int:
+    """The largest number of devices. Arguments and errors are those of `bench`."""
+    there = jax.local_device_count()
+    if most is not None and not 1 <= most <= there:
+        raise ValueError(f"--devices: there are {there}, got {most}")
+    return there if most is None else most
+
+
 def bench(setting: Setting, specs: tuple[str, ...] = (), most: int | None = None) -> Found:
     """Times one attack on 1 to all local devices.
 
@@ -38,10 +46,7 @@ def bench(setting: Setting, specs: tuple[str, ...] = (), most: int | None = None
     Raises:
         ValueError: more devices than there are, an unknown attack.
     """
-    devices = jax.local_devices()
-    most = len(devices) if most is None else most
-    if not 1 <= most <= len(devices):
-        raise ValueError(f"--devices: there are {len(devices)}, got {most}")
+    devices, most = jax.local_devices(), check(most)
     name, attack = next(iter(choose(specs).items()))
     whole = -(-setting.batch // most) * most
     tasks: list[Task] = []

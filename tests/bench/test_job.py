@@ -1,6 +1,7 @@
 """jaxinterp bench on the smallest network: every subject from the command line to records and figures; bad input."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def bench(out: Path, *arguments: str) -> list[dict]:
             if "flops" in row:
                 reached = row["flops"] / seconds["median"]
                 assert row["flops_per_second"] == pytest.approx(reached)
-                assert row["share_of_peak"] == pytest.approx(reached / 1e11 / row["devices"])
+                assert row["share_of_peak"] == pytest.approx(reached / 1e11)  # devices of a CPU share it
                 assert row["bound"] == ("memory" if row["flops"] / row["bytes"] < 10 else "compute")
     return found
 
@@ -156,6 +157,8 @@ def test_comparing(tmp_path, capsys):
         (["models", "--model", "carlini_mnist", "--size", "20"], "cannot take images of 20 x 20 pixels"),
         (["models", "--sweep", "--largest", "0"], "--largest must be at least 1"),
         (["models", "--sweep", "--memory", "0"], "--memory must be positive"),
+        (["models", "--patience", "nan"], "--patience must be positive, got nan"),
+        (["models", "dissect", "--images", "0"], "--images must be a multiple of --batch, 8, got 0"),
         (["cam", "--sweep"], "--sweep goes with attacks and models, not with cam"),
         (["attacks", "--attack", "pdg"], "unknown attack 'pdg'; did you mean 'pgd'"),
         (["attacks", "--attack", "pgd:eps=-1"], "PGD.eps must be finite and not negative"),
@@ -193,3 +196,16 @@ def test_steps_are_what_examples_paid_for():
     result = attacks.run(attacks.FGSM(), model, images, labels, key=jax.random.key(0))
     counts = {"forward": jnp.array([5, 3], jnp.int32), "backward": jnp.array([4, 0], jnp.int32)}
     assert attack_bench.steps_taken(dataclasses.replace(result, **counts)) == 4 + 3
+
+
+def test_peers_that_are_missing_are_named(monkeypatch, tmp_path, capsys):
+    find_spec = importlib.util.find_spec
+    away = ("torch", "torchattacks", "foolbox", "pytorch_grad_cam")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in away else find_spec(name))
+    [found] = bench(tmp_path, "attacks", "--attack", "fgsm", "--peers")
+    printed = capsys.readouterr().out
+    for package in ("torch", "torchattacks", "foolbox", "grad-cam"):
+        assert f"peer {package}: not installed; run: pip install {package}" in printed
+    assert "measured without any" in printed
+    assert {row["name"] for row in found["results"]} == {"gradient float32", "fgsm float32"}
+    assert "peers" not in found
