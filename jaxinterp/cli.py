@@ -536,7 +536,7 @@ def _divide_cpu(devices: int) -> None:
         raise ValueError(f"--devices must be at least 1, got {devices}")
     import jax
 
-    if jax.config.jax_num_cpu_devices < 1 and "xla_force_host_platform_device_count" not in os.environ.get(
+    if jax.config.values["jax_num_cpu_devices"] < 1 and "xla_force_host_platform_device_count" not in os.environ.get(
         "XLA_FLAGS", ""
     ):
         with contextlib.suppress(RuntimeError):  # in use already: what there is, is counted later

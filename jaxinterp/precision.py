@@ -17,6 +17,7 @@ import jax
 
 from jaxinterp.network import suggest
 
+_NAME = "jax_default_matmul_precision"
 CHOICES = ("default", "high", "highest")
 # JAX's own words for the same three.
 _SAME = {None: "default", "bfloat16": "default", "tensorfloat32": "high", "bfloat16_3x": "high", "float32": "highest"}
@@ -24,7 +25,7 @@ _SAME = {None: "default", "bfloat16": "default", "tensorfloat32": "high", "bfloa
 
 def current() -> str:
     """The precision in force: one of `CHOICES`, or JAX's name of another algorithm."""
-    found = jax.config.jax_default_matmul_precision
+    found = getattr(jax.config, _NAME)  # not `values`: that of an enclosing block counts
     return _SAME.get(found, str(found))
 
 
@@ -37,10 +38,10 @@ def using(name: str | None) -> Iterator[None]:
     """
     if name is not None and name not in CHOICES:
         raise ValueError(f"--precision must be one of {', '.join(CHOICES)}, got {name!r}{suggest(name, CHOICES)}")
-    before = jax.config.jax_default_matmul_precision
+    before = jax.config.values[_NAME]
     if name is not None:
-        jax.config.update("jax_default_matmul_precision", None if name == "default" else name)
+        jax.config.update(_NAME, None if name == "default" else name)
     try:
         yield
     finally:
-        jax.config.update("jax_default_matmul_precision", before)
+        jax.config.update(_NAME, before)

@@ -8,6 +8,8 @@ import pytest
 
 from jaxinterp import cli, precision
 
+NAME = "jax_default_matmul_precision"
+
 
 def traced() -> str:
     return str(jax.make_jaxpr(lambda a: a @ a)(jnp.ones((2, 2))))
@@ -15,15 +17,15 @@ def traced() -> str:
 
 @pytest.mark.parametrize(("name", "found"), [("default", "None"), ("high", "HIGH"), ("highest", "HIGHEST")])
 def test_using_and_restoring(name, found):
-    before = jax.config.jax_default_matmul_precision
+    before = jax.config.values[NAME]
     with precision.using(name):
         assert precision.current() == name
         text = traced()
         assert (f"Precision.{found}" in text) == (found != "None")
-    assert jax.config.jax_default_matmul_precision == before
+    assert jax.config.values[NAME] == before
     with precision.using("highest"), pytest.raises(ZeroDivisionError), precision.using("high"):
-        1 / 0  # noqa: B018  # raises
-    assert jax.config.jax_default_matmul_precision == before
+        raise ZeroDivisionError
+    assert jax.config.values[NAME] == before
 
 
 def test_none_changes_nothing():

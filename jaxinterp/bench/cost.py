@@ -40,7 +40,7 @@ class Cost:
 def cost(program: Any) -> Cost | None:
     """The cost of a compiled (or lowered) program; None where the backend does not tell."""
     try:
-        found = program.cost_analysis()
+        found: Any = program.cost_analysis()
     except NotImplementedError:
         return None
     found = found[0] if isinstance(found, list | tuple) and found else found

@@ -20,6 +20,7 @@ from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
 from jaxinterp.data import Concepts, SegmentedArrays
+from jaxinterp.dissect.counting import Form
 from jaxinterp.dissect.dissection import extractor
 from jaxinterp.network import capture
 
@@ -78,7 +79,7 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
     source = SegmentedArrays(pictures, planes, names, scalars=scalars)
     batches = [jnp.asarray(pictures[i : i + setting.batch]) for i in range(0, images, setting.batch)]
     tasks, results = [], {}
-    ways = ("gated", "dense") if jax.default_backend() == "cpu" else ("dense",)
+    ways: tuple[Form, ...] = ("gated", "dense") if jax.default_backend() == "cpu" else ("dense",)
     for form in setting.forms:
         network, params = network_in(form, setting.network, setting.params)
         extract = extractor(network, (node,))
@@ -118,7 +119,7 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
         tasks.append(Task(f"thresholds {form}", thresholds, counted, "images", form, over=passed))
         for way in ways:
 
-            def tally(way=way, kept=kept, limits=limits):
+            def tally(way: Form = way, kept=kept, limits=limits):
                 results[way] = dissect.tally(kept(), limits(), planes, scalars, names.category, "lite", form=way)
 
             tasks.append(Task(f"tally, {way} {form}", tally, counted, "images", form, over=passed))

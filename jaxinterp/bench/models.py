@@ -65,7 +65,7 @@ def bench(setting: Setting, *, sweeping: Mapping[str, Any] | None = None) -> Fou
         gradients = results["gradient", form], results["gradient", first]
         found.changes[form] = {
             "than": first,
-            "same bits": all(bool(np.array_equal(*map(np.asarray, p))) for p in ((logits, reference), gradients)),
+            "same bits": all(bool(np.array_equal(a, b)) for a, b in ((logits, reference), gradients)),
             "logits, largest difference over largest": formats.difference(logits, reference),
             "predictions that agree": formats.agreement(jnp.argmax(logits, -1), jnp.argmax(reference, -1)),
             "gradient signs that agree": formats.sign_agreement(*gradients),

@@ -109,7 +109,8 @@ class Peers:
             raise ValueError(f"the PyTorch module has no submodule {node!r}, at which pytorch-grad-cam would look")
         method = package.GradCAM(model=self.module, target_layers=[modules[f"inner.{node}"]])
         targets = [wanted(int(label)) for label in self._labels]
-        return {"pytorch-grad-cam GradCAM": lambda: method(input_tensor=self._images, targets=targets)}
+        images = self._images.clone().requires_grad_()  # without it, and with frozen parameters, there is no gradient
+        return {"pytorch-grad-cam GradCAM": lambda: method(input_tensor=images, targets=targets)}
 
     def _waited(self, images: Any) -> Any:
         if self._device == "cuda":

@@ -6,6 +6,7 @@ collective operations in it is counted, and those inside loops by themselves.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -48,16 +49,17 @@ def bench(setting: Setting, specs: tuple[str, ...] = (), most: int | None = None
     """
     devices, most = jax.local_devices(), check(most)
     name, attack = next(iter(choose(specs).items()))
-    whole = -(-setting.batch // most) * most
+    unit = math.lcm(*numbers(most))  # so that every number of devices divides the same batch
+    whole = -(-setting.batch // unit) * unit
     tasks: list[Task] = []
     notes: list[str] = []
     if whole != setting.batch:
-        notes.append(f"the batch is {whole}, a multiple of {most} devices")
+        notes.append(f"the batch is {whole}, a multiple of {', '.join(map(str, numbers(most)))} devices")
     for number in numbers(most):
         mesh = None
         if number > 1:
             mesh = jax.make_mesh((number,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:number])
-        for kind, batch in (("strong", -(-whole // number) * number), ("weak", whole // most * number)):
+        for kind, batch in (("strong", whole), ("weak", whole // most * number)):
             tasks.append(_task(setting, attack, kind, number, batch, mesh))
     found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak), notes=notes)
     for row in found.rows:
@@ -87,7 +89,7 @@ def _task(setting: Setting, attack: Attack, kind: str, number: int, batch: int, 
         with computing_in(form):
             state = attacks.start(attack, model, images, labels, key=setting.key())
             compiled = attacks.lowered(attack, model, state).compile()
-        talk = collectives(compiled.as_text())
+        talk = collectives(compiled.as_text() or "")
         more.update({"collectives": talk.total, "collectives in loops": talk.in_loops})
         spent = cost(compiled)  # of one device's share
         return Account(

@@ -128,8 +128,9 @@ def lines(found: Sweep, unit: str) -> list[str]:
     text = []
     for row in sorted(found.rows, key=lambda row: row["batch"]):
         program = "" if row["program"] is None else f"{row['program'] / 2**20:10.1f} MiB"
-        text.append(f"batch {row['batch']:6}  {row['per_second']:10.4g} {unit} a second  {program}")
-    memory = f"{_USABLE:.0%} of {found.limit / 2**30:.1f} GiB"
+        text.append(f"batch {row['batch']:6}  {row['per_second']:12,.1f} {unit} a second  {program}")
+    unit_of = ("GiB", 2**30) if found.limit >= 2**30 else ("MiB", 2**20)
+    memory = f"{_USABLE:.0%} of {found.limit / unit_of[1]:.1f} {unit_of[0]}"
     if found.largest is not None:
         return [*text, f"the largest batch that fits into {memory}: {found.largest} (to within an eighth)"]
     why = "its time limit" if found.ended == "time" else "the largest batch asked for"

@@ -78,12 +78,12 @@ def watching_compiler() -> Iterator[Compiling]:
     """Counts and times compilations of this process inside the block."""
     seen = Compiling()
 
-    def duration(event: str, seconds: float, **_: Any) -> None:
+    def duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            seen.seconds += seconds
+            seen.seconds += duration_secs
             seen.programs += event.endswith("backend_compile_duration")
 
-    def happened(event: str, **_: Any) -> None:
+    def happened(event: str, **kwargs: str | int) -> None:
         seen.cached += event == "/jax/compilation_cache/cache_hits"
 
     jax.monitoring.register_event_duration_secs_listener(duration)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinterp import cam, models
+from jaxinterp import cam, models, precision
 from jaxinterp.bench import formats
 from jaxinterp.network import capture
 from jaxinterp.weights import seeded
@@ -35,7 +35,7 @@ def test_the_others_leave_the_network_and_set_the_precision(small):
     for form, name in (("float32", "highest"), ("tf32", "high")):
         assert formats.network_in(form, *small) == small
         with formats.computing_in(form):
-            assert jax.config.jax_default_matmul_precision == name
+            assert precision.current() == name
             traced = jax.make_jaxpr(lambda a: a @ a)(jnp.ones((2, 2)))
         assert f"Precision.{name.upper()}" in str(traced)
 
@@ -44,7 +44,7 @@ def test_maps_of_a_network_in_bfloat16(small):
     """There is no singular value decomposition in bfloat16."""
     images = jnp.asarray(seeded.images(2, 8))
     network, params = formats.network_in("bf16", *small)
-    found, expected = (cam.maps(*each, images, np.array([1, 2]), "eigencam") for each in ((network, params), small))
+    found, expected = (cam.maps(n, p, images, np.array([1, 2]), "eigencam") for n, p in ((network, params), small))
     assert formats.difference(found, expected) < 0.05
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jaxinterp import attacks, cli
 from jaxinterp.bench import attacks as attack_bench
-from jaxinterp.bench import device, job
+from jaxinterp.bench import device, job, scaling
 from jaxinterp.bench.device import Peak
 
 SMALL = ("--model", "small_cnn", "--weights", "seeded", "--size", "8", "--batch", "2", "--rounds", "2")
@@ -130,6 +130,10 @@ def test_scaling(tmp_path, capsys):
         assert row["efficiency"] == pytest.approx(row["speedup"] / number)
     assert "in loops" in capsys.readouterr().out
     drawn(tmp_path / "scaling-devices.png")
+
+
+def test_numbers_of_devices():
+    assert [scaling.numbers(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
 def test_comparing(tmp_path, capsys):
