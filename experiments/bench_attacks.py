@@ -39,11 +39,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_network import append, cores, interleaved, middle, ratios, shown, verdict
 
 import jaxinterp
 from jaxinterp import attacks, data, models
 from jaxinterp.attacks import objective
+from jaxinterp.bench.records import append, cores
+from jaxinterp.bench.timing import interleaved, middle, ratios, shown, verdict
 from jaxinterp.canonical import canonical
 from jaxinterp.weights import seeded
 

@@ -26,9 +26,10 @@ from unittest import mock
 
 import numpy as np
 import tyro
-from bench_network import append, middle, shown, verdict
 
 from jaxinterp import models
+from jaxinterp.bench.records import append
+from jaxinterp.bench.timing import middle, shown, verdict
 from jaxinterp.weights import seeded
 from jaxinterp.weights.names import from_jax_shape
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from bench_network import append, cores, interleaved, middle, shown
 from PIL import Image
 
 from jaxinterp import data
+from jaxinterp.bench.records import append, cores
+from jaxinterp.bench.timing import interleaved, middle, shown
 
 TARGET = 0.9
 

@@ -25,37 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_network import append, interleaved, middle, ratios, shown
 from PIL import Image
 
 from jaxinterp import dissect, models
-from jaxinterp.data import Concepts, SegmentedArrays
+from jaxinterp.bench.dissect import CATEGORIES, LABELS, SIDE, concepts, label_maps
+from jaxinterp.bench.records import append
+from jaxinterp.bench.timing import interleaved, middle, ratios, shown
+from jaxinterp.data import SegmentedArrays
 from jaxinterp.dissect.counting import memberships
 from jaxinterp.dissect.dissection import extractor
 from jaxinterp.weights import seeded
 
-LABELS, CATEGORIES, SIDE = 1198, 6, 112  # of Broden at 224 pixels
 TARGETS = {512: 4.0, 2048: 5.0}
 WHOLE = 1.15
-
-
-def concepts() -> Concepts:
-    """As many labels and categories as Broden has."""
-    category = np.random.default_rng(1).integers(0, CATEGORIES, LABELS)
-    category[0] = -1
-    names = ["", *(f"label {i}" for i in range(1, LABELS))]
-    return Concepts(tuple(names), tuple(f"category {i}" for i in range(CATEGORIES)), category)
-
-
-def label_maps(images: int, channels: int = 3, regions: int = 7, present: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Random regions of a few labels in every channel, and two whole-image labels."""
-    rng = np.random.default_rng(2)
-    planes = np.zeros((images, channels, SIDE, SIDE), np.int16)
-    block = np.ones((SIDE // regions, SIDE // regions), np.int16)
-    for plane in planes.reshape(-1, SIDE, SIDE):
-        chosen = np.append(rng.integers(1, LABELS, present), 0).astype(np.int16)
-        plane[:] = np.kron(chosen[rng.integers(0, present + 1, (regions, regions))], block)
-    return planes, rng.integers(1, LABELS, (images, 2)).astype(np.int16)
 
 
 def feature_maps(images: int, side: int, units: int) -> np.ndarray:

@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_network import append, interleaved, middle, ratios, shown, verdict
 
 from jaxinterp import attribution, cam, effect, models, windowed
+from jaxinterp.bench.records import append
+from jaxinterp.bench.timing import interleaved, middle, ratios, shown, verdict
 from jaxinterp.canonical import canonical
 from jaxinterp.weights import seeded
 

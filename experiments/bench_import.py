@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 import tyro
-from bench_network import append, interleaved, middle, shown, verdict
+
+from jaxinterp.bench.records import append
+from jaxinterp.bench.timing import interleaved, middle, shown, verdict
 
 _IMPORT = """
 import time

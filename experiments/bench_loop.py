@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_network import append, cores, interleaved, middle, ratios, shown, verdict
 from flax import nnx
 from jax import lax
 
 import jaxinterp
 from jaxinterp import attacks
 from jaxinterp.attacks import objective
+from jaxinterp.bench.records import append, cores
+from jaxinterp.bench.timing import interleaved, middle, ratios, shown, verdict
 from jaxinterp.network import Network, as_model
 
 TARGET = 1.05

@@ -14,83 +14,17 @@ gradient at most 1.5 times.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from jaxinterp.bench.records import append, cores
+from jaxinterp.bench.timing import interleaved, middle, ratios, shown, verdict
+
 TARGETS = {"forward": 1.1, "input gradient": 1.5}
-
-
-def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every function in every round; each round runs all of them, each one first in its turn."""
-    names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            functions[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratios(times: Sequence[float], references: Sequence[float]) -> list[float]:
-    """Round by round, so that what slows a whole round cancels."""
-    return [a / b for a, b in zip(times, references, strict=True)]
-
-
-def middle(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": median, "low": low, "high": high}
-
-
-def shown(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Median and quartiles as text."""
-    m = {name: f"{value * scale:.{digits}f}" for name, value in middle(values).items()}
-    return f"{m['median']} ({m['low']} to {m['high']})"
-
-
-def verdict(value: float, target: float) -> str:
-    """Whether `value` is at most `target`, as text."""
-    return f"target <= {target:g}: {'met' if value <= target else 'NOT met'}"
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, operating system, and the versions that timings depend on."""
-    versions = {"python": platform.python_version()}
-    for package in ("jaxinterp", "jax", "jaxlib", "flax", "torch"):
-        if importlib.util.find_spec(package):
-            versions[package] = importlib.metadata.version(package)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cpu = models[0] if models else platform.processor()
-    return {"cpu": cpu, "cores": cores(), "system": platform.platform(), "versions": versions}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def append(out: Path | None, benchmark: str, figures: Mapping[str, Any]) -> None:
-    """Appends one JSON line: what was measured, when, where, with which versions."""
-    if out is None:
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    line = {"benchmark": benchmark, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **machine(), **figures}
-    with open(out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(f"appended to {out}")
 
 
 def main(model: str = "efficientnet_lite0", batch: int = 8, rounds: int = 15, out: Path | None = None) -> None:

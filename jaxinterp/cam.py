@@ -181,6 +181,7 @@ _BY_GRADIENT: dict[str, Callable[..., Any]] = {
 
 def _eigencam(activation, classes, images, logits_of, model):
     flat = activation.reshape(activation.shape[0], -1, activation.shape[-1])
+    flat = flat.astype(jnp.promote_types(flat.dtype, jnp.float32))  # there is no decomposition in less
     centred = flat - jnp.mean(flat, axis=1, keepdims=True)
     _, _, components = jnp.linalg.svd(centred, full_matrices=False)
     projection = jnp.sum(centred * components[:, :1], axis=-1).reshape(activation.shape[:-1])

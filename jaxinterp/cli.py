@@ -8,8 +8,9 @@ import hashlib
 import io
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -338,7 +339,12 @@ def validate(
     if out is not None:
         with replacing(out) as file:
             original = {"torch": importlib.metadata.version("torch")} if against else {}
-            whole = {"against": against or "references", "machine": machine() | original, "networks": record}
+            whole = {
+                "against": against or "references",
+                "machine": machine() | original,
+                "matmul_precision": validation.PRECISION,
+                "networks": record,
+            }
             file.write((json.dumps(whole, indent=1) + "\n").encode())
     if failed:
         raise ValueError(f"differs from its original: {', '.join(failed)}")
@@ -437,6 +443,113 @@ def broden(
     del command  # it has run
 
 
+def bench(
+    subjects: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    model: str = "efficientnet_lite0",
+    weights: Literal["auto", "converted", "seeded"] = "auto",
+    batch: int = 8,
+    size: int | None = None,
+    rounds: int = 5,
+    formats: tuple[str, ...] = ("float32",),
+    attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    cell: int | None = None,
+    images: int | None = None,
+    node: str | None = None,
+    devices: int | None = None,
+    sweep: bool = False,
+    largest: int | None = None,
+    patience: float = 10.0,
+    memory: float | None = None,
+    peers: bool = False,
+    against: str = "torchvision",
+    compare: tuple[Path, Path] | None = None,
+    out: Path = Path("results/bench"),
+    seed: int = 0,
+) -> None:
+    """Measure how fast this machine attacks, explains and dissects, and how close that is to what it can do at most.
+
+    Subjects are attacks, effect, cam, dissect, models and scaling; without any, all are measured. Everything is run
+    once to compile it, which is timed apart, then in turn; what is printed are medians and quartiles, work a second,
+    the share of the device's peak by the compiler's count of operations, and what limits it (arithmetic or memory).
+    OUT/bench.jsonl gets a line for every subject, with versions, machine and this command; figures are drawn beside it.
+
+    A small network in seconds: jaxinterp bench attacks scaling --model small_cnn --batch 4 --rounds 2 --devices 2
+
+    Args:
+        subjects: attacks, effect, cam, dissect, models, scaling.
+        model: Network.
+        weights: converted ones, seeded ones (made by rule; nothing needs to be there), or auto: converted where there
+            are any. Images are made by rule.
+        batch: Images in a batch.
+        size: Side of the images in pixels; the network's own by default.
+        rounds: How often everything is timed.
+        formats: Any of float32, tf32 and bf16, such as --formats float32 bf16; what the others change in results is
+            stated against the first.
+        attack: Attacks to time, as in `jaxinterp attack`; may be given several times. Without it: pgd, mifgsm and cw.
+        cell: Side of the cells of effects, in pixels; a fourteenth of the image by default.
+        images: Images of the dissection, a multiple of the batch; four batches by default.
+        node: Layer that is dissected.
+        devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which
+            share its cores.
+        sweep: Also try batch sizes up to the memory's limit, for attacks and models.
+        largest: No larger batch than this.
+        patience: No larger batch is tried after one that took longer, in seconds.
+        memory: GiB that programs may take; by default what the device or the system has.
+        peers: Also run torchattacks, foolbox (PGD) and pytorch-grad-cam where they are installed, on the same weights.
+        against: Whose weights those are: torchvision, or FILE.py:factory, a function that returns the PyTorch module.
+        compare: Two bench.jsonl files: print what changed from the first to the second, and stop.
+        out: Folder of the records and figures.
+        seed: Of attacks' randomness.
+    """
+    if compare is not None:
+        from jaxinterp.bench import records
+
+        if subjects:
+            raise ValueError(f"--compare goes without subjects, got {' '.join(subjects)}")
+        for line in records.compare(*compare):
+            print(line)
+        return
+    if devices is not None:
+        _divide_cpu(devices)
+    from jaxinterp.bench import job
+
+    options = job.Options(
+        specs=attack,
+        cell=cell,
+        images=images,
+        node=node,
+        devices=devices,
+        peers=peers,
+        against=against,
+        sweep=sweep,
+        largest=largest,
+        patience=patience,
+        memory=None if memory is None else int(memory * 2**30),
+    )
+    setting = job.prepare(model, weights=weights, size=size, batch=batch, rounds=rounds, forms=formats, seed=seed)
+    job.run(subjects or job.SUBJECTS, setting, options, out, command=_given())
+
+
+def _divide_cpu(devices: int) -> None:
+    """Makes a CPU `devices` devices, unless JAX has begun to use it or was told otherwise."""
+    if devices < 1:
+        raise ValueError(f"--devices must be at least 1, got {devices}")
+    import jax
+
+    if jax.config.values["jax_num_cpu_devices"] < 1 and "xla_force_host_platform_device_count" not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        with contextlib.suppress(RuntimeError):  # in use already: what there is, is counted later
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _given() -> str:
+    """The command line, for records."""
+    return " ".join(["jaxinterp", *map(shlex.quote, sys.argv[1:])])
+
+
 def _show(bar: Any, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
@@ -452,21 +565,43 @@ def main(args: list[str] | None = None) -> int:
         "models": models,
         "validate": validate,
         "broden": broden,
+        "bench": bench,
     }
 
     def run(words: list[str]) -> None:
-        if processes.current().count > 1 and words and words[0] in commands and words[0] not in _SHARED:
-            raise ValueError(f"--distributed: {words[0]} is not shared by processes; {', '.join(_SHARED)} are")
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="jaxinterp",
-            description=f"{_DESCRIPTION}\n\n{launch.HELP}",
-            args=words,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-            sort_subcommands=False,
-        )
+        from jaxinterp import precision
+
+        chosen, rest = _taken("--precision", words)
+        if processes.current().count > 1 and rest and rest[0] in commands and rest[0] not in _SHARED:
+            raise ValueError(f"--distributed: {rest[0]} is not shared by processes; {', '.join(_SHARED)} are")
+        with precision.using(chosen):
+            tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="jaxinterp",
+                description=f"{_DESCRIPTION}\n\n{launch.HELP}",
+                args=rest,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+                sort_subcommands=False,
+            )
 
     return guarded(run, args)
+
+
+def _taken(option: str, args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of an option of every command, in `--option value` or `--option=value`, and the other arguments."""
+    value, rest, waiting = None, [], False
+    for argument in args:
+        if waiting:
+            value, waiting = argument, False
+        elif argument == option:
+            waiting = True
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if waiting:
+        raise ValueError(f"{option}: expected a value behind it")
+    return value, rest
 
 
 def guarded(job: Callable[[list[str]], object], args: list[str] | None = None) -> int:
@@ -502,6 +637,12 @@ def guarded(job: Callable[[list[str]], object], args: list[str] | None = None) -
         processes.current().yield_to_cause(error)
         print(f"jaxinterp: error: {_reason(error)}{_kept(error)}", file=sys.stderr)
         return _left(2, _reason(error))
+    except RuntimeError as error:  # what XLA says when a device's memory gives out
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            processes.current().break_off(error)
+            raise
+        print(f"jaxinterp: error: {_reason(MemoryError())}", file=sys.stderr)
+        return _left(2, _reason(MemoryError()))
     except BaseException as error:
         processes.current().break_off(error)
         raise
@@ -515,26 +656,34 @@ def _left(status: int, reason: str) -> int:
 
 
 _SHARED = ("explain", "attack", "dissect")
-_DESCRIPTION = "What adversarial perturbations do to a network: which cells of a perturbation suppress the true class, \
-which promote the target, and where they lie on the class activation maps."
+_DESCRIPTION = """What adversarial perturbations do to a network: which cells of a perturbation suppress the true \
+class, which promote the target, and where they lie on the class activation maps.
+
+Every command takes --precision default, high or highest: of matrix products and convolutions in float32 (JAX's \
+jax_default_matmul_precision; TF32 or bfloat16 by default where the device has them, float32 at the highest).
+
+Compiled programs are kept in ~/.cache/jaxinterp (or $XDG_CACHE_HOME/jaxinterp), so that the second run of a command \
+compiles nothing. JAX_COMPILATION_CACHE_DIR moves them, JAX_ENABLE_COMPILATION_CACHE=0 switches that off."""
 
 
 def _keep_compiled_programs() -> None:
-    """Compiled programs are kept between processes, in the user's cache, for this kind of processor only.
+    """Every compiled program is kept between processes, in the user's cache, for this kind of processor only.
 
     JAX's own settings, where they are given, come first.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
     import jax
 
-    processor = platform.machine() + platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        processor += next((line for line in file if line.startswith(("flags", "Features"))), "")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
-    jax.config.update("jax_compilation_cache_dir", str(home / "jaxinterp" / f"xla-{kind}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        processor = platform.machine() + platform.processor()
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            processor += next((line for line in file if line.startswith(("flags", "Features"))), "")
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        kind = hashlib.sha256(processor.encode()).hexdigest()[:12]
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxinterp" / f"xla-{kind}"))
+    # JAX keeps what took a second to compile; a command has hundreds of programs that take less.
+    for name, least in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", least)
 
 
 # What befalls a disk while results are written to it.
@@ -551,7 +700,7 @@ def _reason(error: BaseException) -> str:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
     if isinstance(error, MemoryError):
-        return "out of memory; a smaller --batch-size needs less"
+        return "out of memory; a smaller batch (--batch-size, --batch) needs less"
     return str(error)
 
 

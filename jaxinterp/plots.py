@@ -50,7 +50,7 @@ RATIO_LIMIT = 10.0
 
 _FONT = "DejaVu Sans"  # comes with matplotlib, so that a figure does not depend on installed fonts
 # matplotlib's defaults first, so that nothing depends on the settings of the caller or of the machine.
-_STYLE: list[Any] = [
+STYLE: list[Any] = [
     "default",
     {
         "font.family": _FONT,
@@ -74,7 +74,7 @@ _MUTED = "#555555"
 # ---- One picture -------------------------------------------------------------------------------------------
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def explanation(
     *,
     original: ArrayLike,
@@ -327,7 +327,7 @@ def magnification(delta: ArrayLike) -> int:
 # ---- Many pictures -----------------------------------------------------------------------------------------
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
     """Shares of the kinds of cells for each attack, with confidence intervals.
 
@@ -390,12 +390,12 @@ def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) ->
     axes.set_ylim(0, 100 if axes.dataLim.y1 < 94 else 108)  # room for the number above a full bar
     axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
     axes.set_ylabel("share of the cells" + ("" if "none" in names else " that act"))
-    _quiet(axes)
+    quiet(axes)
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     return figure
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLike]) -> Figure:
     """Overall effect of every cell against the size of its perturbation, one panel per attack, on log axes.
 
@@ -448,7 +448,7 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
     return figure
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLike]) -> Figure:
     """Ratio of promotion to suppression of every cell against its overall effect, one panel per attack.
 
@@ -502,11 +502,11 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
 
 _NORM_LABELS = {"l0": "L0: components changed", "l1": "L1", "l2": "L2", "linf": "Linf"}
 # Okabe and Ito's palette without its yellow, which is too light for a line.
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#111111")
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#111111")
 _DASHES = ("-", "--", ":", "-.")
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: int) -> Figure:
     """How many pictures each attack breaks within a budget, for every norm.
 
@@ -541,8 +541,8 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
                 [low, *np.maximum(budget, low), high],
                 [0, *share, share[-1] if len(share) else 0],
                 where="post",
-                color=_LINES[i % len(_LINES)],
-                linestyle=_DASHES[i // len(_LINES) % len(_DASHES)],
+                color=LINES[i % len(LINES)],
+                linestyle=_DASHES[i // len(LINES) % len(_DASHES)],
                 linewidth=1.8,
                 label=name,
             )
@@ -553,7 +553,7 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(0, 1.03)
         axes.set_xlabel(f"budget, {_NORM_LABELS.get(norm, norm)}")
-        _quiet(axes)
+        quiet(axes)
     for axes in grid[: len(distances) : columns]:
         axes.set_ylabel(f"share of {total} pictures broken")
     handles, labels = grid[0].get_legend_handles_labels()
@@ -562,7 +562,7 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
     return figure
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def curves(
     panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
     x: Sequence[float | int],
@@ -603,7 +603,7 @@ def curves(
                 raise ValueError(f"{title}, {name}: {len(estimates)} estimates for {len(x)} values of {xlabel}")
             mean, low, high = np.array([e.interval for e in estimates], np.float64).T
             i = names.index(name)
-            colour = (colours or {}).get(name, _LINES[i % len(_LINES)])
+            colour = (colours or {}).get(name, LINES[i % len(LINES)])
             axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
             axes.plot(x, mean, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
         if reference is not None:
@@ -614,7 +614,7 @@ def curves(
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, size=10.5)
         axes.set_xlabel(xlabel)
-        _quiet(axes)
+        quiet(axes)
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -622,7 +622,7 @@ def curves(
     return figure
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def bars(
     panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
     *,
@@ -644,7 +644,7 @@ def bars(
     """
     if not panels or not all(panels.values()):
         raise ValueError("panels is empty, expected at least one title and one group")
-    chosen = {name: COLOURS.get(name, _LINES[i % len(_LINES)]) for i, name in enumerate(_bar_names(panels))}
+    chosen = {name: COLOURS.get(name, LINES[i % len(LINES)]) for i, name in enumerate(_bar_names(panels))}
     chosen |= dict(colours or {})
     groups = max(len(each) for each in panels.values())
     figure = Figure(figsize=(len(panels) * max(4.4, 1.2 + 1.5 * groups) + 0.4, 4.4), layout="constrained")
@@ -660,7 +660,7 @@ def bars(
         axes.set_xticks(range(len(by_group)), [_wrap(group, 1.4, 10.0) for group in by_group], size=10)
         axes.set_title(title, size=10.5)
         axes.set_ylabel(ylabel)
-        _quiet(axes)
+        quiet(axes)
     handles = [Patch(facecolor=colour, edgecolor="#333333", label=name) for name, colour in chosen.items()]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
     return figure
@@ -673,7 +673,7 @@ def _bar_names(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]]) -> li
 # ---- Concepts ----------------------------------------------------------------------------------------------
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def concept_bars(groups: Mapping[str, Mapping[str, int]], *, title: str, subtitle: str = "") -> Figure:
     """How many units detect each concept, category by category: a bar for every concept, the most detected first.
 
@@ -691,7 +691,7 @@ def concept_bars(groups: Mapping[str, Mapping[str, int]], *, title: str, subtitl
     Raises:
         ValueError: nothing to draw, or a concept without a unit.
     """
-    colours = dict(zip(groups, itertools.cycle(_LINES), strict=False))
+    colours = dict(zip(groups, itertools.cycle(LINES), strict=False))
     groups = {name: found for name, found in groups.items() if found}
     if not groups:
         raise ValueError("groups is empty, expected at least one concept")
@@ -777,7 +777,7 @@ def _newspaper(lines: Sequence[tuple[str, Any]], high: int) -> list[list[tuple[s
 # ---- Files -------------------------------------------------------------------------------------------------
 
 
-@style.context(_STYLE)
+@style.context(STYLE)
 def save(figure: Figure, path: str | os.PathLike, *, dpi: int = 100, bits: int = 6) -> Path:
     """Writes a figure as PNG, whole or not at all.
 
@@ -927,7 +927,7 @@ def _opacity(count: int) -> float:
     return float(np.clip(30 / math.sqrt(max(count, 1)), 0.08, 0.8))
 
 
-def _quiet(axes: Axes) -> None:
+def quiet(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)

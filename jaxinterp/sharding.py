@@ -32,16 +32,20 @@ def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
     return mesh if anyhow or sharding.spec[:1] == mesh.axis_names[:1] else None
 
 
-def on_mesh(mesh: Mesh | None, function: Callable, by_example: tuple[bool, ...]) -> Callable:
+def on_mesh(
+    mesh: Mesh | None, function: Callable, by_example: tuple[bool, ...], *, donate: tuple[int, ...] = ()
+) -> Callable:
     """`function` jitted, on `mesh` as one program a device.
 
     Args:
         mesh: the mesh, or None for a single program.
         function: its results have the example as the first axis of every leaf.
         by_example: for every argument, whether its leaves are sharded by example; the others are replicated.
+        donate: positions of arguments whose memory the results take; the caller must not use those again.
     """
     if mesh is None:
-        return jax.jit(function)
+        return jax.jit(function, donate_argnums=donate)
     shares = PartitionSpec(mesh.axis_names[0])
     specs = tuple(shares if sharded else PartitionSpec() for sharded in by_example)
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate)

@@ -10,7 +10,7 @@ from jaxinterp.attacks.cw_linf import CWLinf
 from jaxinterp.attacks.ddn import DDN
 from jaxinterp.attacks.deepfool import DeepFool
 from jaxinterp.attacks.diagnostics import Finding, compare_access, compare_transfer, diagnose
-from jaxinterp.attacks.driver import advance, finish, finished, run, start
+from jaxinterp.attacks.driver import advance, finish, finished, lowered, run, start
 from jaxinterp.attacks.ead import EAD
 from jaxinterp.attacks.fab import FAB
 from jaxinterp.attacks.fgsm import FGSM
@@ -76,6 +76,7 @@ __all__ = [
     "diagnose",
     "finish",
     "finished",
+    "lowered",
     "run",
     "start",
 ]

@@ -128,7 +128,9 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
         # A single device leaves the loop when its batch can be made smaller. The devices of a mesh must have taken
         # the same number of steps for that, so they stop now and then.
         pause = limit - taken if mesh is None or not smaller else min(limit - taken, _PAUSE)
-        counted, state = _advance(mesh)(attack, model, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
+        # What was gathered here belongs to nobody else. The whole state may: the caller has it, or the images in it.
+        loop = _advance(mesh, len(rows) < batch)
+        counted, state = loop(attack, model, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
         taken += int(np.max(counted))
         done = np.asarray(state.done)
         unfinished = int(np.sum(~done))
@@ -170,6 +172,16 @@ def finish(attack: Attack, state: Any) -> AttackResult:
     return _finish(mesh_of(state))(by_example(coerce(attack), state.done.shape[0]), state)
 
 
+def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
+    """The program in which `advance` takes its steps on a whole batch, before it is compiled.
+
+    It tells what a step costs, what memory it takes and what devices exchange. `state` is one from `start`, or its
+    shapes (`jax.eval_shape`); the other arguments are those of `advance`.
+    """
+    attack, model, mesh = by_example(coerce(attack), state.done.shape[0]), as_model(model), mesh_of(state)
+    return _advance(mesh).lower(attack, model, state, _counts(attack.iterations, mesh), np.int32(0))
+
+
 def finished(state: Any) -> bool:
     """Whether no further step changes anything."""
     return bool(jnp.all(state.done))
@@ -188,7 +200,7 @@ def _start(mesh: Mesh | None):
 
 
 @functools.cache
-def _advance(mesh: Mesh | None):
+def _advance(mesh: Mesh | None, donated: bool = False):
     def one_program(attack, model, state, limit, enough):
         def unfinished(carry):
             taken, state = carry
@@ -201,7 +213,7 @@ def _advance(mesh: Mesh | None):
         taken, state = lax.while_loop(unfinished, body, (jnp.int32(0), state))
         return taken[None], state
 
-    return on_mesh(mesh, one_program, (True, False, True, True, False))
+    return on_mesh(mesh, one_program, (True, False, True, True, False), donate=(2,) if donated else ())
 
 
 @functools.cache

@@ -24,6 +24,9 @@ from jaxinterp.canonical import canonical
 from jaxinterp.network import Network, capture, identity
 from jaxinterp.weights import conversion, names, seeded
 
+PRECISION = "highest"
+"""Of matrix products in every comparison, whatever `jaxinterp --precision` says."""
+
 # Relative to the largest value. Maps and logits are compared in float32, gradients in float64: an input of a ReLU that
 # is nearly zero rounds to one side in one program and to the other in the next, and the float32 gradient behind it is
 # then another one, in any two programs.
@@ -107,25 +110,10 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
     Raises:
         ValueError: torch or the file or the factory is missing; the module's state dict does not fit the network.
     """
-    try:
-        import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
-    except ImportError:
-        raise ValueError('comparing live needs torch; run: pip install "jaxinterp[torch]"') from None
+    found = original(name, against)
+    import torch  # pyright: ignore[reportMissingImports]  # there, or `original` would have said so
 
-    models.network(name)  # an unknown name is said first
-    entry = models.ARCHITECTURES[name]
-    module = _torchvision_module(name) if against == "torchvision" else _factory(against)()
-    if not isinstance(module, torch.nn.Module):
-        raise ValueError(f"{against} must give a torch.nn.Module, got {type(module).__name__}")
-    module = module.eval().requires_grad_(False).float()
-    state = {key: value.numpy() for key, value in module.state_dict().items()}
-    head, axis = conversion.head_of(name)
-    classes = names.classes_of(state, head, axis, source=f"the state dict of {against}")
-    expected = models.shapes(name, classes)
-    params = jax.tree.map(
-        jnp.asarray, names.map_tensors(state, expected, source=f"the state dict of {against}", network=name)
-    )
-    network = models.network(name, classes)
+    network, params, module, entry = found.network, found.params, found.inner, models.ARCHITECTURES[name]
     if images is None:
         images = seeded.images(2, network.image_size, entry.channels)
     submodules = dict(module.named_modules())
@@ -136,23 +124,69 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
         submodules[node].register_forward_hook(lambda _, __, output, node=node: seen.__setitem__(node, output))
     x = torch.from_numpy(np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)))).requires_grad_()
 
-    def preprocessed(x: Any) -> Any:
-        mean, std = (
-            torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in _NORMALIZATION.get(_family(name), _IMAGENET)
-        )
-        return ((x.flip(1) if name.startswith("caffe_") else x) - mean) / std
-
-    out = module(preprocessed(x))
+    out = found.module(x)
     # Copied after the whole forward pass: an activation in place changes what a hook saw.
     maps_of_original = {node: value.detach().clone() for node, value in seen.items()}
     target = int(out[0].argmax())  # the gradient of a logit behind a ReLU may be zero, which compares nothing
     logits, maps, gradient = _run(network, params, images, nodes, target)
     x = x.detach().double().requires_grad_()
-    (by_image,) = torch.autograd.grad(module.double()(preprocessed(x))[:, target].sum(), x)
+    (by_image,) = torch.autograd.grad(found.module.double()(x)[:, target].sum(), x)
     found = [compare(node, maps[node], maps_of_original[node].permute(0, 2, 3, 1).numpy()) for node in nodes]
     found.append(compare("logits", logits, out.detach().numpy()))
     found.append(compare("gradient", gradient, by_image.permute(0, 2, 3, 1).numpy()))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """A PyTorch network and ours on its weights.
+
+    Attributes:
+        module: the torch.nn.Module on images [B,C,H,W] in [0, 1], in eval mode, float32, parameters frozen.
+        inner: the same without preprocessing, a submodule named "inner" of `module`.
+        network: ours, with as many classes.
+        params: made from the module's state dict.
+    """
+
+    module: Any
+    inner: Any
+    network: Network
+    params: dict[str, Any]
+
+
+def original(name: str, against: str) -> Original:
+    """The PyTorch original of a network; arguments and errors are those of `against_torch`."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
+    except ImportError:
+        raise ValueError('comparing live needs torch; run: pip install "jaxinterp[torch]"') from None
+
+    models.network(name)  # an unknown name is said first
+    inner = _torchvision_module(name) if against == "torchvision" else _factory(against)()
+    if not isinstance(inner, torch.nn.Module):
+        raise ValueError(f"{against} must give a torch.nn.Module, got {type(inner).__name__}")
+    inner = inner.eval().requires_grad_(False).float()
+    state = {key: value.numpy() for key, value in inner.state_dict().items()}
+    head, axis = conversion.head_of(name)
+    classes = names.classes_of(state, head, axis, source=f"the state dict of {against}")
+    expected = models.shapes(name, classes)
+    params = jax.tree.map(
+        jnp.asarray, names.map_tensors(state, expected, source=f"the state dict of {against}", network=name)
+    )
+    mean, std = _NORMALIZATION.get(_family(name), _IMAGENET)
+    reverse = name.startswith("caffe_")  # BGR
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+            for name, values in (("mean", mean), ("std", std)):
+                self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(((x.flip(1) if reverse else x) - self.mean) / self.std)
+
+    return Original(Whole().eval(), inner, models.network(name, classes), params)
 
 
 def lines(found: list[Comparison]) -> Iterator[str]:
@@ -202,7 +236,7 @@ def _run(
     def gradient(params, images):
         return jax.grad(lambda x: jnp.sum(network.apply(params, x, identity)[:, of]))(images)
 
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(PRECISION):
         logits, maps = jax.tree.map(np.asarray, forward(params, jnp.asarray(images)))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), (params, images))

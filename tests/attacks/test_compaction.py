@@ -36,9 +36,9 @@ def programs(monkeypatch):
     """(size of the batch, steps that ran) of every loop."""
     ran, original = [], driver._advance
 
-    def recorded(mesh):
+    def recorded(mesh, donated=False):
         def loop(attack, model, state, limit, enough):
-            taken, state = original(mesh)(attack, model, state, limit, enough)
+            taken, state = original(mesh, donated)(attack, model, state, limit, enough)
             ran.append((state.done.shape[0], int(np.max(taken))))
             return taken, state
 
@@ -125,3 +125,27 @@ def test_smaller_batches_are_halves_and_multiples_of_the_devices():
     halving = functools.partial(driver._smaller_batch, devices=1)
     assert [halving(n) for n in (9, 5, 3, 2, 1)] == [5, 3, 2, 1, 0]
     assert [driver._smaller_batch(n, 4) for n in (32, 16, 12, 8, 4)] == [16, 8, 8, 4, 0]
+
+
+def test_gathered_states_give_their_memory_up_and_nobody_else_s_does(monkeypatch):
+    """The state that the caller holds, and the images in it, can be used again; copies of a part of it are not kept."""
+    model, images, labels = problem()
+    first, held, original = start(ATTACK, model, images, labels, key=KEY), [], driver._advance
+
+    def watched(mesh, donated=False):
+        def loop(attack, model, state, limit, enough):
+            held.append((donated, state))
+            return original(mesh, donated)(attack, model, state, limit, enough)
+
+        return loop
+
+    monkeypatch.setattr(driver, "_advance", watched)
+    once, again = (finish(ATTACK, advance(ATTACK, model, first)) for _ in range(2))
+    same(once, again)
+    whole = [state for donated, state in held if not donated]
+    parts = [state for donated, state in held if donated]
+    assert len(whole) == 2
+    assert len(parts) >= 2
+    assert all(state.done.shape[0] == BATCH for state in whole)
+    assert all(leaf.is_deleted() for state in parts for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in (*jax.tree.leaves((first, model)), images, labels))

@@ -1,0 +1,1 @@
+"""Benchmarks: `jaxinterp bench`. Timing, peaks of devices, rooflines, records; a module for each subject."""

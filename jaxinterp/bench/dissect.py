@@ -1,0 +1,147 @@
+"""Network dissection: feature maps, thresholds, the tally in its forms and the whole, in images a second.
+
+Images are made by rule, label maps are random regions with as many labels in an image as Broden has, so that nothing
+is read from a disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinterp import dissect
+from jaxinterp.bench import formats
+from jaxinterp.bench.formats import computing_in, network_in
+from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
+from jaxinterp.bench.setting import Setting
+from jaxinterp.data import Concepts, SegmentedArrays
+from jaxinterp.dissect.counting import Form
+from jaxinterp.dissect.dissection import extractor
+from jaxinterp.network import capture
+
+LABELS, CATEGORIES, SIDE = 1198, 6, 112  # of Broden at 224 pixels
+
+
+def concepts() -> Concepts:
+    """As many labels and categories as Broden has."""
+    category = np.random.default_rng(1).integers(0, CATEGORIES, LABELS)
+    category[0] = -1
+    names = ["", *(f"label {i}" for i in range(1, LABELS))]
+    return Concepts(tuple(names), tuple(f"category {i}" for i in range(CATEGORIES)), category)
+
+
+def label_maps(
+    images: int, channels: int = 3, regions: int = 7, present: int = 4, side: int = SIDE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random regions of a few labels in every channel, and two whole-image labels.
+
+    Returns:
+        int16 [images,channels,side,side] and [images,2]; `side` must be a multiple of `regions`.
+    """
+    rng = np.random.default_rng(2)
+    planes = np.zeros((images, channels, side, side), np.int16)
+    block = np.ones((side // regions, side // regions), np.int16)
+    for plane in planes.reshape(-1, side, side):
+        chosen = np.append(rng.integers(1, LABELS, present), 0).astype(np.int16)
+        plane[:] = np.kron(chosen[rng.integers(0, present + 1, (regions, regions))], block)
+    return planes, rng.integers(1, LABELS, (images, 2)).astype(np.int16)
+
+
+def check(setting: Setting, images: int, node: str | None) -> str:
+    """The layer that is dissected. Arguments and errors are those of `bench`."""
+    if images < 1 or images % setting.batch:
+        raise ValueError(f"--images must be a multiple of --batch, {setting.batch}, got {images}")
+    node = node or setting.network.cam_node or setting.network.nodes[-1]
+    return setting.network.check_node(node, argument="--node")
+
+
+def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
+    """Times a dissection and its parts.
+
+    Args:
+        setting: what is run.
+        images: how many images, a multiple of the batch.
+        node: the layer; None is the network's CAM node, or else its last.
+
+    Raises:
+        ValueError: images that are no multiple of the batch, an unknown layer.
+    """
+    node = check(setting, images, node)
+    pictures = np.asarray(setting.images(images))
+    side = SIDE if setting.network.image_size >= SIDE else 7 * max(1, setting.network.image_size // 14)
+    planes, scalars = label_maps(images, side=side)
+    names = concepts()
+    source = SegmentedArrays(pictures, planes, names, scalars=scalars)
+    batches = [jnp.asarray(pictures[i : i + setting.batch]) for i in range(0, images, setting.batch)]
+    tasks, results = [], {}
+    ways: tuple[Form, ...] = ("gated", "dense") if jax.default_backend() == "cpu" else ("dense",)
+    for form in setting.forms:
+        network, params = network_in(form, setting.network, setting.params)
+        extract = extractor(network, (node,))
+
+        def forward(extract=extract, params=params, form=form):
+            with computing_in(form):
+                return [extract(params, batch)[0] for batch in batches]
+
+        def forward_account(network=network, extract=extract, params=params, form=form):
+            def written(params, images):
+                return capture(network, params, images, (node,))[1]
+
+            with computing_in(form):
+                spent, size = program(extract, params, batches[0])
+                bare = as_written(written, params, batches[0])
+            times = len(batches)
+            return Account(images, spent and spent.times(times), bare and bare.times(times), size)
+
+        def whole(network=network, params=params, form=form):
+            with computing_in(form):
+                results["whole", form] = dissect.dissect(
+                    network, params, node, source, batch_size=setting.batch, top=min(9, images)
+                )
+
+        passed = (f"feature maps {form}", 1.0)
+        counted = functools.partial(Account, images)
+        tasks.append(Task(f"feature maps {form}", forward, forward_account, "images", form))
+        tasks.append(Task(f"whole dissection {form}", whole, counted, "images", form, over=passed))
+        if form != setting.forms[0]:
+            continue
+        kept = functools.cache(lambda forward=forward: jnp.concatenate(forward()))  # after its own first run
+        limits = functools.cache(lambda kept=kept: np.asarray(dissect.thresholds(kept())))
+
+        def thresholds(kept=kept):
+            return dissect.thresholds(kept())
+
+        tasks.append(Task(f"thresholds {form}", thresholds, counted, "images", form, over=passed))
+        for way in ways:
+
+            def tally(way: Form = way, kept=kept, limits=limits):
+                results[way] = dissect.tally(kept(), limits(), planes, scalars, names.category, "lite", form=way)
+
+            tasks.append(Task(f"tally, {way} {form}", tally, counted, "images", form, over=passed))
+    found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
+    found.more = {"node": node, "images": images, "label maps": side}
+    if len(ways) > 1:
+        counts = [dataclasses.astuple(results[way]) for way in ways]
+        same = all(np.array_equal(a, b) for a, b in zip(*counts, strict=True))
+        found.notes.append(f"{' and '.join(ways)} tallies are equal integers: {same}")
+    first = setting.forms[0]
+    there = _detected(results["whole", first], names)
+    for form in setting.forms[1:]:
+        here = _detected(results["whole", form], names)
+        both = [np.asarray(results["whole", f].thresholds) for f in (form, first)]
+        found.changes[form] = {
+            "than": first,
+            "thresholds, largest difference over largest": formats.difference(*both),
+            "best concepts that agree": formats.agreement(here, there),
+        }
+    return found
+
+
+def _detected(found: Any, names: Concepts) -> np.ndarray:
+    """[U] the label with the largest IoU of every unit."""
+    return dissect.iou(found.tally, names.category).argmax(axis=1)

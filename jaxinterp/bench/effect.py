@@ -1,0 +1,111 @@
+"""Effects of cells: forward passes a second, with whole passes and with windows, and what formats change in kinds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinterp import effect
+from jaxinterp.bench import formats
+from jaxinterp.bench.formats import computing_in, network_in
+from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
+from jaxinterp.bench.setting import Setting
+from jaxinterp.canonical import canonical
+
+_KINDS = [kind.label for kind in list(effect.Kind)[1:]]
+
+
+def _logits(model: Any, images: Any) -> jax.Array:
+    return model(images)
+
+
+_forward = jax.jit(canonical(_logits))
+
+
+def grid(setting: Setting, cell: int | None) -> tuple[int, int]:
+    """The side of a cell, and how many cells an image has. Arguments and errors are those of `bench`."""
+    side = setting.network.image_size
+    cell = -(-side // 14) if cell is None else cell
+    return cell, math.prod(effect.grid(side, side, cell))
+
+
+def bench(setting: Setting, cell: int | None = None) -> Found:
+    """Times the effects of all cells of a batch.
+
+    The perturbation is noise, and every cell has some. Windows are timed where the backend is a CPU: elsewhere they
+    are not used.
+
+    Args:
+        setting: what is run.
+        cell: side of a cell in pixels; None: a fourteenth of the image's, rounded up.
+
+    Raises:
+        ValueError: a cell beyond the image.
+    """
+    cell, cells = grid(setting, cell)
+    clean, labels = setting.images(), setting.labels
+    noise = 0.05 * np.random.default_rng(setting.seed).normal(size=clean.shape)
+    adversarial = jnp.clip(clean + noise.astype(np.float32), 0, 1)
+    targets = (labels + 1) % setting.network.num_classes
+    passes = setting.batch * (cells + 1)
+    tasks, results = [], {}
+    for form in setting.forms:
+        network, params = network_in(form, setting.network, setting.params)
+        model = network.bind(params)
+
+        def forward(model=model, form=form):
+            with computing_in(form):
+                return _forward(model, clean)
+
+        def forward_account(model=model, form=form):
+            with computing_in(form):
+                spent, size = program(_forward, model, clean)
+                return Account(setting.batch, spent, as_written(_logits, model, clean), size)
+
+        tasks.append(Task(f"forward {form}", forward, forward_account, "images", form))
+        ways = {"whole passes": False}
+        if jax.default_backend() == "cpu":
+            ways["windows"] = True
+        for way, windows in ways.items():
+
+            def run(model=model, form=form, way=way, windows=windows):
+                with computing_in(form):
+                    results[way, form] = effect.pse(
+                        model, clean, adversarial, labels, targets, cell, windows=windows, method="leave_one_out"
+                    )
+                return results[way, form]
+
+            def account(model=model, form=form):
+                with computing_in(form):
+                    bare = as_written(_logits, model, clean)
+                return Account(passes, None, None if bare is None else bare.times(passes / setting.batch))
+
+            over = (f"forward {form}", passes / setting.batch)
+            tasks.append(Task(f"effects, {way} {form}", run, account, "passes", form, over=over))
+    found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
+    found.more = {"cell": cell, "cells": cells}
+    first = setting.forms[0]
+    reference = results["whole passes", first]
+    if ("windows", first) in results:
+        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), results["windows", first].kind, reference.kind)
+        found.notes.append(f"windows and whole passes give the same kinds: {same}")
+    for form in setting.forms[1:]:
+        here = results["whole passes", form]
+        found.changes[form] = {
+            "than": first,
+            "same bits": bool(np.array_equal(here.label_change, reference.label_change)),
+            "kinds of cells that agree": formats.agreement(here.kind, reference.kind),
+            "shares of kinds": _shares(here),
+            f"shares of kinds in {first}": _shares(reference),
+        }
+    return found
+
+
+def _shares(found: effect.Effect) -> dict[str, float]:
+    """Of the cells of all images that have an effect."""
+    counts = [int(np.sum(np.asarray(found.kind) == kind)) for kind in list(effect.Kind)[1:]]
+    return {kind: count / max(1, sum(counts)) for kind, count in zip(_KINDS, counts, strict=True)}

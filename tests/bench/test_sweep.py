@@ -1,0 +1,68 @@
+"""Batch sizes: the limit is found, programs that would not fit are not run, what gives out in spite of that counts."""
+
+import time
+
+import jax
+import pytest
+
+from jaxinterp.bench.sweep import Trial, lines, sweep
+
+
+def machine(ran, *, fixed=0, each: int | None = 10, fails=None, seconds=0.0):
+    """Programs of fixed + each x batch bytes; those above `fails` give out when they run."""
+
+    def make(batch):
+        def run():
+            if fails is not None and batch > fails:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+            ran.append(batch)
+            time.sleep(seconds * batch)
+
+        return Trial(None if each is None else fixed + each * batch, run, 3.0 * batch)
+
+    return make
+
+
+def test_the_limit_is_found_without_running_beyond_it():
+    ran = []
+    found = sweep(machine(ran, each=10), limit=1000, rounds=1)  # 900 are used: 90 images
+    assert found.ended == "memory"
+    assert found.largest in range(78, 91)
+    assert max(ran) == found.largest
+    assert [row["batch"] for row in found.rows][:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert f"0.0 MiB: {found.largest} (to within an eighth)" in lines(found, "images")[-1]
+
+
+def test_memory_that_gives_out_while_running():
+    ran = []
+    found = sweep(machine(ran, each=None, fails=20), limit=10**9, rounds=1)
+    assert found.ended == "memory"
+    assert found.largest in range(18, 21)
+    assert max(ran) == found.largest
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        sweep(lambda batch: Trial(None, lambda: _fail(), 1.0), limit=1, rounds=1)
+
+
+def _fail():
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_ending_before_the_limit_predicts_it():
+    found = sweep(machine([], fixed=500, each=10), limit=10_000, largest=8, rounds=1)
+    assert (found.ended, found.largest, found.predicted) == ("largest", None, 850)
+    assert [row["batch"] for row in found.rows] == [1, 2, 4, 8]
+    assert "850 would fit" in lines(found, "images")[-1]
+    slow = sweep(machine([], seconds=0.005), limit=10**6, seconds=0.015, rounds=1)
+    assert slow.ended == "time"
+    assert slow.rows[-1]["batch"] == 4
+
+
+def test_throughput():
+    [row] = sweep(machine([], seconds=0.05), limit=10**6, largest=1, rounds=1).rows
+    assert row["per_second"] == pytest.approx(3.0 / row["seconds"]["median"])
+    assert 30 < row["per_second"] <= 60
+
+
+def test_not_even_one():
+    with pytest.raises(ValueError, match="--memory: not even a batch of one fits into 10 bytes"):
+        sweep(machine([], each=10), limit=10)
