@@ -20,7 +20,12 @@ from jaxinterp.weights import seeded
 from jaxinterp.weights.names import from_jax_shape
 
 REFERENCES = Path(models.__file__).parents[1] / "weights" / "references.npz"
-HEADS = ("densenet121", "googlenet", "efficientnet_lite0")  # what lies behind the cam_node does not depend on depth
+HEADS = (
+    "densenet121",
+    "googlenet",
+    "efficientnet_lite0",
+    "squeezenet1_1",
+)  # what lies behind the cam_node does not depend on depth
 WITH_CAM = [name for name, entry in models.ARCHITECTURES.items() if entry.cam_node is not None]
 
 
@@ -43,13 +48,13 @@ def test_names_and_shapes(name: str):
 
 
 # Small members of most families. The others are deeper, or take long to compile; test_names_and_shapes and
-# test_nodes_trace_at_full_size check them too, and their values are compared with --exhaustive. Of EfficientNet-Lite,
-# test_efficientnet_lite.py has the classes of pictures.
+# test_nodes_trace_at_full_size check them too, and their values are compared with --exhaustive. Of EfficientNet-Lite
+# and SqueezeNet, test_efficientnet_lite.py and test_recipes.py have the classes of pictures.
 DEEPER: tuple[str, ...] = ("densenet121", "googlenet", "inception_v3", "squeezenet1_0", "caffe_squeezenet1_1")
 DEEPER += ("cifar_resnet18", "cifar_resnet56", "resnet34", "resnet50", "resnet101", "resnet152")
 DEEPER += ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 DEEPER += tuple(f"efficientnet_lite{i}" for i in range(5))
-DEEPER += ("alexnet",)
+DEEPER += ("alexnet", "squeezenet1_1")
 
 
 @pytest.mark.parametrize(
