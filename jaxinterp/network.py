@@ -98,7 +98,7 @@ class Network:
             raise TypeError(f"nodes and classes of {self.name} must be tuples of names, got one text")
         object.__setattr__(self, "nodes", tuple(self.nodes))
         whole = hasattr(self.classes, "__index__")  # numpy's integers too
-        object.__setattr__(self, "classes", operator.index(self.classes) if whole else tuple(self.classes))  # type: ignore[arg-type]
+        object.__setattr__(self, "classes", operator.index(self.classes) if whole else tuple(self.classes))  # type: ignore[arg-type]  # names
         if self.num_classes < 1:
             raise ValueError(f"classes of {self.name}: expected at least one, got {self.classes}")
         if len(set(self.nodes)) != len(self.nodes):

@@ -259,7 +259,7 @@ def join(*, timeout: float, again: str) -> Processes:
     state = distributed.global_state
     _current = Processes(state.process_id, state.num_processes, client=state.client, timeout=timeout, again=again)
     if not _current.first:
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]  # bars of any caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
     return _current
 

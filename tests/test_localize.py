@@ -297,6 +297,8 @@ def test_mean_of_a_map_by_kind(cells):
             expected = inside.mean() if inside.size else np.nan
             np.testing.assert_allclose(found[i, column], expected, rtol=1e-4, atol=1e-5)
     assert np.isnan(found[1, 1])
+    alone = localize.mean_by_kind(jnp.asarray(maps[1:]), jnp.asarray(kind[1:]), cells, (SIDE, SIDE))
+    np.testing.assert_array_equal(alone, found[1:])  # to the last bit
 
 
 # Refinement

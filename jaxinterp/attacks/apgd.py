@@ -268,7 +268,7 @@ class APGDT:
             # The last run's rival for those that are done.
             place = jnp.minimum(state.count // (self.steps + 1), runs - 1) // self.restarts
             rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
-            loss = lambda logits: objective.dlr_of_rival(logits, examples.labels, rival)  # noqa: E731
+            loss = lambda logits: objective.dlr_of_rival(logits, examples.labels, rival)  # noqa: E731  # as above
         return _step(self, model, state, loss, runs=runs)
 
     @canonical

@@ -141,7 +141,7 @@ def test_sharded_features_are_counted_where_they_are(same_tally, meshes, devices
 
 
 def test_units_that_fire_are_as_many_as_they_are(same_tally):
-    """From no unit to all of 66: every size of program the gated form is made for."""
+    """From no unit to all of 66, in more words of bits than one."""
     features = np.zeros((8, 2, 2, 66), np.float32)
     for image, firing in enumerate((0, 1, 17, 18, 33, 34, 65, 66)):
         features[image, 0, 0, np.random.default_rng(image).permutation(66)[:firing]] = 1
