@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxinterp import precision
 from jaxinterp.runs import Run, differences, machine
 
 T = TypeVar("T")
@@ -269,13 +270,14 @@ def open_run(directory: str | os.PathLike, config: Mapping[str, Any]) -> Run:
 
     Args:
         directory: as `Run` takes it, like config.
-        config: must be that of all processes.
+        config: must be that of all processes. The precision of matrix products joins it.
 
     Raises:
         ValueError: as `Run`; configs or versions differ between processes; they do not share the directory.
         OSError: it cannot be written.
     """
     group = current()
+    config = {**config, "matmul_precision": precision.current()}
     versions = {key: value for key, value in machine().items() if key not in ("devices", "platform")}
     problem = group.settle(
         {"name": group.name, "config": json.loads(json.dumps(config)), "versions": versions}, _disagreement
