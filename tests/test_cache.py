@@ -90,7 +90,7 @@ def test_a_second_run_compiles_nothing(place, environment, tmp_path):
 
 
 def test_jax_s_own_variables_move_it_and_switch_it_off(place, environment, tmp_path):
-    again = commands(place, tmp_path)[-1:]
+    again = [each for each in commands(place, tmp_path) if each[0] == "validate"]
     moved = {
         **environment,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "moved"),

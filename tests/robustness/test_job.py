@@ -144,6 +144,7 @@ def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch):
     assert not list((tmp_path / "run" / "parts").iterdir())
 
 
+@pytest.mark.exhaustive  # tests/test_distributed.py kills other commands
 def test_a_killed_command_continues_to_the_same_tables(pictures, tmp_path):
     environment = {
         **os.environ,
