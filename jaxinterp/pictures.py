@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp import parallel, processes
+from jaxinterp.canonical import canonical
 from jaxinterp.data import Batch, DamagedImage, Example, Source, batches
 from jaxinterp.network import Model, Network, Params
 from jaxinterp.processes import read_part
@@ -265,5 +266,6 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
 
 
 @jax.jit
+@canonical
 def classify(model, images):
     return jnp.argmax(model(images), axis=-1)

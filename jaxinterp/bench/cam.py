@@ -10,18 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp import cam
-from jaxinterp.bench import formats
+from jaxinterp.bench import formats, forward
 from jaxinterp.bench.formats import computing_in, network_in
-from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
+from jaxinterp.bench.measure import Account, Found, Task, measure, program
 from jaxinterp.bench.setting import Setting
-from jaxinterp.canonical import canonical
 
-
-def _logits(model: Any, images: Any) -> jax.Array:
-    return model(images)
-
-
-_forward = jax.jit(canonical(_logits))
 QUICK = tuple(method for method in cam.METHODS if method not in ("scorecam", "ablationcam"))
 """Methods that do not take a pass for every unit."""
 
@@ -49,17 +42,7 @@ def bench(
     for form in setting.forms:
         network, params = network_in(form, setting.network, setting.params)
         model = network.bind(params)
-
-        def forward(model=model, form=form):
-            with computing_in(form):
-                return _forward(model, images)
-
-        def forward_account(model=model, form=form):
-            with computing_in(form):
-                spent, size = program(_forward, model, images)
-                return Account(setting.batch, spent, as_written(_logits, model, images), size)
-
-        tasks.append(Task(f"forward {form}", forward, forward_account, "images", form))
+        tasks.append(forward.task(model, images, form))
         for method in methods:
 
             def run(network=network, params=params, form=form, method=method):

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp import effect
-from jaxinterp.bench import formats
+from jaxinterp.bench import formats, forward
 from jaxinterp.bench.formats import computing_in, network_in
-from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
+from jaxinterp.bench.measure import Account, Found, Task, as_written, measure
 from jaxinterp.bench.setting import Setting
-from jaxinterp.canonical import canonical
 
 _KINDS = [kind.label for kind in list(effect.Kind)[1:]]
-
-
-def _logits(model: Any, images: Any) -> jax.Array:
-    return model(images)
-
-
-_forward = jax.jit(canonical(_logits))
 
 
 def grid(setting: Setting, cell: int | None) -> tuple[int, int]:
@@ -56,17 +47,7 @@ def bench(setting: Setting, cell: int | None = None) -> Found:
     for form in setting.forms:
         network, params = network_in(form, setting.network, setting.params)
         model = network.bind(params)
-
-        def forward(model=model, form=form):
-            with computing_in(form):
-                return _forward(model, clean)
-
-        def forward_account(model=model, form=form):
-            with computing_in(form):
-                spent, size = program(_forward, model, clean)
-                return Account(setting.batch, spent, as_written(_logits, model, clean), size)
-
-        tasks.append(Task(f"forward {form}", forward, forward_account, "images", form))
+        tasks.append(forward.task(model, clean, form))
         ways = {"whole passes": False}
         if jax.default_backend() == "cpu":
             ways["windows"] = True
@@ -81,7 +62,7 @@ def bench(setting: Setting, cell: int | None = None) -> Found:
 
             def account(model=model, form=form):
                 with computing_in(form):
-                    bare = as_written(_logits, model, clean)
+                    bare = as_written(forward.logits, model, clean)
                 return Account(passes, None, None if bare is None else bare.times(passes / setting.batch))
 
             over = (f"forward {form}", passes / setting.batch)

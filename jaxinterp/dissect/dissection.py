@@ -468,13 +468,13 @@ class Passes:
         """Of every layer, exact."""
         if seen.kept is not None:
             return [
-                quantiles.of_kept(store, seen.valid, seen.images, quantile, method, mesh=self.mesh)
-                for store in seen.kept
+                quantiles.of_kept(store, seen.valid, seen.images, quantile, method, mesh=self.mesh, node=node)
+                for store, node in zip(seen.kept, self.nodes, strict=True)
             ]
         assert seen.histograms is not None
         sides = []
         for histogram, node in zip(seen.histograms, self.nodes, strict=True):
-            quantiles.refuse_nan(histogram.nan)
+            quantiles.refuse_nan(histogram.nan, node)
             h, w, _ = self.plan.shapes[node]
             rank, share = quantiles.ranks(seen.images * h * w, quantile, method)
             sides.append((*quantiles.upper_half(histogram, jnp.int32(rank)), share))

@@ -115,19 +115,26 @@ def _checked(features: Any) -> jax.Array:
     return jnp.asarray(features, jnp.float32)
 
 
-def refuse_nan(found: Any) -> None:
-    """Raises ValueError where a unit has a NaN; `found` [U] says which."""
+def refuse_nan(found: Any, node: str = "features") -> None:
+    """Raises ValueError where a unit of the layer `node` has a NaN; `found` [U] says which."""
     units = np.flatnonzero(np.asarray(found))
     if units.size:
         shown = ", ".join(map(str, units[:8])) + (", ..." if units.size > 8 else "")
-        raise ValueError(f"features: NaN among the activations of {units.size} units: {shown}")
+        raise ValueError(f"{node}: NaN among the activations of {units.size} units: {shown}")
 
 
 # Features at hand
 
 
 def of_kept(
-    features: jax.Array, valid: Any, images: int, quantile: float, method: Method = "linear", *, mesh: Mesh | None
+    features: jax.Array,
+    valid: Any,
+    images: int,
+    quantile: float,
+    method: Method = "linear",
+    *,
+    mesh: Mesh | None,
+    node: str = "features",
 ) -> jax.Array:
     """The thresholds of features that are on the devices.
 
@@ -138,10 +145,11 @@ def of_kept(
         quantile: between 0 and 1.
         method: see `thresholds`.
         mesh: the devices; None for one.
+        node: the layer, for messages.
     """
     rank, share = ranks(images * features.shape[1] * features.shape[2], quantile, method)
     lower, upper, nan = _select(mesh)(features, valid, np.int32(rank))
-    refuse_nan(nan)
+    refuse_nan(nan, node)
     return jnp.asarray(between(np.asarray(lower), np.asarray(upper), share))
 
 

@@ -246,7 +246,7 @@ def test_another_config_is_refused(job, network, squares, tmp_path, changes):
 def test_nan_activations(network, squares, tmp_path):
     params = {"scale": jnp.float32(np.nan)}
     job = concepts.prepare(squares, model=(network[0], params), nodes=["colours"], batch_size=8)
-    with pytest.raises(ValueError, match="NaN among the activations of 4 units"):
+    with pytest.raises(ValueError, match="colours: NaN among the activations of 4 units"):
         concepts.dissect(job, tmp_path / "out", say=silent)
 
 

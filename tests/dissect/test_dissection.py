@@ -498,7 +498,7 @@ def test_more_positions_than_are_counted_are_refused():
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_nan_is_refused_and_units_are_named(memory):
     params = {**PARAMS, "b bias": np.array([0, 0, np.nan, 0, 0, np.nan, 0], np.float32)}
-    with pytest.raises(ValueError, match="NaN among the activations of 2 units: 2, 5"):
+    with pytest.raises(ValueError, match=r"^b: NaN among the activations of 2 units: 2, 5"):
         dissect.dissect(NETWORK, params, NODES, DATA, batch_size=narrow.BATCH, memory=memory)
 
 
