@@ -180,11 +180,13 @@ def original(name: str, against: str) -> Original:
         def __init__(self):
             super().__init__()
             self.inner = inner
+            # In double precision, so that they are exact where the module is computed in it.
             for name, values in (("mean", mean), ("std", std)):
-                self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+                self.register_buffer(name, torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1))
 
         def forward(self, x: Any) -> Any:
-            return self.inner(((x.flip(1) if reverse else x) - self.mean) / self.std)
+            mean, std = self.mean.to(x.dtype), self.std.to(x.dtype)
+            return self.inner(((x.flip(1) if reverse else x) - mean) / std)
 
     return Original(Whole().eval(), inner, models.network(name, classes), params)
 
