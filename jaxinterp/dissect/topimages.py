@@ -13,6 +13,7 @@ from jaxinterp.pytree import pytree
 
 NONE = 2**31 - 1
 """The number of an image that is not there."""
+_BLOCK = 16
 
 
 @pytree
@@ -49,16 +50,34 @@ def update(
         maxima = jnp.where(valid[:, None], maxima, -jnp.inf)
         images = jnp.where(valid, images, NONE)
     numbers = jnp.broadcast_to(images.astype(jnp.int32)[:, None], maxima.shape)
-    return merge(top, TopImages(maxima.T, numbers.T))
+    # A merge compares all pairs, so few images at a time.
+    missing = -len(images) % _BLOCK
+    maxima = jnp.pad(maxima, ((0, missing), (0, 0)), constant_values=-jnp.inf).reshape(-1, _BLOCK, maxima.shape[1])
+    numbers = jnp.pad(numbers, ((0, missing), (0, 0)), constant_values=NONE).reshape(maxima.shape)
+    return lax.fori_loop(0, len(maxima), lambda i, found: merge(found, TopImages(maxima[i].T, numbers[i].T)), top)
 
 
 def merge(a: TopImages, b: TopImages) -> TopImages:
-    """The highest of both, as many as `a` holds."""
+    """The highest of both, as many as `a` holds.
+
+    Every entry is compared with every other one: there are few, and a CPU sorts short rows slowly.
+    """
     value = jnp.concatenate([a.value, b.value], axis=1)
     image = jnp.concatenate([a.image, b.image], axis=1)
-    fallen, numbers = lax.sort((-value, image), dimension=1, num_keys=2)
-    k = a.value.shape[1]
-    return TopImages(-fallen[:, :k], numbers[:, :k])
+    place = jnp.arange(value.shape[1])  # decides between places without an image
+
+    def of(x: Any) -> tuple[Any, Any]:
+        return x[..., :, None], x[..., None, :]
+
+    (value_i, value_j), (image_i, image_j), (i, j) = of(value), of(image), of(place)
+    same = value_i == value_j
+    before = (value_i > value_j) | (same & (image_i < image_j)) | (same & (image_i == image_j) & (i < j))
+    rank = before.sum(axis=1, dtype=jnp.int32)
+    chosen = rank[:, None, :] == jnp.arange(a.value.shape[1])[:, None]
+    return TopImages(
+        jnp.where(chosen, value[:, None, :], -jnp.inf).max(axis=-1),
+        jnp.where(chosen, image[:, None, :], NONE).min(axis=-1),
+    )
 
 
 def no_maps(units: int, k: int, positions: tuple[int, int]) -> Float[Array, "units k h w"]:
