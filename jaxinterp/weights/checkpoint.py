@@ -24,6 +24,7 @@ import numpy as np
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_WRITTEN_AT_ONCE = 64 << 20  # bytes, beyond the parameters themselves
 
 Placement = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """A sharding for all parameters, or a function from a parameter's name and shape to its sharding."""
@@ -92,7 +93,11 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        ocp.save(str(temporary.resolve() / "params"), dict(params))
+        # The writer works while nobody changes the parameters, so it needs no copy of them.
+        context = ocp.Context()
+        context.memory.write_concurrent_bytes, context.memory.deepcopy_host_arrays = _WRITTEN_AT_ONCE, False
+        with context:
+            ocp.save(str(temporary.resolve() / "params"), dict(params))
         manifest = {
             "format": FORMAT,
             "network": name,
