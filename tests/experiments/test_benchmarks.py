@@ -101,9 +101,9 @@ def test_decode(tmp_path, capsys):
     bench.write_pictures(tmp_path, 5, 60, 90)
     crop = data.Crop(24, 0.875, "bilinear")
     paths = sorted(tmp_path.iterdir())
-    by_pil = bench.by_pil(paths, crop)
+    by_pil = np.concatenate(bench.by_pil(paths, crop, 2))
     assert by_pil.shape == (5, 24, 24, 3)
-    np.testing.assert_array_equal(by_pil, bench.by_folder(tmp_path, crop, 2), strict=True)
+    np.testing.assert_array_equal(by_pil, np.concatenate(bench.by_folder(tmp_path, crop, 2)), strict=True)
     with Image.open(paths[0]) as picture:
         whole = picture.resize((27, 40), Image.Resampling.BILINEAR)
         expected = np.asarray(whole.crop((2, 8, 26, 32)), np.float32) / np.float32(255)
