@@ -3,11 +3,11 @@
     python experiments/secret_text.py --out results/secret_text
     python experiments/secret_text.py --out results/secret_service --service http://127.0.0.1:8080
 
-The secret embedding of arXiv 2105.09685, where OCR services read 90 % of such texts. Every picture gets a phrase at every
-opacity, at a random place and where the picture is flattest, black on light and white on dark ground; it is rounded to
-8 bits and read by RapidOCR (the `ocr` extra), tesseract or a service (`jaxinterp serve --ocr`). A secret is recovered
-where all its letters and digits stand in what was read, in order and next to each other; the share of them that stand
-there in order at all is reported, too. The same pictures without a text are the control.
+The secret embedding of arXiv 2105.09685, where OCR services read 90 % of such texts. Every picture gets a phrase at
+every opacity, at a random place and where the picture is flattest, black on light and white on dark ground. It is
+rounded to 8 bits and read by RapidOCR (the `ocr` extra), tesseract or a service (`jaxinterp serve --ocr`). A secret is
+recovered where all its letters and digits stand in what was read, in order and next to each other; the share of them
+that stand there in order at all is reported, too. The same pictures without a text are the control.
 
 Whether a person sees the text is not measured: SSIM, PSNR and the contrast of the letters with their ground (difference
 of luma, 0 to 1) stand beside the rates. Writes answers.json, recovery.png and examples.png.
