@@ -29,11 +29,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from jaxinterp import apis, plots
+from jaxinterp import apis, plots, processes
 from jaxinterp.attacks import lettering
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, Example, open_source
-from jaxinterp.processes import open_run
+from jaxinterp.processes import open_run, read_part
 from jaxinterp.similarity import psnr, ssim
 from jaxinterp.statistics import bootstrap_mean, proportion
 from jaxinterp.study import Answer, conclude, verdict
@@ -174,15 +174,15 @@ def main(setting: Secrets) -> None:
         config = {"study": "secret_text", "reader": name, "opacities": opacities, "pictures": list(source.ids[:count])}
         config |= {"font": setting.font, "side": setting.side, "seed": setting.seed}
         run = open_run(setting.out, config)
-        parts = []
-        for i in tqdm(range(count), desc="secrets", unit="picture"):
-            part = run.read_part(f"picture-{i:06d}")
-            if part is None:
-                part = tried(source[i], reader, setting, opacities)
-                if i >= SHOWN:
-                    part = {key: part[key] for key in ("measured", "clean")}
-                run.write_part(f"picture-{i:06d}", part)
-            parts.append(part)
+        group = processes.current()
+        names = [f"picture-{i:06d}" for i in range(count)]
+        missing = group.told([i for i, part in enumerate(names) if run.read_part(part) is None])
+        for i in tqdm(group.share(missing), desc="secrets", unit="picture"):
+            made = tried(source[i], reader, setting, opacities)
+            kept = made if i < SHOWN else {key: made[key] for key in ("measured", "clean")}
+            run.write_part(names[i], kept)
+        group.wait()
+    parts = [read_part(run, part) for part in names]
     measured = np.stack([part["measured"] for part in parts])  # [pictures, places, opacities, 5]
     whole, similar, likeness, ratio, contrast = np.moveaxis(measured, -1, 0)
     clean = np.stack([part["clean"] for part in parts])

@@ -118,6 +118,7 @@ def main(setting: Texts) -> None:
     study = begin("transparent_text", setting, {"opacities": opacities, **config})
     model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)
     text = attacks.TransparentText(text=setting.text, queries=setting.queries)
+    draw = jax.jit(attacks.TransparentText.drawn, static_argnums=3)
     names = ("one", "noise", "any", "any noise", "search", "queries", "ssim", "psnr", "service", "service noise")
 
     def analyse(_, arrays):
@@ -127,7 +128,7 @@ def main(setting: Texts) -> None:
         measured, shares, examples = [], [], []
         for opacity in opacities:
             attack = dataclasses.replace(text, opacity=opacity)
-            drawn = attack.drawn(clean, keys, setting.draws)
+            drawn = draw(attack, clean, keys, setting.draws)
             sizes = jax.vmap(norm, 1, 1)(drawn - clean[:, None])
             noise = signs_of_size(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys), clean, sizes)
             by_text, by_noise = fooled(model, drawn, labels), fooled(model, noise, labels)

@@ -559,9 +559,9 @@ def serve(
     port: int = 8080,
     top: int = 5,
     key_variable: str | None = None,
-    max_megabytes: float = 16,
-    max_megapixels: float = 16,
-    timeout: float = 30,
+    max_megabytes: float = 16.0,
+    max_megapixels: float = 16.0,
+    timeout: float = 30.0,
 ) -> None:
     """Serve a network, and an OCR engine, as a vision service over HTTP, until it is stopped with Ctrl-C.
 

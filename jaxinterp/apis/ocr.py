@@ -78,7 +78,7 @@ class Tesseract:
 
     name = "tesseract"
 
-    def __init__(self, timeout: float = 60.0):
+    def __init__(self, timeout: float | int = 60.0):
         """Args: timeout: seconds for an image."""
         self.timeout = timeout
 

@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from jaxinterp.data.decode import decode_pixels, stored_size
 from jaxinterp.data.source import DamagedImage
 
 _TYPES = ("application/octet-stream", "image/")
-_DRAINED = 2**16  # bytes of a refused body that are read, so that its sender gets to read the answer
+_DRAINED = 2**18  # bytes of a refused request that are read
 
 
 class _Refused(Exception):
@@ -52,7 +53,7 @@ class Server(ThreadingHTTPServer):
         port: int = 0,
         about: Mapping[str, Any] | None = None,
         key_variable: str | None = None,
-        timeout: float = 30.0,
+        timeout: float | int = 30.0,
         max_bytes: int = 16 * 2**20,
         max_pixels: int = 16 * 2**20,
         connections: int = 16,
@@ -214,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = answer()
         except _Refused as error:
             status, headers, body = error.status, error.headers, {"error": str(error)}
-            self._drain()
+            self.close_connection = True
         except ServiceError as error:
             status, body = error.status or 500, {"error": str(error)}
         except (ValueError, TypeError) as error:  # a picture that cannot be cropped
@@ -223,13 +224,6 @@ class _Handler(BaseHTTPRequestHandler):
             print(f"jaxinterp: error: {type(error).__name__}: {error}", file=sys.stderr)
             status, body = 500, {"error": "the service failed"}
         self._send(status, body, headers)
-
-    def _drain(self) -> None:
-        """Reads what little may be left of a refused request, and lets the connection end."""
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.settimeout(0.1)
-            self.rfile.read1(_DRAINED)  # type: ignore[attr-defined]  # it is buffered
 
     def _send(self, status: int, body: dict[str, Any], headers: Mapping[str, str]) -> None:
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
@@ -242,15 +236,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+        if self.close_connection:
+            self._end()
+
+    def _end(self) -> None:
+        """Ends the connection, but first reads what little may be left of a refused request.
+
+        A connection that is closed with something unread is reset, which may take the answer away from its reader.
+        """
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(0.2)
+            left = _DRAINED
+            while left > 0 and (part := self.connection.recv(left)):
+                left -= len(part)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library refuses (a malformed request, an unknown method), in the same form."""
         self.close_connection = True
         self.command = getattr(self, "command", None) or "GET"
         self.request_version = "HTTP/1.1"
-        code = 405 if code == 501 else code
+        code, headers = (405, {"Allow": "GET, POST"}) if code == 501 else (code, {})
         with contextlib.suppress(OSError):
-            self._send(code, {"error": message or HTTPStatus(code).phrase}, {})
+            self._send(code, {"error": message or HTTPStatus(code).phrase}, headers)
 
     def log_message(self, format: str, *args: Any) -> None:
         if self.server.say is not None:

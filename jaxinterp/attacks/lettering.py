@@ -10,6 +10,7 @@ it on a grid, in integers.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -123,7 +124,7 @@ def what_fits(phrase: str, angles: tuple[float, ...], height: int, width: int) -
     size = largest_size(phrase, angles, height, width)
     if size:
         return f"size {size} fits" + ("" if len(angles) == 1 else " at every angle")
-    kept = next((n for n in range(len(phrase) - 1, 0, -1) if largest_size(phrase[:n], angles, height, width)), 0)
+    kept = bisect.bisect_right(range(1, len(phrase)), 0, key=lambda n: not _fits(phrase[:n], angles, height, width, 1))
     return f"no size does, but {phrase[:kept]!r} would" if kept else "no text does"
 
 

@@ -84,14 +84,15 @@ def ask(server, request, *, end=False):
 
 
 def post(path="/labels", body=b"", **headers):
-    fields = {"Host": "here", "Content-Type": "image/png", "Content-Length": str(len(body)), **headers}
+    fields = {"Host": "here", "Content_Type": "image/png", "Content_Length": str(len(body)), **headers}
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items() if value is not None)
     return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 
-def png(width=8, height=6, level=200, mode="RGB"):
+def png(width=8, height=6, mode="RGB"):
     stream = io.BytesIO()
-    Image.new(mode, (width, height), level if mode == "L" else (level,) * 3).save(stream, format="PNG")
+    pixels = np.random.default_rng(0).integers(150, 256, (height, width), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(stream, format="PNG")
     return stream.getvalue()
 
 
@@ -130,7 +131,7 @@ def test_any_picture_format_will_do(service):
         (post(body=b"", Content_Length="100001"), 413, "larger than 100000 bytes"),
         (post(body=b""), 400, "the body is empty"),
         (post(body=b"not a picture"), 400, "could not be read: not a picture"),
-        (post(body=png()[:60]), 400, "could not be read: damaged"),
+        (post(body=png(20, 20)[:200]), 400, "could not be read: damaged"),
         (post(body=png(101, 100)), 413, "101 x 100 is more than 10000 pixels"),
         (b"nonsense\r\n\r\n", 400, "nonsense"),
         (b"GET / HTTP/7.1\r\n\r\n", 505, "7.1"),
@@ -250,9 +251,9 @@ def test_a_network_ranks_its_classes(rng):
 
 def test_an_attack_on_a_service_is_the_attack_on_what_is_behind_it(rng):
     """Through PNG and HTTP: the images of an attack on 8-bit scores are found with as many requests as it counts."""
-    images = np.rint(rng.uniform(0.42, 0.49, (3, 24, 24, 3)) * 255).astype(np.float32) / 255
+    images = np.rint(rng.uniform(0.46, 0.49, (3, 16, 16, 3)) * 255).astype(np.float32) / 255
     labels = np.zeros(3, np.int32)
-    attack = attacks.TransparentText(text="go", opacity=0.6, colour="white", queries=12, population=1)
+    attack = attacks.TransparentText(text="go", opacity=0.6, colour="white", queries=9, population=1)
     key = jax.random.key(0)
     said = []
     with serving(Brightness(), say=said.append) as server, HTTPVision(server.url, retries=0) as api:
@@ -283,8 +284,6 @@ def test_labels_that_are_not_named_are_ruled_out_and_shared_names_are_shared():
     logits = as_model(Fixed(), ("cat", "crane", "dog", "crane"))(jnp.zeros((2, 4, 4, 3)))
     row = [-np.inf, np.log(0.7), np.log(1e-12), np.log(0.7)]
     np.testing.assert_allclose(logits, [row, row], rtol=1e-6)
-    with pytest.raises(TypeError, match="must be a VisionAPI, with labels and text, got int"):
-        as_model(3, NAMES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least two names"):
         as_model(Fixed(), ("cat",))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import ATTACKS, TransparentText, lettering, run
+from jaxinterp.attacks import ATTACKS, TransparentText, advance, finish, finished, lettering, run, start
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.attacks.spec import from_spec
 
@@ -23,10 +23,10 @@ def test_letters_scale_and_turn():
     for mask in (level, large):  # nothing but the ink
         assert all(mask.any(axis).all() or mask.any(axis)[[0, -1]].all() for axis in (0, 1))
     np.testing.assert_allclose(large.shape, 2 * np.array(level.shape), atol=3)
-    np.testing.assert_allclose(large.sum(dtype=int) / level.sum(dtype=int), 4, rtol=0.05)
-    np.testing.assert_array_equal(lettering.render("Hlg", 20, 180), level[::-1, ::-1])
-    assert lettering.render("Hlg", 20, 90).shape == level.shape[::-1]
-    slanted = lettering.render("Hlg", 20, 30)
+    np.testing.assert_allclose(large.sum(dtype=int) / level.sum(dtype=int), 4, rtol=0.1)
+    np.testing.assert_array_equal(lettering.render("Hlg", 20, 180.0), level[::-1, ::-1])
+    assert lettering.render("Hlg", 20, 90.0).shape == level.shape[::-1]
+    slanted = lettering.render("Hlg", 20, 30.0)
     np.testing.assert_allclose(slanted.sum(dtype=int), level.sum(dtype=int), rtol=0.05)
     assert slanted.shape[0] > level.shape[0]
 
@@ -37,7 +37,7 @@ def test_letters_scale_and_turn():
         (" ", 9, "must have a character to draw, got ' '"),
         ("", 9, "must have a character"),
         ("a\nb", 9, "one line without control characters"),
-        ("go \U0001f600", 9, "no '\U0001f600'"),
+        ("go 漢", 9, "no '漢'"),
         ("go", 0, "size must be at least 1"),
     ],
 )
@@ -94,20 +94,25 @@ def brightness(scale, threshold, x):
     return 100 * jnp.stack([-value, value], axis=1)
 
 
-def shown_to(model, attack, images, labels, **more):
+SEEN = []
+DRAW = jax.jit(TransparentText.drawn, static_argnums=3)
+
+
+def recording(model, x):
+    jax.debug.callback(lambda x: SEEN.append(np.array(x)), x)
+    return model(x)
+
+
+def shown_to(model, attack, images, labels):
     """The result, and the images [B,n,H,W,C] that the model was shown, in their order."""
-    seen = []
-
-    def recording(model, x):
-        jax.debug.callback(lambda x: seen.append(np.array(x)), x, ordered=True)
-        return model(x)
-
-    result = run(attack, Partial(recording, model), images, labels, key=KEY, **more)
-    jax.block_until_ready(result)
-    jax.effects_barrier()
-    batch = len(images)
-    steps = [x.reshape(batch, -1, *x.shape[1:]) for x in seen]
-    return result, np.concatenate(steps, axis=1)
+    SEEN.clear()
+    watched = Partial(recording, model)
+    state = start(attack, watched, images, labels, key=KEY)
+    while not finished(state):
+        state = advance(attack, watched, state, 1)
+        jax.effects_barrier()
+    steps = [x.reshape(len(images), -1, *x.shape[1:]) for x in SEEN]
+    return finish(attack, state), np.concatenate(steps, axis=1)
 
 
 @pytest.fixture
@@ -115,41 +120,41 @@ def images(rng):
     return rng.uniform(0.2, 0.4, (4, 24, 32, 3)).astype(np.float32)
 
 
+SEARCH = TransparentText(opacity=0.4, text="go|no", layout="single", colour="white", queries=99, population=8)
+
+
 def test_queries_are_those_of_the_search_one_by_one(images):
     weights = np.random.default_rng(1).uniform(0, 1, (24, 32, 3)).astype(np.float32)
     clean = (images * weights).mean((1, 2, 3))
-    model = Partial(brightness, jnp.asarray(weights), jnp.float32(clean.max() + 0.008))
-    attack = TransparentText(opacity=0.3, text="go", queries=45, population=6)
-    labels = np.zeros(4, np.int32)
-    result, shown = shown_to(model, attack, images, labels)
+    model = Partial(brightness, jnp.asarray(weights), jnp.float32(np.median(clean) + 0.0035))
+    result, shown = shown_to(model, SEARCH, images, np.zeros(4, np.int32))
     np.testing.assert_array_equal(shown[:, 0], images)
-    adversarial = np.array([[np.argmax(model(x[None])[0]) == 1 for x in each] for each in shown[:, :46]])
-    success = adversarial.any(1)
+    logits = np.stack([model(jnp.asarray(each[:100])) for each in shown])
+    adversarial = logits.argmax(-1) == 1
+    success, first = adversarial.any(1), adversarial.argmax(1)
+    assert 0 < success.sum() < 4
     np.testing.assert_array_equal(result.success, success)
-    assert success.sum() > 0
-    first = adversarial.argmax(1)
-    np.testing.assert_array_equal(result.forward, np.where(success, first + 1, 46))
+    np.testing.assert_array_equal(result.forward, np.where(success, first + 1, 100))
     np.testing.assert_array_equal(result.iterations, np.where(success, first, -1))
     np.testing.assert_array_equal(result.backward, 0)
     for i in range(4):
         np.testing.assert_array_equal(result.images[i], shown[i, first[i]] if success[i] else images[i])
     # As long as nothing has been learnt, every overlay is one of those drawn without feedback.
-    drawn = attack.drawn(jnp.asarray(images), example_keys(KEY, jnp.asarray(images)), 5)
-    np.testing.assert_allclose(shown[:, 1:6], drawn, atol=1e-6)
+    drawn = DRAW(SEARCH, jnp.asarray(images), example_keys(KEY, jnp.asarray(images)), 7)
+    np.testing.assert_allclose(shown[:, 1:8], drawn, atol=1e-6)
 
 
-def test_half_of_later_overlays_are_the_best_one_with_one_thing_changed(images):
-    model = Partial(brightness, jnp.ones((24, 32, 3)), jnp.float32(0.9))  # out of reach: the search goes on
-    attack = TransparentText(opacity=0.5, text="go|no", layout="single", colour="white", queries=199, population=8)
-    result, shown = shown_to(model, attack, images[:1], np.zeros(1, np.int32))
-    assert not bool(result.success[0])
-    gain = (shown[0] - images[0]).mean((1, 2, 3))
-    # The brightest single text is the largest: the search gets nearly all of it, random overlays seldom do.
-    bank = attack.bank(24, 32)
-    best = max(float((bank.tiles[i] / 255 * 0.5 * (1 - images[0].mean())).mean()) for i in range(len(bank)))
-    assert gain.max() > 0.93 * best
-    level = np.quantile(gain[1:9], 0.5)
-    assert (gain[100:] > level).mean() > 0.6
+def test_the_search_finds_the_place_that_counts(images):
+    """Only the part that is brightest under the best text counts: half of what is tried stays near it."""
+    weights = np.zeros((24, 32, 3), np.float32)
+    weights[14:, 20:] = 6.4
+    model = Partial(brightness, jnp.asarray(weights), jnp.float32(0.9))  # out of reach: the search goes on
+    result, shown = shown_to(model, SEARCH, images, np.zeros(4, np.int32))
+    assert not np.asarray(result.success).any()
+    gain = ((shown - images[:, None]) * weights).mean((2, 3, 4))
+    random = DRAW(SEARCH, jnp.asarray(images), example_keys(KEY, jnp.asarray(images)), 99)
+    chance = ((random - images[:, None]) * weights).mean((2, 3, 4))
+    assert (gain[:, 50:100].mean(1) > 1.5 * chance.mean(1)).all()
 
 
 def test_colours_layouts_and_opacity_mean_what_they_say(images):
@@ -163,7 +168,7 @@ def test_colours_layouts_and_opacity_mean_what_they_say(images):
 
     assert np.asarray(success(0.005, colour="white").success).all()
     assert not np.asarray(success(0.005, colour="black").success).any()
-    grid, single = (success(0.04, colour="white", largest=8, layout=layout) for layout in ("grid", "single"))
+    grid, single = (success(0.025, colour="white", largest=8, layout=layout) for layout in ("grid", "single"))
     assert np.asarray(grid.success).all()
     assert not np.asarray(single.success).any()
     values = jnp.asarray([0.0, 0.01, 0.5, 1.0])
@@ -191,13 +196,12 @@ def test_support_and_targets(images):
 
 
 def test_ids_and_keys_decide_what_is_tried(images):
-    same = jnp.asarray(np.repeat(images[:1], 3, 0))
-    attack = TransparentText(text="go|no", opacity=0.5)
-    keys = example_keys(KEY, same, np.array([4, 4, 5]))
-    drawn = np.asarray(attack.drawn(same, keys, 6))
+    same = jnp.asarray(np.repeat(images[:1], 4, 0))
+    drawn = np.asarray(DRAW(SEARCH, same, example_keys(KEY, same, np.array([4, 4, 5, 6])), 7))
     np.testing.assert_array_equal(drawn[0], drawn[1])
-    assert (drawn[0] != drawn[2]).any(axis=(1, 2, 3)).sum() >= 4
-    assert len({each.tobytes() for each in drawn[0]}) == 6
+    for other in drawn[2:]:
+        assert (drawn[0] != other).any(axis=(1, 2, 3)).sum() >= 5
+    assert len({each.tobytes() for each in drawn[0]}) > 5
 
 
 @pytest.mark.parametrize(
@@ -208,9 +212,11 @@ def test_ids_and_keys_decide_what_is_tried(images):
             "does not fit in 24 x 32 pixels at a size that can be read",
         ),
         ({"text": "go|", "smallest": 4}, "text must have a character"),
-        ({"text": "go", "largest": 60}, "'go' of size 60 at .* does not fit in 24 x 32; size .* fits at every angle"),
+        (
+            {"text": "go", "largest": 60},
+            r"'go' of size \d+ at .* does not fit in 24 x 32; size \d+ fits at every angle",
+        ),
         ({"text": "go", "smallest": 9, "largest": 8}, "smallest must be at most the largest size 8, got 9"),
-        ({"layout": "spiral"}, "TransparentText.layout must be one of any, single, grid"),
         ({"queries": 0}, "TransparentText.queries must be at least 1"),
         ({"opacity": -0.1}, "TransparentText.opacity must be finite and not negative"),
     ],
