@@ -22,7 +22,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,10 +65,10 @@ class Secrets:
     """
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    opacities: tuple[float, ...] = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24)
+    opacities: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
     font: int = 28
     side: int = 448
-    engine: apis.Engine = "auto"
+    engine: Literal["auto", "rapidocr", "tesseract"] = "auto"
     service: str | None = None
     key_variable: str | None = None
     rate: float | None = None
@@ -223,12 +223,12 @@ def main(setting: Secrets) -> None:
     plots.save(plots.gallery(rows), run.directory / "examples.png")
     results = {
         title: {
-            place: {f"{o:g}": str(e) for o, e in zip(opacities, each, strict=True)} for place, each in lines.items()
+            place: {f"{o:g}": format(e) for o, e in zip(opacities, each, strict=True)} for place, each in lines.items()
         }
         for title, lines in panels.items()
     }
     results["recovered without a text"] = f"{int(clean[:, 0].sum())} of {count}"
-    results["share of letters read without a text"] = str(mean(clean[:, 1]))
+    results["share of letters read without a text"] = format(mean(clean[:, 1]))
     conclude(run, "secret_text", count, answers, results)
 
 

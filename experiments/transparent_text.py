@@ -189,7 +189,7 @@ def main(setting: Texts) -> None:
     for i, opacity in enumerate(opacities):
         for name, level in PUBLISHED.items():
             claim = f"opacity {opacity:g}: one overlay, without a query, loses {name} of the pictures"
-            answers.append(Answer(claim, str(found["one overlay"][i]), verdict(found["one overlay"][i], level)))
+            answers.append(Answer(claim, format(found["one overlay"][i]), verdict(found["one overlay"][i], level)))
         more = mean(of["one"][:, i] - of["noise"][:, i])
         claim = f"opacity {opacity:g}: one overlay loses more pictures than noise of its size"
         answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
@@ -223,8 +223,8 @@ def main(setting: Texts) -> None:
         answers,
         {
             f"{opacity:g}": {
-                **{name: str(each[i]) for name, each in {**found, **likeness}.items()},
-                **{kind: str(by_kind[kind][i]) for kind in KINDS},
+                **{name: format(each[i]) for name, each in {**found, **likeness}.items()},
+                **{kind: format(by_kind[kind][i]) for kind in KINDS},
             }
             for i, opacity in enumerate(opacities)
         },
