@@ -22,7 +22,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +33,8 @@ from jaxinterp import apis, plots, processes
 from jaxinterp.attacks import lettering
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, Example, open_source
+from jaxinterp.data.samples import CLASSES
+from jaxinterp.job import identity
 from jaxinterp.processes import open_run, read_part
 from jaxinterp.similarity import psnr, ssim
 from jaxinterp.statistics import bootstrap_mean, proportion
@@ -152,9 +154,9 @@ def tried(example: Example, reader: apis.OCREngine, setting: Secrets, opacities:
     return {
         "measured": np.array(measured, np.float64).reshape(*shape, -1),
         "clean": np.array(recovered(secret, reader.text(image)), np.float64),
+        "secret": np.array(secret),
         "shown": np.array(shown).reshape(*shape, *image.shape),
         "original": image,
-        "secret": np.array(secret),
     }
 
 
@@ -165,13 +167,13 @@ def main(setting: Secrets) -> None:
         raise ValueError(f"--opacities must be above 0 and at most 1, got {setting.opacities}")
     if setting.limit is not None and setting.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {setting.limit}")
-    given = setting.pictures or ("samples:imagenet",)
-    source = open_source(
-        given if len(given) > 1 else given[0], crop=Crop(setting.side), classes=1000, labels="predicted"
-    )
+    given = list(setting.pictures) or ["samples:imagenet"]
+    crop, classes = Crop(setting.side), CLASSES["imagenet"]
+    source = open_source(given if len(given) > 1 else given[0], crop=crop, classes=classes, labels="predicted")
     count = len(source) if setting.limit is None else min(setting.limit, len(source))
     with reading(setting) as (reader, name):
-        config = {"study": "secret_text", "reader": name, "opacities": opacities, "pictures": list(source.ids[:count])}
+        config = {"study": "secret_text", "reader": name, "opacities": opacities, "pictures": count}
+        config |= {"source": identity(source, given, count), "phrases": PHRASES}
         config |= {"font": setting.font, "side": setting.side, "seed": setting.seed}
         run = open_run(setting.out, config)
         group = processes.current()
@@ -179,7 +181,7 @@ def main(setting: Secrets) -> None:
         missing = group.told([i for i, part in enumerate(names) if run.read_part(part) is None])
         for i in tqdm(group.share(missing), desc="secrets", unit="picture"):
             made = tried(source[i], reader, setting, opacities)
-            kept = made if i < SHOWN else {key: made[key] for key in ("measured", "clean")}
+            kept = made if i < SHOWN else {key: made[key] for key in ("measured", "clean", "secret")}
             run.write_part(names[i], kept)
         group.wait()
     parts = [read_part(run, part) for part in names]
@@ -221,7 +223,7 @@ def main(setting: Secrets) -> None:
                 row.append((f"{opacity:g}: {says}", part["shown"][p, i] / 255))
             rows.append(row)
     plots.save(plots.gallery(rows), run.directory / "examples.png")
-    results = {
+    results: dict[str, Any] = {
         title: {
             place: {f"{o:g}": format(e) for o, e in zip(opacities, each, strict=True)} for place, each in lines.items()
         }

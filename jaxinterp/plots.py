@@ -689,11 +689,11 @@ def gallery(rows: Sequence[Sequence[tuple[str, ArrayLike]]]) -> Figure:
     figure = Figure(figsize=(2.5 * columns, 2.85 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(grid, rows, strict=True):
-        for axes, (caption, picture) in itertools.zip_longest(line, row, fillvalue=("", None)):
+        for axes in line:
             axes.set_axis_off()
-            if picture is not None:
-                axes.imshow(_picture(picture, f"picture {caption!r}"), interpolation="nearest")
-                axes.set_title(_wrap(caption, 2.3, 8.5, 3), size=8.5)
+        for axes, (caption, picture) in zip(line, row, strict=False):
+            axes.imshow(_picture(picture, f"picture {caption!r}"), interpolation="nearest")
+            axes.set_title(_wrap(caption, 2.3, 8.5, 3), size=8.5)
     return figure
 
 

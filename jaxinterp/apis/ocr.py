@@ -45,15 +45,14 @@ def ocr_engine(name: Engine = "auto") -> OCREngine:
         "rapidocr": importlib.util.find_spec("rapidocr_onnxruntime") is not None,
         "tesseract": shutil.which("tesseract") is not None,
     }
-    if name == "auto":
-        name = next((each for each in ("rapidocr", "tesseract") if installed[each]), "auto")
-        if name == "auto":
-            raise MissingEngine("no OCR engine is installed: " + ", or ".join(_INSTALL.values()))
-    if name not in installed:
+    if name not in ("auto", *installed):
         raise ValueError(f"OCR engine must be auto, rapidocr or tesseract, got {name!r}")
-    if not installed[name]:
-        raise MissingEngine(f"the OCR engine {name} is not installed: {_INSTALL[name]}")
-    return RapidOCR() if name == "rapidocr" else Tesseract()
+    chosen = next((each for each in installed if installed[each]), None) if name == "auto" else name
+    if chosen is None:
+        raise MissingEngine("no OCR engine is installed: " + ", or ".join(_INSTALL.values()))
+    if not installed[chosen]:
+        raise MissingEngine(f"the OCR engine {chosen} is not installed: {_INSTALL[chosen]}")
+    return RapidOCR() if chosen == "rapidocr" else Tesseract()
 
 
 class RapidOCR:

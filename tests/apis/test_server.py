@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from http.server import ThreadingHTTPServer
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +65,13 @@ def service():
         yield server
 
 
+def connected(server):
+    return socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=5)
+
+
 def ask(server, request, *, end=False):
     """Status, headers and JSON of the answer to the bytes of a request."""
-    with socket.create_connection(server.server_address[:2], timeout=5) as connection:
+    with connected(server) as connection:
         connection.sendall(request)
         if end:
             connection.shutdown(socket.SHUT_WR)
@@ -191,7 +196,7 @@ def test_requests_need_the_key(monkeypatch):
 
 def test_more_connections_than_allowed_are_told_to_come_again():
     with serving(Brightness(), connections=1, timeout=5) as server:
-        with socket.create_connection(server.server_address[:2], timeout=5) as waiting:
+        with connected(server) as waiting:
             waiting.sendall(b"POST /labels HTTP/1.1\r\n")
             time.sleep(0.1)
             status, headers, answer = ask(server, post(body=png()))
@@ -211,7 +216,7 @@ def test_a_port_that_is_taken_and_bad_settings():
         ({"connections": 0}, "connections must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            Server(Brightness(), **settings)
+            Server(Brightness(), **settings)  # type: ignore[arg-type]
 
 
 # A network as a service, a service as a network
@@ -298,7 +303,7 @@ def test_serve_answers_and_ends(monkeypatch, capsys):
     seen = []
 
     def one_question(server):
-        thread = threading.Thread(target=super(Server, server).serve_forever, args=(0.02,), daemon=True)
+        thread = threading.Thread(target=ThreadingHTTPServer.serve_forever, args=(server, 0.02), daemon=True)
         thread.start()
         with HTTPVision(server.url, retries=0) as api:
             seen.extend(api.labels(np.ones((16, 16, 3), np.float32)))

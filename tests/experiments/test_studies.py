@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 import jaxinterp
 from jaxinterp import apis, attacks, cam, effect, localize
@@ -129,6 +130,7 @@ class Reader:
 def test_transparent_text(setting, monkeypatch):
     text = importlib.import_module("transparent_text")
     monkeypatch.setattr(apis, "HTTPVision", lambda url, **settings: contextlib.nullcontext(Reader()))
+    assert tyro.cli(text.Texts, args=["--opacities", "0.1", "0.3"]).opacities == (0.1, 0.3)
     asked = of(text.Texts, setting, opacities=(0.9, 0.001), text="go", draws=3, queries=15, size=16, service="there")
     text.main(asked)
     record = answers(setting, "transparent_text")
@@ -171,11 +173,14 @@ def test_secret_text(tmp_path, monkeypatch):
     np.testing.assert_allclose(made[:20], image[:20], atol=1 / 255)
 
     monkeypatch.setattr(apis, "ocr_engine", lambda name: Reader())
+    assert tyro.cli(secret.Secrets, args=["--engine", "tesseract"]).engine == "tesseract"
     asked = secret.Secrets(opacities=(0.05, 0.5), font=12, side=96, limit=4, out=tmp_path / "secret")
     secret.main(asked)
     record = json.loads((asked.out / "answers.json").read_text())
     parts = [np.load(path) for path in sorted((asked.out / "parts").iterdir())]
-    phrases = [secret.PHRASES[zlib.crc32(name.encode()) % 6] for name in record["config"]["pictures"]]
+    ids = samples("imagenet", crop=None).ids[:4]
+    phrases = [secret.PHRASES[zlib.crc32(name.encode()) % 6] for name in ids]
+    assert [str(part["secret"]) for part in parts] == phrases
     rate = np.mean([phrase == "meet at noon" for phrase in phrases])
     assert len(parts) == 4
     assert record["config"]["reader"] == "Reader"
