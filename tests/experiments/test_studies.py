@@ -127,13 +127,16 @@ class Reader:
         return ("MEET AT", "noon!")
 
 
-def test_transparent_text(setting, monkeypatch):
+def test_transparent_text(tmp_path, monkeypatch):
     text = importlib.import_module("transparent_text")
     monkeypatch.setattr(apis, "HTTPVision", lambda url, **settings: contextlib.nullcontext(Reader()))
     assert tyro.cli(text.Texts, args=["--opacities", "0.1", "0.3"]).opacities == (0.1, 0.3)
-    asked = of(text.Texts, setting, opacities=(0.9, 0.001), text="go", draws=3, queries=15, size=16, service="there")
+    pictures = tuple(samples("cifar10", crop=Crop(32)).paths[:2])
+    asked = text.Texts(pictures, "cifar10_cnn", (0.9, 0.001), "go", draws=3, queries=15, cell=16, service="there")
+    asked = dataclasses.replace(asked, labels="names", batch_size=2, out=tmp_path / "text")
     text.main(asked)
-    record = answers(setting, "transparent_text")
+    record = json.loads((tmp_path / "text" / "answers.json").read_text())
+    assert record["pictures"] == 2
     weak, strong = record["results"]["0.001"], record["results"]["0.9"]
     assert weak["one overlay"].startswith("0.000")
     assert weak["search, 15 queries"].startswith("0.000")
@@ -141,20 +144,20 @@ def test_transparent_text(setting, monkeypatch):
     assert float(weak["ssim"].split()[0]) > 0.999 > float(strong["ssim"].split()[0])
     # What the numbers say, found again by hand.
     network, params = jaxinterp.load("cifar10_cnn")
-    model, key = network.bind(params), jax.random.key(setting.seed)
-    arrays = stored(setting)["ifgsm"]
-    clean = jnp.asarray(arrays["clean"])
+    model, key = network.bind(params), jax.random.key(0)
+    clean = jnp.stack([samples("cifar10", crop=Crop(32))[i].image for i in range(2)])
     attack = attacks.TransparentText(opacity=0.9, text="go", queries=15)
-    drawn = attack.drawn(clean, example_keys(key, clean), 3)
+    drawn = text._draw(attack, clean, example_keys(key, clean), 3)
     predicted = np.stack([np.argmax(model(drawn[:, j]), -1) for j in range(3)], 1)
-    assert float(strong["one overlay"].split()[0]) == pytest.approx(
-        (predicted != arrays["labels"][:, None]).mean(), abs=6e-4
-    )
-    keys = jax.random.split(key, len(clean))
-    noisy = text.signs_of_size(keys, clean, jnp.asarray([[3.0, 7.0]] * len(clean)))
+    rate = (predicted != np.argmax(model(clean), -1)[:, None]).mean()
+    assert float(strong["one overlay"].split()[0]) == pytest.approx(rate, abs=6e-4)
+    noisy = text.signs_of_size(jax.random.split(key, 2), clean, jnp.asarray([[3.0, 7.0]] * 2))
     np.testing.assert_allclose(jnp.sqrt(jnp.sum((noisy - clean[:, None]) ** 2, (2, 3, 4))), [[3, 7]] * 2, rtol=1e-4)
     for name in ("success", "kinds", "examples"):
-        assert (setting.out / "transparent_text" / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / "text" / f"{name}.png").stat().st_size > 10_000
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "text" / "parts").iterdir()}
+    text.main(asked)
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
     with pytest.raises(ValueError, match="--opacities must be above 0 and at most 1"):
         text.main(dataclasses.replace(asked, opacities=(0.0, 0.5)))
 
