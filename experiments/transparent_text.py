@@ -262,9 +262,14 @@ def main(setting: Texts) -> None:
         directory / "kinds.png",
     )
     rows = []
-    for clean, examples in zip(parts[0]["clean"][:SHOWN], parts[0]["examples"][:SHOWN], strict=True):
-        under = ((f"opacity {o:g}", image / 255) for o, image in zip(opacities, examples, strict=True))
-        rows.append([("original", clean), *under])
+    for clean, examples, numbers in zip(
+        *(parts[0][name][:SHOWN] for name in ("clean", "examples", "measured")), strict=True
+    ):
+        lost_at = numbers[:, NAMES.index("search")]
+        captions = (
+            f"opacity {o:g}, {'lost' if lost else 'not lost'}" for o, lost in zip(opacities, lost_at, strict=True)
+        )
+        rows.append([("original", clean), *zip(captions, examples / 255, strict=True)])
     plots.save(plots.gallery(rows), directory / "examples.png")
     conclude(
         run,
