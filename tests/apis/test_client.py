@@ -82,7 +82,7 @@ def answer(body: bytes | str, status: int = 200, **headers: str) -> Callable:
 
     def act(handler):
         handler.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        for name, value in {"Content-Length": str(len(content)), "Connection": "close", **headers}.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
         handler.wfile.write(content)
@@ -92,7 +92,7 @@ def answer(body: bytes | str, status: int = 200, **headers: str) -> Callable:
 
 def silent(handler) -> None:
     """Says nothing until the test is over."""
-    handler.server.over.wait(5)
+    handler.server.over.wait(60)
 
 
 def dripping(handler) -> None:
@@ -254,7 +254,7 @@ def test_slow_and_broken_services_end_in_an_error(act, message):
         begun = time.monotonic()
         with api, pytest.raises(ServiceError, match=message):
             api.labels(IMAGE)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 20  # on a busy machine; without a deadline it would be a minute
         assert len(server.requests) == 2
     assert len(pauses) == 1
 

@@ -161,7 +161,7 @@ def test_a_picture_that_is_cut_short_or_too_slow(service):
     begun = time.monotonic()
     status, _, answer = ask(service, half)
     assert status == 408
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 4  # less than the client's own time
 
 
 def test_defects_and_missing_engines_are_said_without_details(capsys):
