@@ -12,6 +12,7 @@ from jaxinterp.network import Network
 
 if TYPE_CHECKING:
     from jaxinterp import (
+        apis,
         attacks,
         attribution,
         cam,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Network",
+    "apis",
     "attacks",
     "attribution",
     "cam",

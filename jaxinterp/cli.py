@@ -550,6 +550,59 @@ def _given() -> str:
     return " ".join(["jaxinterp", *map(shlex.quote, sys.argv[1:])])
 
 
+def serve(
+    *,
+    model: str = "efficientnet_lite0",
+    ocr: bool = False,
+    engine: Literal["auto", "rapidocr", "tesseract"] = "auto",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    top: int = 5,
+    key_variable: str | None = None,
+    max_megabytes: float = 16.0,
+    max_megapixels: float = 16.0,
+    timeout: float = 30.0,
+) -> None:
+    """Serve a network, and an OCR engine, as a vision service over HTTP, until it is stopped with Ctrl-C.
+
+    POST a picture to /labels for the most likely classes, to /text for what is written in it; GET / tells what is
+    served. A picture of the network's size is taken as it is, another one is resized and cropped. jaxinterp.apis has
+    the client. There is no encryption.
+
+    Args:
+        model: Network; its weights must have been converted with `jaxinterp convert`.
+        ocr: Read text, too; takes RapidOCR (the `ocr` extra) or tesseract.
+        engine: OCR engine; auto takes the first that is installed.
+        host: Address to listen on; the default is reached from this machine only.
+        port: 0 means any that is free.
+        top: Number of labels in an answer.
+        key_variable: Environment variable with the key that requests must bring (Authorization: Bearer KEY).
+        max_megabytes: Of a picture's file, in 2^20 bytes.
+        max_megapixels: Of a picture, in 2^20 pixels.
+        timeout: Seconds that a client may take to send a picture.
+    """
+    from jaxinterp import apis
+    from jaxinterp.weights import load
+
+    reader = apis.ocr_engine(engine) if ocr else None
+    network, params = load(model)
+    service = apis.Server(
+        apis.LocalVision(network, params, ocr=reader, top=top),
+        host=host,
+        port=port,
+        about={"model": model, "size": network.image_size, "classes": network.num_classes, "text": ocr},
+        key_variable=key_variable,
+        timeout=timeout,
+        max_bytes=int(max_megabytes * 2**20),
+        max_pixels=int(max_megapixels * 2**20),
+        say=print,
+    )
+    with service, contextlib.suppress(KeyboardInterrupt):
+        kinds = "labels and text" if ocr else "labels"
+        print(f"{model}: {kinds} at {service.url}; Ctrl-C ends it", flush=True)
+        service.serve_forever()
+
+
 def _show(bar: Any, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
@@ -566,6 +619,7 @@ def main(args: list[str] | None = None) -> int:
         "validate": validate,
         "broden": broden,
         "bench": bench,
+        "serve": serve,
     }
 
     def run(words: list[str]) -> None:

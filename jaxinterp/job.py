@@ -120,7 +120,7 @@ def begin(
             "seed": seed,
             "batch_size": batch_size,
             "pictures": count,
-            "source": _identity(source, pictures, count),
+            "source": identity(source, pictures, count),
         },
     )
     selected = Selection(source, tuple(range(count)))
@@ -197,7 +197,7 @@ def choose_attacks(specs: Sequence[str], presets: Mapping[str, Mapping[str, Any]
     return chosen
 
 
-def _identity(source: AnySource, pictures: Sequence[str | Path], count: int) -> str:
+def identity(source: AnySource, pictures: Sequence[str | Path], count: int) -> str:
     """What tells one set of pictures from another: ids, labels and contents, or the name of a prepared data set."""
     if isinstance(source, Tfds):
         return str(pictures[0])

@@ -125,23 +125,46 @@ class Study:
             answers: to the claims.
             results: numbers behind them, as JSON.
         """
-        if processes.current().first:
-            self.run.write_json(
-                "answers.json",
-                {
-                    "study": self.name,
-                    "pictures": len(self.found.pictures.correct),
-                    "run": self.found.run.config,
-                    "config": self.run.config,
-                    "machine": machine(),
-                    "answers": [dataclasses.asdict(answer) for answer in answers],
-                    "results": results,
-                },
-            )
-        print()
-        for answer in answers:
-            print(f"{answer.verdict:<30} {answer.claim}: {answer.measured}")
-        print(f"\n{len(self.found.pictures.correct)} pictures; {self.run.directory}/answers.json, {self.found.page}")
+        count = len(self.found.pictures.correct)
+        conclude(self.run, self.name, count, answers, results, {"run": self.found.run.config})
+        print(f"{self.found.page}: what was attacked")
+
+
+def conclude(
+    run: Run,
+    name: str,
+    pictures: int,
+    answers: Sequence[Answer],
+    results: Any = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Stores answers.json in a results directory and prints the answers.
+
+    Args:
+        run: the directory.
+        name: of the study.
+        pictures: how many the answers are from.
+        answers: to the claims.
+        results: numbers behind them, as JSON.
+        more: what else the record says, as JSON.
+    """
+    if processes.current().first:
+        run.write_json(
+            "answers.json",
+            {
+                "study": name,
+                "pictures": pictures,
+                **(more or {}),
+                "config": run.config,
+                "machine": machine(),
+                "answers": [dataclasses.asdict(answer) for answer in answers],
+                "results": results,
+            },
+        )
+    print()
+    for answer in answers:
+        print(f"{answer.verdict:<30} {answer.claim}: {answer.measured}")
+    print(f"\n{pictures} pictures; {run.directory}/answers.json")
 
 
 def begin(name: str, setting: Setting, config: Mapping[str, Any], attacks: Sequence[str] = PAPER) -> Study:

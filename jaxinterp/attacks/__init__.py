@@ -30,10 +30,11 @@ from jaxinterp.attacks.transforms import (
     TranslationInvariant,
     VarianceTuning,
 )
+from jaxinterp.attacks.transparent_text import TransparentText
 
 _AT_A_BUDGET = (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT)
 _MINIMUM_NORM = (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB)
-_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump)
+_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump, TransparentText)
 
 ATTACKS: dict[str, type] = {
     attack.name: attack for attack in (*_AT_A_BUDGET, *_MINIMUM_NORM, *_WITHOUT_GRADIENTS, AutoAttack)
@@ -69,6 +70,7 @@ __all__ = [
     "Square",
     "StrAttack",
     "TranslationInvariant",
+    "TransparentText",
     "VarianceTuning",
     "advance",
     "compare_access",

@@ -52,7 +52,8 @@ def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any])
                 if value.lower() != "none"
             )
         else:
-            values[parameter] = _value(value, fields[parameter], f"{name}:{parameter}")
+            words = parameter in getattr(kind, "choices", {})
+            values[parameter] = _value(value.lower() if words else value, fields[parameter], f"{name}:{parameter}")
     return kind(**values)
 
 
@@ -95,7 +96,7 @@ def _value(text: str, field: dataclasses.Field, name: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if isinstance(default, str):
-            return text.lower()
+            return text
         if default is None and text.lower() == "none":
             return None
         if whole:

@@ -102,6 +102,16 @@ def decode_stored(file: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, str
         return np.asarray(image), image.format or ""
 
 
+def stored_size(file: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """Width and height that a picture file states, before anything is decoded.
+
+    Raises:
+        DamagedImage: as in `decode`.
+    """
+    with _damaged(file):
+        return _open(file).size
+
+
 def crop_pixels(pixels: np.ndarray, crop: Crop) -> np.ndarray:
     """Resizes and crops pixels in memory as `decode` does those of a file.
 
@@ -160,6 +170,14 @@ def _damaged(file: str | os.PathLike[str] | bytes) -> Iterator[None]:
 
 
 def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
+    image = _open(file)
+    with _refused():
+        image.load()
+    return image
+
+
+def _open(file: str | os.PathLike[str] | bytes) -> Image.Image:
+    """A picture of a known format and a size within the limit, its pixels not yet decoded."""
     if isinstance(file, bytes):
         data = file
     else:
@@ -172,10 +190,17 @@ def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
             raise _Unreadable(f"cannot be read ({error.strerror or error})") from error
     if not data:
         raise _Unreadable("the file is empty")
-    try:
+    with _refused():
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         _check_size(*image.size)
-        image.load()
+    return image
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What PIL raises, as the reason why a picture cannot be read."""
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise _Unreadable("not a picture in a known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -184,7 +209,6 @@ def _load(file: str | os.PathLike[str] | bytes) -> Image.Image:
         raise
     except Exception as error:  # on damaged bytes PIL's readers raise nearly every built-in exception
         raise _Unreadable(f"damaged ({error or type(error).__name__})") from error
-    return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,20 +1,25 @@
 """The experiments on two small pictures: answers follow from the numbers, a study continues, bad input is refused."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 import jaxinterp
-from jaxinterp import cam, effect, localize
+from jaxinterp import apis, attacks, cam, effect, localize
+from jaxinterp.apis import Label
+from jaxinterp.attacks.driver import example_keys
 from jaxinterp.data import Crop, samples
 from jaxinterp.statistics import Estimate
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Setting, problem, verdict
@@ -110,6 +115,91 @@ def test_cell_sizes_and_definitions(setting):
     definitions.main(of(definitions.Definitions, setting, size=8))
     record = answers(setting, "definitions")
     assert set(record["results"][ATTACKS[1]]) == set(definitions.DEFINITIONS)
+
+
+class Reader:
+    """A service that sees whether an image is bright, and reads one and the same text."""
+
+    def labels(self, image):
+        return (Label("bright" if np.mean(image) > 0.5 * np.max(image) else "dark", 1.0),)
+
+    def text(self, image):
+        return ("MEET AT", "noon!")
+
+
+@pytest.mark.exhaustive
+def test_transparent_text(tmp_path, monkeypatch):
+    text = importlib.import_module("transparent_text")
+    monkeypatch.setattr(apis, "HTTPVision", lambda url, **settings: contextlib.nullcontext(Reader()))
+    assert tyro.cli(text.Texts, args=["--opacities", "0.1", "0.3"]).opacities == (0.1, 0.3)
+    pictures = tuple(samples("cifar10", crop=Crop(32)).paths[:2])
+    asked = text.Texts(pictures, "cifar10_cnn", (0.9, 0.001), "go", draws=3, queries=15, cell=16, service="there")
+    asked = dataclasses.replace(asked, labels="names", batch_size=2, out=tmp_path / "text")
+    text.main(asked)
+    record = json.loads((tmp_path / "text" / "answers.json").read_text())
+    assert record["pictures"] == 2
+    weak, strong = record["results"]["0.001"], record["results"]["0.9"]
+    assert weak["one overlay"].startswith("0.000")
+    assert weak["search, 15 queries"].startswith("0.000")
+    assert weak["queries"].startswith("16.000")
+    assert float(weak["ssim"].split()[0]) > 0.999 > float(strong["ssim"].split()[0])
+    # What the numbers say, found again by hand.
+    network, params = jaxinterp.load("cifar10_cnn")
+    model, key = network.bind(params), jax.random.key(0)
+    [part] = (tmp_path / "text" / "parts").glob("transparent-text-*.npz")
+    clean = jnp.asarray(np.load(part)["clean"])
+    attack = attacks.TransparentText(opacity=0.9, text="go", queries=15)
+    drawn = text._draw(attack, clean, example_keys(key, clean), 3)
+    predicted = np.stack([np.asarray(model(drawn[:, j])).argmax(-1) for j in range(3)], 1)
+    rate = float(np.mean(predicted != np.asarray(model(clean)).argmax(-1)[:, None]))
+    assert float(strong["one overlay"].split()[0]) == pytest.approx(rate, abs=6e-4)
+    noisy = text.signs_of_size(jax.random.split(key, 2), clean, jnp.asarray([[3.0, 7.0]] * 2))
+    np.testing.assert_allclose(jnp.sqrt(jnp.sum((noisy - clean[:, None]) ** 2, (2, 3, 4))), [[3, 7]] * 2, rtol=1e-4)
+    for name in ("success", "kinds", "examples"):
+        assert (tmp_path / "text" / f"{name}.png").stat().st_size > 10_000
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "text" / "parts").iterdir()}
+    text.main(asked)
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    with pytest.raises(ValueError, match="--opacities must be above 0 and at most 1"):
+        text.main(dataclasses.replace(asked, opacities=(0.0, 0.5)))
+
+
+def test_secret_text(tmp_path, monkeypatch):
+    secret = importlib.import_module("secret_text")
+    assert secret.recovered("burn the letter", ("B urn", "THE lettering")) == (True, 1.0)
+    assert secret.recovered("code 4096", ("code", "x", "40 96")) == (False, 1.0)
+    assert secret.recovered("code 4096", ()) == (False, 0.0)
+    image = np.random.default_rng(0).random((60, 90, 3), np.float32)
+    image[20:41, 30:72] = 0.25
+    assert secret.corner(image, (21, 42), "flat", np.random.default_rng(0)) == (20, 30)
+    made, contrast = secret.embed(image, np.full((21, 42), 255, np.uint8), (20, 30), 0.1)
+    np.testing.assert_allclose(made[20:41, 30:72], 0.25 + 0.1 * 0.75, atol=1 / 255)
+    assert contrast == pytest.approx(0.075, abs=1 / 255)
+    np.testing.assert_allclose(made[:20], image[:20], atol=1 / 255)
+
+    monkeypatch.setattr(apis, "ocr_engine", lambda name: Reader())
+    assert tyro.cli(secret.Secrets, args=["--engine", "tesseract"]).engine == "tesseract"
+    asked = secret.Secrets(opacities=(0.05, 0.5), font=12, side=96, limit=4, out=tmp_path / "secret")
+    secret.main(asked)
+    record = json.loads((asked.out / "answers.json").read_text())
+    parts = [np.load(path) for path in sorted((asked.out / "parts").iterdir())]
+    ids = samples("imagenet", crop=None).ids[:4]
+    phrases = [secret.PHRASES[zlib.crc32(name.encode()) % 6] for name in ids]
+    assert [str(part["secret"]) for part in parts] == phrases
+    rate = np.mean([phrase == "meet at noon" for phrase in phrases])
+    assert len(parts) == 4
+    assert record["config"]["reader"] == "Reader"
+    for place in secret.PLACES:
+        assert record["results"]["secrets recovered by Reader"][place]["0.5"].startswith(f"{rate:.3f}")
+    assert record["results"]["recovered without a text"] == f"{round(4 * rate)} of 4"
+    assert np.all(parts[0]["measured"][:, 0, 2] > parts[0]["measured"][:, 1, 2])  # SSIM falls with opacity
+    for name in ("recovery", "examples"):
+        assert (asked.out / f"{name}.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in (asked.out / "parts").iterdir()}
+    secret.main(asked)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(ValueError, match=r"--font 60: .* does not fit in 96 pixels; size \d+ fits"):
+        secret.main(dataclasses.replace(asked, font=60, out=tmp_path / "other"))
 
 
 @pytest.mark.exhaustive

@@ -1,0 +1,290 @@
+"""Does a classifier lose the object under text of low opacity, and is it the text or the size of the change?
+
+    python experiments/transparent_text.py --model efficientnet_lite0
+    python experiments/transparent_text.py --out results/text-service --service http://127.0.0.1:8080
+
+The overlays of arXiv 2105.09685: a phrase in some size, at some angle and place, once or on a grid, without any query
+of the network under attack. There, 52 % of the pictures were lost on one service and 36 % on another. Here, at every
+opacity:
+
+* one overlay: the share of `draws` random overlays that change the predicted class,
+* noise: the same with random signs of the same L2 norm, in the box; the control,
+* any of them: whether any of the `draws` does, for both,
+* search: `attacks.TransparentText`, which may ask the network `queries` times, with its queries and kinds of cells.
+
+A service (`jaxinterp serve --model caffe_squeezenet1_1`, for instance), if one is given, sees one overlay and the noise
+of its size for every picture. A stopped run continues. Writes answers.json, success.png, kinds.png and examples.png.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from jaxinterp import apis, attacks, effect, plots, processes
+from jaxinterp.attacks.attack import norm
+from jaxinterp.attacks.driver import example_keys
+from jaxinterp.cli import guarded
+from jaxinterp.explain.tables import SHARE_COLUMNS
+from jaxinterp.job import begin
+from jaxinterp.network import Model, Network
+from jaxinterp.pictures import chunk_size, chunks, classify, load_chunk, part_name, shared_chunks, stored_parts
+from jaxinterp.similarity import psnr, ssim
+from jaxinterp.statistics import bootstrap_mean, proportion
+from jaxinterp.study import Answer, conclude, verdict
+
+KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
+PUBLISHED = {"36 %": 0.36, "52 %": 0.52}  # of pictures lost, on two services
+SHOWN = 3  # pictures of examples.png
+_draw = jax.jit(attacks.TransparentText.drawn, static_argnums=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What is attacked, and with which texts.
+
+    Attributes:
+        pictures: Picture files and folders, as in `jaxinterp attack`; none means the labelled pictures of the
+            `samples` extra.
+        model: Network, converted with `jaxinterp convert`.
+        opacities: Of the letters, 0 to 1.
+        text: Phrases, separated by |.
+        draws: Overlays of each picture that are tried without a query.
+        queries: Of the search, for each picture.
+        cell: Side of the cells, in pixels.
+        service: URL of a vision service that sees the overlays, too; None means none.
+        key_variable: Environment variable with the service's key.
+        rate: Requests to the service a second, at most.
+        out: Results directory; None means results/transparent_text/MODEL.
+        labels: As in `jaxinterp attack`.
+        limit: Use only the first so many pictures.
+        seed: Of the overlays, the noise and the bootstrap.
+        batch_size: Pictures that are attacked at once.
+    """
+
+    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    model: str = "efficientnet_lite0"
+    opacities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    text: str = "sample|copyright|confidential"
+    draws: int = 20
+    queries: int = 100
+    cell: int = 28
+    service: str | None = None
+    key_variable: str | None = None
+    rate: float | None = None
+    out: Path | None = None
+    labels: str = "auto"
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 4
+
+
+NAMES = ("one", "noise", "any", "any noise", "search", "queries", "ssim", "psnr", "service", "service noise")
+
+
+def signs_of_size(keys: jax.Array, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Images [B,n,H,W,C] with random signs of the L2 norms `sizes` [B,n] added, turned round where the box ends."""
+    shape = images.shape[1:]
+
+    def one(key, image, size):
+        step = size / np.sqrt(np.prod(shape)) * jax.random.rademacher(key, shape, jnp.float32)
+        moved = image + step
+        return jnp.clip(jnp.where((moved < 0) | (moved > 1), image - step, moved), 0, 1)
+
+    split = jax.vmap(lambda key: jax.random.split(key, sizes.shape[1]))(keys)
+    return jax.vmap(jax.vmap(one, (0, None, 0)))(split, images, sizes)
+
+
+def fooled(model: Model, images: jax.Array, labels: np.ndarray) -> np.ndarray:
+    """[B,n] where the class of images [B,n,H,W,C] is not the label."""
+    return np.stack([np.asarray(classify(model, images[:, j])) != labels for j in range(images.shape[1])], axis=1)
+
+
+def lost(service: apis.VisionAPI, clean: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """[B] whether the service's first label is another one than that of the clean picture."""
+
+    def first(image):
+        labels = service.labels(image)
+        return labels[0].name if labels else ""
+
+    return np.array([first(a) != first(b) for a, b in zip(clean, images, strict=True)])
+
+
+@contextlib.contextmanager
+def asked(setting: Texts) -> Iterator[apis.VisionAPI | None]:
+    """The service, if there is one."""
+    if setting.service is None:
+        yield None
+        return
+    with apis.HTTPVision(setting.service, key_variable=setting.key_variable, rate=setting.rate) as service:
+        yield service
+
+
+def analyse(
+    setting: Texts,
+    opacities: Sequence[float],
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    targets: np.ndarray,
+    service: apis.VisionAPI | None,
+) -> dict[str, np.ndarray]:
+    """Of every picture [B,H,W,3] and opacity the numbers `NAMES`, shares of kinds, and an example."""
+    clean, key = jnp.asarray(images), jax.random.key(setting.seed)
+    keys = example_keys(key, clean)
+    others = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+    measured, shares, examples = [], [], []
+    for opacity in opacities:
+        attack = attacks.TransparentText(opacity=opacity, text=setting.text, queries=setting.queries)
+        drawn = _draw(attack, clean, keys, setting.draws)
+        noise = signs_of_size(others, clean, jax.vmap(norm, 1, 1)(drawn - clean[:, None]))
+        by_text, by_noise = fooled(model, drawn, labels), fooled(model, noise, labels)
+        result = attacks.run(attack, model, clean, labels, key=key)
+        success = np.asarray(result.success)
+        reached = np.where(success, np.asarray(classify(model, result.images)), targets)
+        e = effect.pse(model, clean, result.images, labels, reached, setting.cell)
+        seen = np.full((2, len(labels)), np.nan)
+        if service is not None:
+            seen = np.stack([lost(service, images, np.asarray(x[:, 0])) for x in (drawn, noise)])
+        columns = [
+            *(x.mean(1) for x in (by_text, by_noise)),
+            *(x.any(1) for x in (by_text, by_noise)),
+            success,
+            result.forward,
+            *(f(clean, drawn[:, 0]) for f in (ssim, psnr)),
+            *seen,
+        ]
+        measured.append(np.column_stack(columns))
+        shares.append(np.where(success[:, None], np.asarray(effect.shares(e.kind)), np.nan))
+        shown = np.where(success[:, None, None, None], result.images, drawn[:, 0])
+        examples.append(np.round(shown * 255).astype(np.uint8))
+    stacked = (np.stack(each, axis=1) for each in (measured, shares, examples))
+    return {**dict(zip(("measured", "shares", "examples"), stacked, strict=True)), "clean": images}
+
+
+def main(setting: Texts) -> None:
+    """Success against opacity, of text and of noise of the same size."""
+    opacities = sorted(set(setting.opacities))
+    if not opacities or not 0 < opacities[0] <= opacities[-1] <= 1:
+        raise ValueError(f"--opacities must be above 0 and at most 1, got {setting.opacities}")
+    if setting.draws < 1:
+        raise ValueError(f"--draws must be at least 1, got {setting.draws}")
+    text = attacks.TransparentText(text=setting.text, queries=setting.queries)
+    config = {name: getattr(setting, name) for name in ("draws", "cell", "service")}
+
+    def check(network: Network) -> None:
+        effect.grid(network.image_size, network.image_size, setting.cell)
+        text.bank(network.image_size, network.image_size)
+
+    job = begin(
+        "transparent_text",
+        setting.pictures,
+        model=setting.model,
+        chosen={text.name: text},
+        config={"opacities": opacities, **config},
+        check=check,
+        out=setting.out or Path("results/transparent_text") / setting.model,
+        labels=setting.labels,
+        data_dir=None,
+        limit=setting.limit,
+        seed=setting.seed,
+        batch_size=setting.batch_size,
+        say=print,
+    )
+    run, seen, model = job.run, job.pictures, job.network.bind(job.params)
+    every, size = chunks(seen, setting.batch_size), chunk_size(seen, setting.batch_size)
+    mine, _ = shared_chunks(run, (text.name,), seen, setting.batch_size)
+    with asked(setting) as service:
+        for start in tqdm(mine, desc="overlays", unit="chunk"):
+            batch, targets = load_chunk(job.source, seen, every[start], size)
+            made = analyse(setting, opacities, model, batch.images, batch.labels, targets, service)
+            run.write_part(part_name(text.name, start), {name: each[batch.mask] for name, each in made.items()})
+    processes.current().wait()
+    parts = [arrays for _, _, arrays in stored_parts(run, (text.name,), seen, setting.batch_size)]
+    measured = np.concatenate([part["measured"] for part in parts])  # [pictures, opacities, names]
+    shares = np.concatenate([part["shares"] for part in parts])  # [pictures, opacities, kinds]
+    of = {name: measured[..., i] for i, name in enumerate(NAMES)}
+    shown = tuple(range(len(opacities)))
+
+    def mean(values):
+        return bootstrap_mean(values, seed=setting.seed)
+
+    def share(values):
+        return proportion(int(values.sum()), len(values))
+
+    found = {
+        "one overlay": [mean(of["one"][:, i]) for i in shown],
+        "noise of its size": [mean(of["noise"][:, i]) for i in shown],
+        f"any of {setting.draws} overlays": [share(of["any"][:, i]) for i in shown],
+        f"any of {setting.draws} noises": [share(of["any noise"][:, i]) for i in shown],
+        f"search, {setting.queries} queries": [share(of["search"][:, i]) for i in shown],
+    }
+    if setting.service is not None:
+        found["service, one overlay"] = [share(of["service"][:, i]) for i in shown]
+        found["service, noise"] = [share(of["service noise"][:, i]) for i in shown]
+    answers = []
+    for i, opacity in enumerate(opacities):
+        for name, level in PUBLISHED.items():
+            claim = f"opacity {opacity:g}: one overlay, without a query, loses {name} of the pictures"
+            answers.append(Answer(claim, format(found["one overlay"][i]), verdict(found["one overlay"][i], level)))
+        more = mean(of["one"][:, i] - of["noise"][:, i])
+        claim = f"opacity {opacity:g}: one overlay loses more pictures than noise of its size"
+        answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
+        if setting.service is not None:
+            more = mean(of["service"][:, i] - of["service noise"][:, i])
+            claim = f"opacity {opacity:g}: on the service, one overlay loses more pictures than noise of its size"
+            answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
+    more = mean(of["one"][:, -1] - of["one"][:, 0])
+    claim = f"one overlay of opacity {opacities[-1]:g} loses more pictures than one of {opacities[0]:g}"
+    answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
+    likeness = {name: [mean(of[name][:, i]) for i in shown] for name in ("ssim", "psnr", "queries")}
+    panels = {
+        "pictures lost": found,
+        "SSIM of one overlay": {"one overlay": likeness["ssim"]},
+        "PSNR of one overlay, dB": {"one overlay": likeness["psnr"]},
+    }
+    directory = run.directory
+    plots.save(plots.curves(panels, opacities, xlabel="opacity", log=True), directory / "success.png")
+    by_kind = {kind: [mean(shares[:, i, j]) for i in shown] for j, kind in enumerate(KINDS)}
+    successes = {f"opacity {o:g}": {k: by_kind[k][i] for k in KINDS} for i, o in enumerate(opacities)}
+    plots.save(
+        plots.bars({"kinds of cells of the overlays that the search found": successes}, ylabel="share of cells"),
+        directory / "kinds.png",
+    )
+    rows = []
+    for clean, examples, numbers in zip(
+        *(parts[0][name][:SHOWN] for name in ("clean", "examples", "measured")), strict=True
+    ):
+        lost_at = numbers[:, NAMES.index("search")]
+        captions = (
+            f"opacity {o:g}, {'lost' if lost else 'not lost'}" for o, lost in zip(opacities, lost_at, strict=True)
+        )
+        rows.append([("original", clean), *zip(captions, examples / 255, strict=True)])
+    plots.save(plots.gallery(rows), directory / "examples.png")
+    conclude(
+        run,
+        "transparent_text",
+        len(seen.correct),
+        answers,
+        {
+            f"{opacity:g}": {
+                **{name: format(each[i]) for name, each in {**found, **likeness}.items()},
+                **{kind: format(by_kind[kind][i]) for kind in KINDS},
+            }
+            for i, opacity in enumerate(opacities)
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda words: main(tyro.cli(Texts, description=__doc__, args=words))))

@@ -1,0 +1,65 @@
+"""A vision service as a model, for attacks that need no gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from jaxinterp.apis.protocol import VisionAPI
+
+_LEAST = 1e-12  # the score of a label whose score is not above zero
+
+
+class _Asking:
+    """Images to logits through a service; equal to itself only, so that programs belong to one service."""
+
+    def __init__(self, api: VisionAPI, classes: Sequence[str]):
+        self.api, self.classes = api, len(classes)
+        self.positions: dict[str, list[int]] = defaultdict(list)
+        for i, name in enumerate(classes):
+            self.positions[name].append(i)
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b k"]:
+        shape = jax.ShapeDtypeStruct((images.shape[0], self.classes), jnp.float32)
+        return jax.pure_callback(self.ask, shape, images, vmap_method="sequential")
+
+    def ask(self, images: Any) -> np.ndarray:
+        """One request for every image."""
+        logits = np.full((len(images), self.classes), -np.inf, np.float32)
+        for row, image in zip(logits, np.asarray(images), strict=True):
+            for label in self.api.labels(image):
+                for i in self.positions.get(label.name, ()):
+                    row[i] = max(row[i], np.log(max(label.score, _LEAST)))
+        return logits
+
+
+def as_model(api: VisionAPI, classes: Sequence[str]) -> Partial:
+    """The model `images [B,H,W,3] -> logits [B,K]` that asks a service once for every image.
+
+    A logit is the logarithm of the score; classes that the service does not name have -inf, which attacks take for
+    ruled out. A name that several classes share is given to all of them, so that no success hangs on which is meant.
+
+    Attacks count what the same search costs one query after the other, but a step evaluates what it evaluates at
+    once: with `population=1`, a `TransparentText` sends no more than it counts, but for examples that are done while
+    others in the batch are not. A service that fails ends the attack with JAX's error, in which the service's stands.
+
+    Args:
+        api: the service.
+        classes: names by class.
+
+    Raises:
+        ValueError: fewer than two classes.
+        TypeError: not a service.
+    """
+    if not isinstance(api, VisionAPI):
+        raise TypeError(f"api must be a VisionAPI, with labels and text, got {type(api).__name__}")
+    if len(classes) < 2:
+        raise ValueError(f"classes must be at least two names, got {len(classes)}")
+    return Partial(_Asking(api, classes))

@@ -1,0 +1,73 @@
+"""OCR engines: absent ones say how to install them, present ones read."""
+
+import importlib.util
+import stat
+
+import numpy as np
+import pytest
+
+from jaxinterp.apis import MissingEngine, OCREngine, ServiceError, ocr, ocr_engine
+from jaxinterp.attacks import lettering
+
+
+def page(phrase="north gate 17", size=32):
+    """Black text on white."""
+    mask = lettering.render(phrase, size)
+    image = np.ones((120, 400, 3), np.float32)
+    image[40 : 40 + mask.shape[0], 60 : 60 + mask.shape[1]] -= mask[..., None] / 255
+    return image
+
+
+def program(folder, monkeypatch, script):
+    """A program named tesseract, alone on the path."""
+    path = folder / "tesseract"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_absent_engines_say_how_to_install_them(monkeypatch):
+    monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ocr.shutil, "which", lambda name: None)
+    messages: tuple[tuple[ocr.Engine, str], ...] = (
+        ("auto", r"no OCR engine is installed: pip install 'jaxinterp\[ocr\]', or apt-get install tesseract-ocr"),
+        ("rapidocr", r"the OCR engine rapidocr is not installed: pip install 'jaxinterp\[ocr\]'"),
+        ("tesseract", "the OCR engine tesseract is not installed: apt-get install tesseract-ocr"),
+    )
+    for name, message in messages:
+        with pytest.raises(MissingEngine, match=message):
+            ocr_engine(name)
+
+
+def test_tesseract_is_given_a_png_and_its_lines_are_kept(tmp_path, monkeypatch):
+    program(
+        tmp_path, monkeypatch, f"cat > {tmp_path}/got; echo \"$@\" > {tmp_path}/asked; printf ' two words \\n\\n17\\n'"
+    )
+    engine = ocr_engine("tesseract")
+    assert isinstance(engine, OCREngine)
+    assert engine.text(page()) == ("two words", "17")
+    assert (tmp_path / "got").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "asked").read_text().split() == ["stdin", "stdout", "--psm", "11"]
+
+
+def test_a_tesseract_that_fails_or_hangs(tmp_path, monkeypatch):
+    program(tmp_path, monkeypatch, "cat > /dev/null; echo 'no language data' >&2; exit 3")
+    with pytest.raises(ServiceError, match="tesseract failed with status 3: no language data"):
+        ocr.Tesseract().text(page())
+    program(tmp_path, monkeypatch, "exec sleep 20")
+    with pytest.raises(ServiceError, match=r"did not finish within 0\.2 seconds"):
+        ocr.Tesseract(timeout=0.2).text(page())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rapidocr_onnxruntime") is None, reason="the ocr extra is not installed")
+def test_rapidocr_reads():
+    engine = ocr_engine("rapidocr")
+    read = "".join("".join(engine.text(page())).split())
+    assert read.lower() == "northgate17"
+    assert engine.text(np.ones((120, 400, 3), np.float32)) == ()
+
+
+@pytest.mark.skipif(ocr.shutil.which("tesseract") is None, reason="tesseract is not installed")
+def test_tesseract_reads():
+    read = "".join("".join(ocr_engine("tesseract").text(page())).split())
+    assert read.lower() == "northgate17"
