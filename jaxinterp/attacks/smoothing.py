@@ -230,9 +230,10 @@ def _conjugate_gradients(
 
 def _iterated(right, below, b, iterations):
     """Conjugate gradients on planes [...,h,w]."""
-    # By powers of two, which change no digit: squares of very small numbers would vanish.
+    # By a power of two, which changes no digit: the squares of very small numbers would vanish.
     largest = jnp.max(jnp.abs(b), axis=(-2, -1), keepdims=True)
-    scale = jnp.where(largest > 0, jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1]), 1)
+    power = lax.reduce_precision(largest, exponent_bits=jnp.finfo(b.dtype).nexp, mantissa_bits=0)
+    scale = jnp.where(power > 0, power, 1)
     b = b / scale
 
     def body(_, carry):
