@@ -531,7 +531,7 @@ def test_matrices_have_one_scale_and_a_number_in_every_place():
     for wrong, message in (
         ({}, "at least one title"),
         ({"one": some, "two": {"x": some["x"]}}, "differ in their rows or columns"),
-        ({"one": {"x": {"x": Estimate(1.5, 1, 2, 3)}}}, r"outside \[0, 1\]"),
+        ({"one": {"x": {"x": Estimate(1.5, 1.0, 2.0, 3)}}}, r"outside \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             plots.matrices(wrong, row="from", column="to")

@@ -159,7 +159,10 @@ class Smoother:
         root = jnp.where(connected, 1 / jnp.sqrt(jnp.where(connected, degree, 1)), 0)
         right, below = (share * (weight * root * _moved(root, axis, 1)) for weight, axis in ((right, 3), (below, 2)))
         plain = cls(right, below, jnp.broadcast_to(1 - share, x.shape), iterations)
-        return cls(right, below, 1 / plain._solve(jnp.ones_like(x)), iterations) if normalised else plain
+        if not normalised:
+            return plain
+        # The solution is at least one, as all that S adds to it is positive; the last iterate may not be.
+        return cls(right, below, 1 / jnp.maximum(plain._solve(jnp.ones_like(x)), 1), iterations)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """r, what becomes of z."""

@@ -354,7 +354,7 @@ PAPER = ("ifgsm", "pgd-linf", "cw", "ead", "strattack")
 KINDS = (
     *PAPER,
     *("fgsm", "mifgsm", "apgd-linf", "spsa", "fmn-l2", "deepfool-l2", "fab-l2", "square-linf", "chain"),
-    *("hopskipjump-l2", "cw-linf"),
+    *("hopskipjump-l2", "cw-linf", "spgd"),
 )
 # Where an example is alone, and on many devices: one that draws in every step, too.
 SPREAD = (*PAPER, "square-linf")
