@@ -114,9 +114,9 @@ TRANSFERRED = ("PGD_2", "sPGD_2", "I-FGSM", "sBIM")  # made on every network
 def roughness(image: np.ndarray) -> np.ndarray:
     """Local standard deviation [H,W] of a picture [H,W,C], in windows of about a 45th of the side, mean of channels."""
     window = max(3, image.shape[0] // 45 | 1)
-    size = (window, window, 1)
-    mean = uniform_filter(image.astype(np.float64), size)
-    variance = uniform_filter(np.square(image.astype(np.float64)), size) - np.square(mean)
+    exact = image.astype(np.float64)
+    mean = uniform_filter(exact, window, axes=(0, 1))
+    variance = uniform_filter(np.square(exact), window, axes=(0, 1)) - np.square(mean)
     return np.sqrt(np.maximum(variance, 0)).mean(-1)
 
 
@@ -191,7 +191,8 @@ def made(setting: Smooth, source: str, out: Path) -> tuple[Network, dict[str, di
 def clean_pictures(setting: Smooth, network: Network) -> dict[str, np.ndarray]:
     """The clean pictures as a network takes them, by id."""
     crop = data.Crop(network.image_size, network.crop_pct, network.interpolation)
-    pictures = setting.pictures or ("samples:imagenet" if network.num_classes == 1000 else "samples:cifar10",)
+    installed = "samples:imagenet" if network.num_classes == 1000 else "samples:cifar10"
+    pictures = list(setting.pictures) or [installed]
     asked = pictures if len(pictures) > 1 else pictures[0]
     source = data.open_source(asked, crop=crop, classes=network.classes, labels=setting.labels)
     count = len(source) if setting.limit is None else min(setting.limit, len(source))
@@ -353,7 +354,7 @@ def draw(
             name: {region: relative(name, i) for i, region in enumerate(REGIONS)} for name in found
         }
     }
-    colours = dict(zip(REGIONS, plots.LINES, strict=False))
+    colours: dict[str, str] = dict(zip(REGIONS, plots.LINES, strict=False))
     plots.save(plots.bars(panels, ylabel="mean |d_i - d_j| / rms(d)", colours=colours), folder / "variation.png")
     names = {text: name for name, text in texts.items()}
     shares = {

@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -335,7 +336,7 @@ def magnified(
     """Perturbations of one picture, all magnified by the same factor, and parts of the picture enlarged.
 
     The first row shows the picture, every further one an attack: the adversarial picture, the perturbation, and what it
-    is in each window.
+    is in each window. The factor is the middle one of those of `magnification`; what is far stronger is clipped.
 
     Args:
         original: x₀, [H,W,3], [H,W,1] or [H,W], in [0, 1].
@@ -361,8 +362,8 @@ def magnified(
         if side < 1 or min(row, column) < 0 or row + side > height or column + side > width:
             raise ValueError(f"windows[{name!r}] is {(row, column, side)}, which is not inside {height} x {width}")
     deltas = {name: image - before for name, image in changed.items()}
-    # One factor for all, or the strongest would look like the weakest.
-    factor = min((magnification(delta) for delta in deltas.values() if delta.any()), default=1)
+    # One factor for all, or the strongest would look like the weakest: the middle one, lest a giant hide the others.
+    factor = statistics.median_low([magnification(delta) for delta in deltas.values() if delta.any()] or [1])
     columns, rows = 2 + len(windows), 1 + len(changed)
     figure = Figure(
         figsize=(2.5 * columns + 0.3, 2.5 * rows * height / width + 0.34 * rows + 0.5), layout="constrained"

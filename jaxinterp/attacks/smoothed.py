@@ -175,7 +175,7 @@ class Smoothed:
 
     def _projected(self, images, examples: Examples):
         """Into the attack's ball, where it has one, and the box, on the support."""
-        eps, which = getattr(self.base, "eps", None), getattr(self.base, "norm", "linf")
-        if eps is None:
-            eps, which = jnp.inf, "l2"
-        return project(images, examples.images, per_example(eps, images), which, examples.support)
+        eps: Any = getattr(self.base, "eps", None)
+        which: Any = "l2" if eps is None else getattr(self.base, "norm", "linf")
+        radius = per_example(jnp.inf if eps is None else eps, images)
+        return project(images, examples.images, radius, which, examples.support)

@@ -226,8 +226,8 @@ def _conjugate_gradients(
         right,
         below,
         b,
-        cpu=lambda *arrays: lax.map(lambda one: _iterated(*one, iterations), arrays),
-        default=lambda *arrays: _iterated(*arrays, iterations),
+        cpu=lambda *batch: lax.map(lambda one: _iterated(one[0], one[1], one[2], iterations), batch),
+        default=lambda right, below, b: _iterated(right, below, b, iterations),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,7 @@ def test_bad_settings(make, error, message):
 def test_an_attack_smoothed_afterwards_as_text():
     attack = from_spec("smoothed:base=cw(steps=50,kappa=1),alpha=0.9,tries=3", ATTACKS)
     assert attack == Smoothed(CW(steps=50, kappa=1.0), alpha=0.9, tries=3)
-    nested = from_spec("smoothed:base=mifgsm(transforms=ni+vmi(samples=5),steps=3)", ATTACKS)
+    nested: Any = from_spec("smoothed:base=mifgsm(transforms=ni+vmi(samples=5),steps=3)", ATTACKS)
     assert nested.base.steps == 3
     assert [each.name for each in nested.base.transforms] == ["ni", "vmi"]
     written = record(attack)

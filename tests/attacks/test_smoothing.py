@@ -54,8 +54,9 @@ def dense_smooth(z: np.ndarray, images: np.ndarray, alpha: float, lam: float, no
 @pytest.mark.parametrize("setting", [SMALL, LARGE], ids=["small", "large"])
 def test_conjugate_gradients_against_a_dense_solution(setting, normalised):
     z, images = noise(0), 0.3 * pictures(1)
-    expected = dense_smooth(z, images, *setting, normalised)
-    found = smoothed(z.astype(np.float32), images.astype(np.float32), *setting, normalised)
+    alpha, lam = setting
+    expected = dense_smooth(z, images, alpha, lam, normalised)
+    found = smoothed(z.astype(np.float32), images.astype(np.float32), alpha, lam, normalised)
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
@@ -119,7 +120,7 @@ def test_derivatives_against_finite_differences_of_the_dense_solution():
     dz, dx, h = noise(3), noise(4), 1e-5
 
     def slope(dz, dx):
-        ends = [np.vdot(by_r, dense_smooth(z + s * dz, images + s * dx, 0.9, 5.0, True)) for s in (h, -h)]
+        ends = [float(np.vdot(by_r, dense_smooth(z + s * dz, images + s * dx, 0.9, 5.0, True))) for s in (h, -h)]
         return (ends[0] - ends[1]) / (2 * h)
 
     at = [jnp.asarray(each, jnp.float32) for each in (z, images, by_r, 0.9, 5.0)]
@@ -151,7 +152,8 @@ def test_a_batch_is_its_examples_one_by_one_on_any_devices(shape):
         one = smooth(z[i : i + 1], images[i : i + 1], alpha[i], lam[i])
         assert np.asarray(one).tobytes() == whole[i : i + 1].tobytes()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    found = smooth(*jax.device_put((z, images), NamedSharding(mesh, PartitionSpec("data"))), alpha, lam)
+    z_spread, images_spread = jax.device_put((z, images), NamedSharding(mesh, PartitionSpec("data")))
+    found = smooth(z_spread, images_spread, alpha, lam)
     assert len(found.sharding.device_set) == 8
     assert np.asarray(found).tobytes() == whole.tobytes()
     order = np.array([3, 3, 0, 7, 5, 1, 1, 2])
