@@ -59,7 +59,7 @@ def test_a_pair_is_compared_picture_by_picture(study):
         "variation": np.linspace(0.1, 0.2, 16).reshape(8, 2),
     }
     smooth = {"success": rough["success"], "l2": rough["l2"] * 0.9, "variation": rough["variation"] * [0.25, 0.5]}
-    smooth["variation"][:, 1] *= np.linspace(0.9, 1.1, 8)
+    smooth["variation"] *= np.stack([np.linspace(1.1, 0.9, 8), np.linspace(0.9, 1.1, 8)], 1)
     answers = study.compared("s", "r", {"s": smooth, "r": rough}, seed=0)
     assert [answer.verdict for answer in answers] == [CONFIRMED] * 5
     assert "0.90 times" in answers[1].measured
