@@ -158,7 +158,8 @@ def _rewrite(param: Any) -> Any:
         specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in param.in_avals]
         return jax.make_jaxpr(lambda *args: _evaluate(param, args)[0])(*specs)
     if isinstance(param, tuple) and any(isinstance(each, jex.ClosedJaxpr) for each in param):
-        return tuple(map(_rewrite, param))
+        rewritten = map(_rewrite, param)
+        return type(param)(*rewritten) if hasattr(param, "_fields") else tuple(rewritten)  # linear solves name theirs
     return param
 
 

@@ -1,4 +1,4 @@
-"""Figures: one picture under attack, kinds of cells per attack, effects against norms.
+"""Figures: one picture under attack, kinds of cells per attack, effects against norms, shares from row to column.
 
 The notation is that of "Interpreting Adversarial Examples by Activation Promotion and Suppression" (arXiv
 1904.02057): x₀ is the original picture, x′ the adversarial one, δ = x′ - x₀; t₀ is the true class, t the
@@ -17,7 +17,8 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
@@ -322,6 +323,82 @@ def magnification(delta: ArrayLike) -> int:
     if not size.size:
         return 1
     return 2 ** max(math.floor(math.log2(0.5 / float(np.percentile(size, 99.5)))), 0)
+
+
+@style.context(STYLE)
+def magnified(
+    original: ArrayLike,
+    adversarial: Mapping[str, ArrayLike],
+    windows: Mapping[str, tuple[int, int, int]],
+    *,
+    title: str,
+) -> Figure:
+    """Perturbations of one picture, all magnified by the same factor, and parts of the picture enlarged.
+
+    The first row shows the picture, every further one an attack: the adversarial picture, the perturbation, and what it
+    is in each window. The factor is the middle one of those of `magnification`; what is far stronger is clipped.
+
+    Args:
+        original: x₀, [H,W,3], [H,W,1] or [H,W], in [0, 1].
+        adversarial: attack -> x′, as `original`.
+        windows: name -> (row, column, side) of a square, in pixels.
+        title: a line above.
+
+    Returns:
+        A figure with one row for the picture and one for each attack.
+
+    Raises:
+        ValueError: no attack, pictures of different shapes, or a window that is not inside the picture.
+    """
+    if not adversarial:
+        raise ValueError("adversarial is empty, expected at least one attack")
+    before = _picture(original, "original")
+    changed = {name: _picture(image, f"adversarial[{name!r}]") for name, image in adversarial.items()}
+    for name, image in changed.items():
+        if image.shape != before.shape:
+            raise ValueError(f"adversarial[{name!r}] has shape {image.shape}, original {before.shape}")
+    height, width = before.shape[:2]
+    for name, (row, column, side) in windows.items():
+        if side < 1 or min(row, column) < 0 or row + side > height or column + side > width:
+            raise ValueError(f"windows[{name!r}] is {(row, column, side)}, which is not inside {height} x {width}")
+    deltas = {name: image - before for name, image in changed.items()}
+    # One factor for all, or the strongest would look like the weakest: the middle one, lest a giant hide the others.
+    factor = statistics.median_low([magnification(delta) for delta in deltas.values() if delta.any()] or [1])
+    columns, rows = 2 + len(windows), 1 + len(changed)
+    figure = Figure(
+        figsize=(2.5 * columns + 0.3, 2.5 * rows * height / width + 0.34 * rows + 0.5), layout="constrained"
+    )
+    figure.suptitle(_wrap(title, 2.4 * columns, 12.0), size=12, weight="bold")
+    grid = figure.subplots(rows, columns, squeeze=False)
+
+    def show(axes: Axes, image: np.ndarray, heading: str, marked: bool = False) -> None:
+        axes.imshow(np.clip(image, 0, 1), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(_wrap(heading, 2.4, 9.0, lines=1), size=9)
+        for (row, column, side), colour in zip(windows.values() if marked else (), itertools.cycle(LINES)):
+            spot = (column - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(spot, side, side, fill=False, edgecolor=colour, linewidth=1.4))
+
+    def parts(image: np.ndarray) -> Iterator[np.ndarray]:
+        return (image[row : row + side, column : column + side] for row, column, side in windows.values())
+
+    show(grid[0, 0], before, "original x₀", marked=True)
+    grid[0, 1].set_axis_off()
+    note = f"below: perturbations δ × {factor:,},\nthe same for all;\nmid grey is zero"
+    grid[0, 1].text(0.5, 0.5, note, ha="center", va="center", size=9, color=_MUTED, transform=grid[0, 1].transAxes)
+    for axes, name, part in zip(grid[0, 2:], windows, parts(before), strict=True):
+        show(axes, part, name)
+    for line, (name, delta) in zip(grid[1:], deltas.items(), strict=True):
+        raised = 0.5 + factor * delta
+        show(line[0], changed[name], name)
+        show(line[1], raised, f"δ × {factor:,}", marked=True)
+        for axes, window, part in zip(line[2:], windows, parts(raised), strict=True):
+            show(axes, part, f"δ in {window}")
+    for line in grid:
+        for axes, colour in zip(line[2:], itertools.cycle(LINES)):
+            for spine in axes.spines.values():
+                spine.set(color=colour, linewidth=2.0)
+    return figure
 
 
 # ---- Many pictures -----------------------------------------------------------------------------------------
@@ -663,6 +740,55 @@ def bars(
         quiet(axes)
     handles = [Patch(facecolor=colour, edgecolor="#333333", label=name) for name, colour in chosen.items()]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
+    return figure
+
+
+@style.context(STYLE)
+def matrices(
+    panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]], *, row: str, column: str, unit: str = ""
+) -> Figure:
+    """Shares from every row to every column, as numbers on colours of one scale from 0 to 1.
+
+    Args:
+        panels: title -> row -> column -> its estimate, a share; all panels have the same rows and columns.
+        row: what rows are.
+        column: what columns are.
+        unit: what the shares are of, below the scale.
+
+    Returns:
+        A figure with one panel for each title, at most three in a line.
+
+    Raises:
+        ValueError: nothing to draw, rows or columns that differ, or a share outside [0, 1].
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("panels is empty, expected at least one title and one row")
+    names = {title: (list(found), [list(line) for line in found.values()]) for title, found in panels.items()}
+    rows, columns = next(iter(names.values()))
+    if any(found != (rows, columns) for found in names.values()) or any(line != columns[0] for line in columns):
+        raise ValueError("panels differ in their rows or columns, expected the same in all")
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    wide, tall = 1.5 + 1.0 * len(columns[0]), 1.2 + 0.62 * len(rows)
+    figure = Figure(figsize=(max(across * wide, 4.5) + 0.9, down * tall + 0.5), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (title, found) in zip(grid, panels.items(), strict=False):
+        means = np.array([[estimate.mean for estimate in line.values()] for line in found.values()], np.float64)
+        if not np.all(np.isnan(means) | ((means >= 0) & (means <= 1))):
+            raise ValueError(f"panels[{title!r}] has shares outside [0, 1]")
+        drawn = axes.imshow(means, cmap=MAP_COLOURS, vmin=0, vmax=1, aspect="auto")
+        for (i, j), mean in np.ndenumerate(means):
+            estimate = found[rows[i]][columns[0][j]]
+            text = "–" if math.isnan(mean) else f"{mean:.0%}\n{estimate.low:.0%} to {estimate.high:.0%}"
+            colour = "#111111" if mean > 0.6 else "#ffffff"
+            axes.text(j, i, text.replace("%", " %"), ha="center", va="center", size=7.5, color=colour)
+        axes.set_xticks(range(len(columns[0])), [_wrap(name, 0.95, 9.0) for name in columns[0]], size=8)
+        axes.set_yticks(range(len(rows)), [_wrap(name, 1.1, 9.0) for name in rows], size=8)
+        axes.set_title(_wrap(title, wide - 0.2, 10.0), size=10)
+        axes.set(xlabel=column, ylabel=row)
+    figure.colorbar(drawn, ax=grid[: len(panels)].tolist(), label=unit, shrink=0.8)
     return figure
 
 

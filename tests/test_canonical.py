@@ -152,6 +152,16 @@ def straight(x):
     return jnp.tanh(x @ W).sum(-1)
 
 
+def solved(b):
+    def halved(p):
+        return 2 * p + 0.1 * p[:, ::-1]
+
+    def jacobi(_, b):
+        return lax.fori_loop(0, 20, lambda _, p: (b - 0.1 * p[:, ::-1]) / 2, b)
+
+    return lax.custom_linear_solve(halved, b, jacobi, symmetric=True) @ W
+
+
 FUNCTIONS = {
     "jit": lambda x: jax.jit(straight)(x),
     "remat": lambda x: jax.grad(lambda x: jax.checkpoint(straight)(x).sum())(x),
@@ -173,6 +183,7 @@ FUNCTIONS = {
     "pytree": lambda x: {"a": [x @ W, (x.sum(), None)], "b": ()},
     "unused and passed through": lambda x: (x, x, 3.0, jnp.ones(2)),
     "argmax and sort": lambda x: (jnp.argmax(x, -1), jnp.sort(x, 0), jnp.cumsum(x, 1), x.prod(1)),
+    "linear solve": lambda x: jax.value_and_grad(lambda b: solved(b).sum())(x),
     "platform_dependent": lambda x: lax.platform_dependent(x, cpu=lambda x: x @ W, default=lambda x: x * jnp.nan),
 }
 

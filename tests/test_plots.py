@@ -496,6 +496,47 @@ def test_bars_draw_means_and_intervals_in_groups():
         plots.bars({}, ylabel="mean")
 
 
+def test_magnified_perturbations_share_a_factor_and_windows_show_what_is_in_them():
+    original = np.full((12, 12, 3), 0.5)
+    strong, weak = original.copy(), original.copy()
+    strong[2, 3] += 0.125
+    weak[8, 8] -= 0.015625
+    figure = plots.magnified(
+        original, {"strong": strong, "weak": weak}, {"flat": (0, 0, 4), "edge": (6, 6, 6)}, title="t"
+    )
+    assert len(figure.axes) == 12
+    of_weak = [data(axes.images[0]) for axes in figure.axes[8:]]
+    assert of_weak[1].shape == (12, 12, 3)
+    assert of_weak[1][8, 8, 0] == pytest.approx(0.5 - 4 * 0.015625)  # the factor of the strong one
+    np.testing.assert_allclose(of_weak[3], of_weak[1][6:, 6:])
+    np.testing.assert_allclose(data(figure.axes[6].images[0])[2, 3], 1.0)
+    np.testing.assert_allclose(data(figure.axes[2].images[0]), original[:4, :4])
+    with pytest.raises(ValueError, match=r"windows\['w'\] is \(9, 0, 4\), which is not inside 12 x 12"):
+        plots.magnified(original, {"a": weak}, {"w": (9, 0, 4)}, title="")
+    with pytest.raises(ValueError, match="at least one attack"):
+        plots.magnified(original, {}, {}, title="")
+    with pytest.raises(ValueError, match=r"adversarial\['a'\] has shape"):
+        plots.magnified(original, {"a": weak[:5]}, {}, title="")
+
+
+def test_matrices_have_one_scale_and_a_number_in_every_place():
+    some = {"x": {"x": Estimate(1.0, 0.8, 1.0, 9), "y": Estimate(0.25, 0.1, 0.5, 8)}}
+    some["y"] = {"x": Estimate(np.nan, np.nan, np.nan, 0), "y": Estimate(0.5, 0.2, 0.8, 9)}
+    figure = plots.matrices({"one": some, "two": some}, row="from", column="to")
+    for axes in figure.axes[:2]:
+        np.testing.assert_array_equal(data(axes.images[0]), [[1, 0.25], [np.nan, 0.5]])
+        assert axes.images[0].get_clim() == (0, 1)
+        shown = [text.get_text() for text in axes.texts]
+        assert shown == ["100 %\n80 % to 100 %", "25 %\n10 % to 50 %", "–", "50 %\n20 % to 80 %"]
+    for wrong, message in (
+        ({}, "at least one title"),
+        ({"one": some, "two": {"x": some["x"]}}, "differ in their rows or columns"),
+        ({"one": {"x": {"x": Estimate(1.5, 1.0, 2.0, 3)}}}, r"outside \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.matrices(wrong, row="from", column="to")
+
+
 def test_concepts_stand_in_columns_under_their_categories():
     groups = {
         "part": {f"part {i}": 1 for i in range(30)},

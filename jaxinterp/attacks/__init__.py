@@ -19,6 +19,10 @@ from jaxinterp.attacks.hopskipjump import HopSkipJump
 from jaxinterp.attacks.ifgsm import IFGSM
 from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
+from jaxinterp.attacks.smooth_cw import SmoothCW
+from jaxinterp.attacks.smooth_pgd import SmoothBIM, SmoothPGD
+from jaxinterp.attacks.smoothed import Smoothed
+from jaxinterp.attacks.smoothing import smooth
 from jaxinterp.attacks.spsa import SPSA
 from jaxinterp.attacks.square import Square
 from jaxinterp.attacks.strattack import StrAttack
@@ -35,10 +39,12 @@ from jaxinterp.attacks.transparent_text import TransparentText
 _AT_A_BUDGET = (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT)
 _MINIMUM_NORM = (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB)
 _WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump, TransparentText)
+_SMOOTH = (SmoothPGD, SmoothBIM, SmoothCW, Smoothed)
 
 ATTACKS: dict[str, type] = {
-    attack.name: attack for attack in (*_AT_A_BUDGET, *_MINIMUM_NORM, *_WITHOUT_GRADIENTS, AutoAttack)
+    attack.name: attack for attack in (*_AT_A_BUDGET, *_MINIMUM_NORM, *_WITHOUT_GRADIENTS, *_SMOOTH, AutoAttack)
 }
+Smoothed.parts["base"] = ATTACKS
 
 __all__ = [
     "APGD",
@@ -67,6 +73,10 @@ __all__ = [
     "HopSkipJump",
     "Nesterov",
     "ScaleInvariant",
+    "SmoothBIM",
+    "SmoothCW",
+    "SmoothPGD",
+    "Smoothed",
     "Square",
     "StrAttack",
     "TranslationInvariant",
@@ -80,5 +90,6 @@ __all__ = [
     "finished",
     "lowered",
     "run",
+    "smooth",
     "start",
 ]

@@ -66,8 +66,14 @@ def _part(text: str, known: Mapping[str, type], whole: str) -> Any:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """What stands between separators, except those in brackets."""
-    parts = re.split(rf"[{separator}](?![^(]*\))", text)
+    """What stands between separators, except those in brackets, which may be nested."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == separator and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -78,15 +84,16 @@ def parameters(attack: Attack) -> dict[str, Any]:
 
 def record(attack: Attack) -> dict[str, Any]:
     """The attack's name and every hyper-parameter, as JSON holds them, for a config; parts by their names."""
-    return {"attack": attack.name, **_plain(attack)}
+    return {"attack": attack.name, **{name: _plain(value) for name, value in parameters(attack).items()}}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [{"name": part.name, **_plain(part)} if dataclasses.is_dataclass(part) else part for part in value]  # type: ignore[attr-defined]  # parts have names
+        return [_plain(part) for part in value]
     if not dataclasses.is_dataclass(value):
         return value
-    return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"name": value.name, **fields}  # type: ignore[attr-defined]  # parts have names
 
 
 def _value(text: str, field: dataclasses.Field, name: str) -> Any:
@@ -134,9 +141,10 @@ def explain(known: Mapping[str, type]) -> Iterator[str]:
         meanings = _meanings(described)
         choices = getattr(attack, "choices", {})
         for field in dataclasses.fields(attack):
-            default = "none" if field.default in (None, ()) else _shown(field.default)
+            default = field.default
+            shown = "none" if default in (None, ()) else getattr(default, "name", None) or _shown(default)
             words = f" ({', '.join(choices[field.name])})" if field.name in choices else ""
-            text = f"{field.name}={default}{words}: {meanings.get(field.name, '')}"
+            text = f"{field.name}={shown}{words}: {meanings.get(field.name, '')}"
             yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="          ")
         yield ""
 

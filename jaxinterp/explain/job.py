@@ -20,6 +20,7 @@ from jaxinterp.runs import Run
 # Settings for explaining: a perturbation near the attack's best, at a cost of minutes on a laptop. The classes
 # themselves keep their papers' defaults.
 PRESETS: dict[str, dict[str, Any]] = {
+    "scw": {"search_steps": 4},
     "cw": {"search_steps": 4, "steps": 100, "initial_const": 0.3},
     "ead": {"search_steps": 4, "steps": 100, "initial_const": 0.3},
     "strattack": {"search_steps": 3, "steps": 100, "refit_search_steps": 2, "refit_steps": 50},

@@ -44,6 +44,10 @@ from jaxinterp.attacks import (
     HopSkipJump,
     Nesterov,
     ScaleInvariant,
+    SmoothBIM,
+    SmoothCW,
+    Smoothed,
+    SmoothPGD,
     Square,
     StrAttack,
     TranslationInvariant,
@@ -114,6 +118,10 @@ CASES: dict[str, Any] = {
         refit_search_steps=2,
         refit_steps=10,
     ),
+    "spgd": SmoothPGD(eps=0.5, steps=5, cg_steps=20),
+    "sbim": SmoothBIM(eps=0.05, steps=5, cg_steps=20),
+    "scw": SmoothCW(lr=0.05, initial_const=1.0, search_steps=3, steps=15, cg_steps=20),
+    "smoothed": Smoothed(IFGSM(eps=0.06, steps=3), alpha=0.5, lam=10.0, tries=4, cg_steps=20),
     "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
     "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
     # Hues of this opacity cannot make a dark row brighter than 0.2, where the network that fails on dark ones is well.
@@ -142,6 +150,10 @@ SWEEPS = {
     "autoattack": "eps",
     "ead": "initial_const",
     "strattack": "initial_const",
+    "spgd": "eps",
+    "sbim": "eps",
+    "scw": "initial_const",
+    "smoothed": "lam",
     "cw-linf": "initial_const",
     "cw-l0": "initial_const",
     "transparent-text": "opacity",
@@ -159,10 +171,12 @@ BOUNDARY = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool",
 MINIMAL |= BOUNDARY
 # Settings with which many pixels move, those at 0 and 1 too: by default eight times the radius. In the variable of C&W,
 # they are some seven units away from the interior; fewer pixels change in every further problem of the L0 attack.
-LARGER: dict[str, dict[str, float]] = {
+LARGER: dict[str, dict[str, Any]] = {
     "cw": {"lr": 1.0, "initial_const": 10.0},
     "ead": {"initial_const": 10.0},
     "cw-linf": {"lr": 1.0},
+    "scw": {"initial_const": 10.0, "kappa": 1.0},
+    "smoothed": {"base": IFGSM(eps=0.4, steps=3)},
     "cw-l0": {"lr": 1.0, "search_steps": 1},
     **{case: {"kappa": 1.5} for case in BOUNDARY},
     "ddn": {"kappa": 1.5, "initial_radius": 2.0},
@@ -345,7 +359,7 @@ PAPER = ("ifgsm", "pgd-linf", "cw", "ead", "strattack")
 KINDS = (
     *PAPER,
     *("fgsm", "mifgsm", "apgd-linf", "spsa", "fmn-l2", "deepfool-l2", "fab-l2", "square-linf", "chain"),
-    *("hopskipjump-l2", "cw-linf", "transparent-text"),
+    *("hopskipjump-l2", "cw-linf", "transparent-text", "spgd"),
 )
 # Where an example is alone, and on many devices: one that draws in every step, too.
 SPREAD = (*PAPER, "square-linf")
