@@ -670,6 +670,33 @@ def _bar_names(panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]]) -> li
     return list(dict.fromkeys(name for by_group in panels.values() for named in by_group.values() for name in named))
 
 
+@style.context(STYLE)
+def gallery(rows: Sequence[Sequence[tuple[str, ArrayLike]]]) -> Figure:
+    """Pictures with captions, in rows.
+
+    Args:
+        rows: (caption, picture) one after the other; a picture is [H,W,3], [H,W,1] or [H,W], in [0, 1].
+
+    Returns:
+        A figure with a panel for each picture.
+
+    Raises:
+        ValueError: nothing to draw, or a picture of another shape or range.
+    """
+    if not rows or not all(rows):
+        raise ValueError("rows is empty, expected at least one picture in each row")
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(2.5 * columns, 2.85 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, row in zip(grid, rows, strict=True):
+        for axes, (caption, picture) in itertools.zip_longest(line, row, fillvalue=("", None)):
+            axes.set_axis_off()
+            if picture is not None:
+                axes.imshow(_picture(picture, f"picture {caption!r}"), interpolation="nearest")
+                axes.set_title(_wrap(caption, 2.3, 8.5, 3), size=8.5)
+    return figure
+
+
 # ---- Concepts ----------------------------------------------------------------------------------------------
 
 

@@ -30,10 +30,11 @@ from jaxinterp.attacks.transforms import (
     TranslationInvariant,
     VarianceTuning,
 )
+from jaxinterp.attacks.watermark import Watermark
 
 _AT_A_BUDGET = (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT)
 _MINIMUM_NORM = (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB)
-_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump)
+_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump, Watermark)
 
 ATTACKS: dict[str, type] = {
     attack.name: attack for attack in (*_AT_A_BUDGET, *_MINIMUM_NORM, *_WITHOUT_GRADIENTS, AutoAttack)
@@ -70,6 +71,7 @@ __all__ = [
     "StrAttack",
     "TranslationInvariant",
     "VarianceTuning",
+    "Watermark",
     "advance",
     "compare_access",
     "compare_transfer",

@@ -48,6 +48,7 @@ from jaxinterp.attacks import (
     StrAttack,
     TranslationInvariant,
     VarianceTuning,
+    Watermark,
     advance,
     finish,
     finished,
@@ -55,6 +56,8 @@ from jaxinterp.attacks import (
     start,
 )
 
+# To embed: seven of the images' size.
+PICTURES = jnp.asarray(np.random.default_rng(2).uniform(size=(7, 16, 16, 3)), jnp.float32)
 CASES: dict[str, Any] = {
     "ifgsm": IFGSM(eps=0.03, steps=5),
     "pgd-linf": PGD(eps=0.03, steps=5),
@@ -115,6 +118,8 @@ CASES: dict[str, Any] = {
     ),
     "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
     "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
+    "watermark-haar": Watermark(watermarks=PICTURES, folders=(3, 4), failures=3, strength=3.0, candidates=2),
+    "watermark-dct": Watermark(transform="dct", signs="random", jpeg=False, failures=1, rounds=4, strength=3.0),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -141,6 +146,8 @@ SWEEPS = {
     "strattack": "initial_const",
     "cw-linf": "initial_const",
     "cw-l0": "initial_const",
+    "watermark-haar": "strength",
+    "watermark-dct": "strength",
 }
 SWEEPS |= {case: "gamma" for case in CASES if case.startswith("hopskipjump")}
 SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
@@ -148,6 +155,7 @@ SWEEPS |= {case: "overshoot" for case in CASES if case.startswith("deepfool")}
 SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
 # Attacks that know the logits only, and those that show the network other images than perturbed ones.
 BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1", "hopskipjump-l2", "hopskipjump-linf"}
+BLACK_BOX |= {"watermark-haar", "watermark-dct"}
 TRANSFORMING = {"mifgsm-chain"}
 # Attacks that look for the smallest perturbation.
 MINIMAL = {case for case, attack in CASES.items() if hasattr(attack, "initial_const")}
@@ -155,7 +163,7 @@ BOUNDARY = {case for case in CASES if case.startswith(("ddn", "fmn", "deepfool",
 MINIMAL |= BOUNDARY
 # Settings with which many pixels move, those at 0 and 1 too: by default eight times the radius. In the variable of C&W,
 # they are some seven units away from the interior; fewer pixels change in every further problem of the L0 attack.
-LARGER: dict[str, dict[str, float]] = {
+LARGER: dict[str, dict[str, Any]] = {
     "cw": {"lr": 1.0, "initial_const": 10.0},
     "ead": {"initial_const": 10.0},
     "cw-linf": {"lr": 1.0},
@@ -167,6 +175,9 @@ LARGER: dict[str, dict[str, float]] = {
     # From noise, which decides for no class as clearly.
     "hopskipjump-l2": {"kappa": 0.1},
     "hopskipjump-linf": {"kappa": 0.1},
+    # All watermarks that are embedded so strongly are one pattern, which not every image yields to.
+    "watermark-haar": {"strength": 20.0, "signs": "random"},
+    "watermark-dct": {"strength": 20.0},
 }
 # Steps after which no attack has ended.
 FEW = {
@@ -340,7 +351,7 @@ PAPER = ("ifgsm", "pgd-linf", "cw", "ead", "strattack")
 KINDS = (
     *PAPER,
     *("fgsm", "mifgsm", "apgd-linf", "spsa", "fmn-l2", "deepfool-l2", "fab-l2", "square-linf", "chain"),
-    *("hopskipjump-l2", "cw-linf"),
+    *("hopskipjump-l2", "cw-linf", "watermark-haar"),
 )
 # Where an example is alone, and on many devices: one that draws in every step, too.
 SPREAD = (*PAPER, "square-linf")
