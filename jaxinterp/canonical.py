@@ -11,8 +11,8 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
   of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
   from which on the order is fixed; convolutions of single pixels become matrix products, which are faster; the gradient
   of one with strides is computed without the zeros between positions, that with respect to an image, whose channels
-  are very few, as a matrix product; reductions become trees of elementwise operations; a product is rounded before it
-  is added to something. All of this is small beside the convolutions, or faster than them.
+  are very few, as a matrix product; reductions of floats become trees of elementwise operations; a product is rounded
+  before it is added to something. All of this is small beside the convolutions, or faster than them.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
 batch size, so results there agree to rounding only.
@@ -334,7 +334,7 @@ def _tree(combine):
     """
 
     def rule(eqn, x):
-        if 0 in x.shape:
+        if 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.inexact):  # whole numbers are exact in any order
             return eqn.primitive.bind(x, **eqn.params)
         for axis in sorted(eqn.params["axes"], reverse=True):
             while (size := x.shape[axis]) > 1:

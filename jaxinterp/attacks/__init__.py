@@ -35,10 +35,11 @@ from jaxinterp.attacks.transforms import (
     VarianceTuning,
 )
 from jaxinterp.attacks.transparent_text import TransparentText
+from jaxinterp.attacks.watermark import Watermark
 
 _AT_A_BUDGET = (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT)
 _MINIMUM_NORM = (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB)
-_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump, TransparentText)
+_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump, TransparentText, Watermark)
 _SMOOTH = (SmoothPGD, SmoothBIM, SmoothCW, Smoothed)
 
 ATTACKS: dict[str, type] = {
@@ -82,6 +83,7 @@ __all__ = [
     "TranslationInvariant",
     "TransparentText",
     "VarianceTuning",
+    "Watermark",
     "advance",
     "compare_access",
     "compare_transfer",

@@ -35,8 +35,10 @@ class Attack(Protocol):
     """Three pure functions and the number of steps, in the manner of optax.
 
     An attack with fields that hold words (a norm, a rule) lists the words of each in a class variable `choices`. One
-    that can begin elsewhere than at the originals has a method `warm(state, initial) -> state`, which the driver calls
-    on the state that `init` returns, with images in the box that differ from the originals on the support only.
+    with arrays that belong to no example but to all, such as pictures that are tried on each, lists their fields in
+    `shared`: they are neither spread over devices nor gathered with the examples. One that can begin elsewhere than
+    at the originals has a method `warm(state, initial) -> state`, which the driver calls on the state that `init`
+    returns, with images in the box that differ from the originals on the support only.
     """
 
     name: ClassVar[str]

@@ -98,7 +98,8 @@ def start(
         initial = check(model, initial, labels, names=("initial", "labels"))[0]
         if initial.shape != images.shape:
             raise ValueError(f"initial must have the images' shape {images.shape}, got {initial.shape}")
-    return _start(mesh_of(images))(attack, model, (images, labels, targets, keys, support, initial))
+    own, common = apart(attack)
+    return _start(mesh_of(images))(own, (common, model), (images, labels, targets, keys, support, initial))
 
 
 def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *, compact: bool = True) -> S:
@@ -117,9 +118,10 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
     """
     iterations, batch = attack.iterations, state.done.shape[0]
     limit = iterations if steps is None else min(steps, iterations)
-    attack, model, mesh = by_example(coerce(attack), batch), as_model(model), mesh_of(state)
+    own, common = apart(by_example(coerce(attack), batch))
+    shared, mesh = (common, as_model(model)), mesh_of(state)
     if not compact or not _addressable(state):
-        return _advance(mesh)(attack, model, state, _counts(limit, mesh), np.int32(0))[1]
+        return _advance(mesh)(own, shared, state, _counts(limit, mesh), np.int32(0))[1]
 
     devices = 1 if mesh is None else mesh.size
     whole, rows, taken = state, np.arange(batch), 0
@@ -130,7 +132,7 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
         pause = limit - taken if mesh is None or not smaller else min(limit - taken, _PAUSE)
         # What was gathered here belongs to nobody else. The whole state may: the caller has it, or the images in it.
         loop = _advance(mesh, len(rows) < batch)
-        counted, state = loop(attack, model, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
+        counted, state = loop(own, shared, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
         taken += int(np.max(counted))
         done = np.asarray(state.done)
         unfinished = int(np.sum(~done))
@@ -144,7 +146,7 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
             smaller = next_smaller
         chosen = np.argsort(done, kind="stable")[:smaller]  # the unfinished ones first; done ones fill up
         rows = rows[chosen]
-        attack, state = _gather(mesh)((attack, state), chosen)
+        own, state = _gather(mesh)((own, state), chosen)
 
 
 _WORTHWHILE = 64  # steps that an attack must have, since the program for a smaller batch must be compiled
@@ -169,7 +171,7 @@ def _addressable(state: Any) -> bool:
 
 def finish(attack: Attack, state: Any) -> AttackResult:
     """The result of a state, whether or not the attack has ended."""
-    return _finish(mesh_of(state))(by_example(coerce(attack), state.done.shape[0]), state)
+    return _finish(mesh_of(state))(*apart(by_example(coerce(attack), state.done.shape[0])), state)
 
 
 def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
@@ -178,8 +180,9 @@ def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
     It tells what a step costs, what memory it takes and what devices exchange. `state` is one from `start`, or its
     shapes (`jax.eval_shape`); the other arguments are those of `advance`.
     """
-    attack, model, mesh = by_example(coerce(attack), state.done.shape[0]), as_model(model), mesh_of(state)
-    return _advance(mesh).lower(attack, model, state, _counts(attack.iterations, mesh), np.int32(0))
+    own, common = apart(by_example(coerce(attack), state.done.shape[0]))
+    shared, mesh = (common, as_model(model)), mesh_of(state)
+    return _advance(mesh).lower(own, shared, state, _counts(attack.iterations, mesh), np.int32(0))
 
 
 def finished(state: Any) -> bool:
@@ -189,7 +192,9 @@ def finished(state: Any) -> bool:
 
 @functools.cache
 def _start(mesh: Mesh | None):
-    def one_program(attack, model, problem):
+    def one_program(own, shared, problem):
+        common, model = shared
+        attack = together(own, common)
         images, labels, targets, keys, support, initial = problem
         state = attack.init(model, images, labels, targets, keys, support)
         if initial is None:
@@ -201,7 +206,10 @@ def _start(mesh: Mesh | None):
 
 @functools.cache
 def _advance(mesh: Mesh | None, donated: bool = False):
-    def one_program(attack, model, state, limit, enough):
+    def one_program(own, shared, state, limit, enough):
+        common, model = shared
+        attack = together(own, common)
+
         def unfinished(carry):
             taken, state = carry
             return (taken < limit[0]) & (jnp.sum(~state.done, dtype=jnp.int32) > enough)
@@ -235,7 +243,7 @@ def _placed(mesh: Mesh | None, function: Any) -> Any:
 
 @functools.cache
 def _finish(mesh: Mesh | None):
-    return on_mesh(mesh, lambda attack, state: attack.result(state), (True, True))
+    return on_mesh(mesh, lambda own, common, state: together(own, common).result(state), (True, False, True))
 
 
 def coerce(attack: Attack) -> Attack:
@@ -295,14 +303,14 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 def by_example(attack: Attack, batch: int) -> Attack:
     """The attack with leaves [B], so that one number and one an example are the same program, on any devices.
 
-    Leaves that are images [B,H,W,C] stay as they are.
+    Leaves that are images [B,H,W,C] stay as they are, and so do those that all examples share.
 
     Raises:
         ValueError: a leaf is neither one number nor one for every example.
     """
 
     def spread(path, leaf):
-        if leaf.ndim == 4 and leaf.shape[0] == batch:
+        if _is_shared(attack, path) or (leaf.ndim == 4 and leaf.shape[0] == batch):
             return leaf
         if leaf.shape not in ((), (batch,)):
             name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
@@ -310,6 +318,32 @@ def by_example(attack: Attack, batch: int) -> Attack:
         return jnp.broadcast_to(leaf, (batch,))
 
     return jax.tree_util.tree_map_with_path(spread, attack)
+
+
+def apart(attack: Attack) -> tuple[Any, Any]:
+    """The attack without the leaves that all examples share, and without those that belong to one each."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(attack)
+    shared = [_is_shared(attack, path) for path, _ in flat]
+    own = [None if common else leaf for (_, leaf), common in zip(flat, shared, strict=True)]
+    common = [leaf if common else None for (_, leaf), common in zip(flat, shared, strict=True)]
+    return treedef.unflatten(own), treedef.unflatten(common)
+
+
+def together(own: Any, common: Any) -> Any:
+    """The attack that `apart` divided."""
+    return jax.tree.map(lambda a, b: b if a is None else a, own, common, is_leaf=lambda leaf: leaf is None)
+
+
+def _is_shared(attack: Any, path: Any) -> bool:
+    """Whether a leaf lies in a field that the attack, or the attack in it that has the field, lists in `shared`."""
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            if key.name in getattr(attack, "shared", ()):
+                return True
+            attack = getattr(attack, key.name)
+        else:
+            attack = attack[key.idx]
+    return False
 
 
 def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = None) -> jax.Array:

@@ -106,12 +106,15 @@ def _value(text: str, field: dataclasses.Field, name: str) -> Any:
             return text
         if default is None and text.lower() == "none":
             return None
+        if isinstance(default, tuple):
+            return tuple(int(part) for part in _split(text, "+"))
         if whole:
             return int(text)
         numerator, _, denominator = text.partition("/")
         return float(numerator) / float(denominator or 1)
     except (ValueError, KeyError, ZeroDivisionError):
         kind = "true or false" if isinstance(default, bool) else "a whole number" if whole else "a number"
+        kind = "whole numbers joined by +" if isinstance(default, tuple) else kind
         kind += " or none" if default is None else ""
         raise ValueError(f"{name} must be {kind}, got {text!r}") from None
 

@@ -325,7 +325,7 @@ def _cut(
     side = size // 2
     split = "train" if _fraction(picture.id) <= _TRAIN else "val"
     rows, counts = [], Counts()
-    for k, (top, left, length) in enumerate(_squares(pixels.shape[:2], crops, [seed, zlib.crc32(picture.id.encode())])):
+    for k, (top, left, length) in enumerate(squares(pixels.shape[:2], crops, [seed, zlib.crc32(picture.id.encode())])):
         name = f"{stem}_{k:02d}"
         square = resize_pixels(pixels[top : top + length, left : left + length], (size, size))
         Image.fromarray(square).save(images / f"{name}.jpg", quality=95, subsampling=0)
@@ -348,7 +348,7 @@ def _cut(
     return rows, counts
 
 
-def _squares(shape: tuple[int, ...], count: int, seed: Sequence[int]) -> list[tuple[int, int, int]]:
+def squares(shape: tuple[int, ...], count: int, seed: Sequence[int]) -> list[tuple[int, int, int]]:
     """Top, left and side of each crop; the first is the largest in the middle."""
     height, width = shape
     short = min(height, width)

@@ -53,6 +53,7 @@ from jaxinterp.attacks import (
     TranslationInvariant,
     TransparentText,
     VarianceTuning,
+    Watermark,
     advance,
     finish,
     finished,
@@ -60,6 +61,8 @@ from jaxinterp.attacks import (
     start,
 )
 
+# To embed: seven of the images' size.
+PICTURES = jnp.asarray(np.random.default_rng(2).uniform(size=(7, 16, 16, 3)), jnp.float32)
 CASES: dict[str, Any] = {
     "ifgsm": IFGSM(eps=0.03, steps=5),
     "pgd-linf": PGD(eps=0.03, steps=5),
@@ -126,6 +129,8 @@ CASES: dict[str, Any] = {
     "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
     # Hues of this opacity cannot make a dark row brighter than 0.2, where the network that fails on dark ones is well.
     "transparent-text": TransparentText(opacity=0.29, text="go|no", colour="hues", queries=500, population=20),
+    "watermark-haar": Watermark(watermarks=PICTURES, folders=(3, 4), failures=3, strength=3.0, candidates=2),
+    "watermark-dct": Watermark(transform="dct", signs="random", jpeg=False, failures=1, rounds=4, strength=3.0),
 }
 # A leaf that makes the attack stronger or weaker, with values for a sweep.
 SWEEPS = {
@@ -157,6 +162,8 @@ SWEEPS = {
     "cw-linf": "initial_const",
     "cw-l0": "initial_const",
     "transparent-text": "opacity",
+    "watermark-haar": "strength",
+    "watermark-dct": "strength",
 }
 SWEEPS |= {case: "gamma" for case in CASES if case.startswith("hopskipjump")}
 SWEEPS |= {case: "step_size" for case in CASES if case.startswith("fmn")}
@@ -164,6 +171,7 @@ SWEEPS |= {case: "overshoot" for case in CASES if case.startswith("deepfool")}
 SWEEPS |= {case: "alpha_max" for case in CASES if case.startswith("fab")}
 # Attacks that know the logits only, and those that show the network other images than perturbed ones.
 BLACK_BOX = {"spsa", "square-linf", "square-l2", "square-l1", "hopskipjump-l2", "hopskipjump-linf", "transparent-text"}
+BLACK_BOX |= {"watermark-haar", "watermark-dct"}
 TRANSFORMING = {"mifgsm-chain"}
 # Attacks that look for the smallest perturbation.
 MINIMAL = {case for case, attack in CASES.items() if hasattr(attack, "initial_const")}
@@ -186,6 +194,9 @@ LARGER: dict[str, dict[str, Any]] = {
     "hopskipjump-l2": {"kappa": 0.1},
     "hopskipjump-linf": {"kappa": 0.1},
     "transparent-text": {"opacity": 1.0},
+    # All watermarks that are embedded so strongly are one pattern, which not every image yields to.
+    "watermark-haar": {"strength": 20.0, "signs": "random"},
+    "watermark-dct": {"strength": 20.0},
 }
 # Steps after which no attack has ended.
 FEW = {
@@ -359,7 +370,7 @@ PAPER = ("ifgsm", "pgd-linf", "cw", "ead", "strattack")
 KINDS = (
     *PAPER,
     *("fgsm", "mifgsm", "apgd-linf", "spsa", "fmn-l2", "deepfool-l2", "fab-l2", "square-linf", "chain"),
-    *("hopskipjump-l2", "cw-linf", "transparent-text", "spgd"),
+    *("hopskipjump-l2", "cw-linf", "transparent-text", "spgd", "watermark-haar"),
 )
 # Where an example is alone, and on many devices: one that draws in every step, too.
 SPREAD = (*PAPER, "square-linf")
