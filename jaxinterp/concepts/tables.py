@@ -124,7 +124,9 @@ def write_ious(path: Path, layers: Mapping[str, Layer]) -> Path:
             **{"iou": pa.float64(), "union": text},
         }
     )
-    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    # Plain values, whose bytes are always the same: the padding that the writer leaves in packed indices is not.
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
+    with replacing(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for node, found in layers.items():
             tally, category = found.dissection.tally, found.concepts.category
             labels = np.flatnonzero(category >= 0)

@@ -48,7 +48,7 @@ def tables_of(out: Path) -> dict[str, str]:
     """
     names = ("tally.csv", "summary.json", "config.json")
     found = {path.name: path.read_bytes() for path in out.glob("*") if path.name in names}
-    # By its content: a process compresses with whichever build of zstd it has loaded first.
+    # By its content: a format with padding and compression may hold the same in other bytes.
     found["iou.parquet"] = repr(parquet.read_table(out / "iou.parquet").to_pydict()).encode()
     for name, arrays in stored(out).items():
         found |= {f"{name}: {key}": array.tobytes() for key, array in arrays.items() if key not in SEEN}
