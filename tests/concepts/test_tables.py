@@ -74,6 +74,15 @@ def test_the_tally_is_that_of_the_reference(written):
     assert compared == 24 * 5 * 3
 
 
+def test_the_same_table_has_the_same_bytes(layer, tmp_path):
+    """Dictionary indices are packed, and their padding is whatever memory held."""
+    written = tables.write_ious(tmp_path / "iou.parquet", {"conv3": layer})
+    columns = pq.ParquetFile(written).metadata.row_group(0)
+    used = {encoding for i in range(columns.num_columns) for encoding in columns.column(i).encodings}
+    assert "PLAIN" in used
+    assert not {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} & used
+
+
 def test_every_iou_is_in_the_parquet_file(layer, written, tmp_path):
     table = pq.read_table(tables.write_ious(tmp_path / "iou.parquet", {"conv3": layer, "again": layer})).to_pydict()
     labels = np.flatnonzero(layer.concepts.category >= 0)
