@@ -79,41 +79,60 @@ def _phases(low: int, kernel: int, stride: int) -> list[_Phase]:
     return [_Phase((p + low - start) // stride, range(start, kernel, stride)) for p, start in enumerate(starts)]
 
 
+class _Side(NamedTuple):
+    """How the windows of an operation lie along one axis of its input."""
+
+    phases: list[_Phase]
+    count: int  # input positions of a phase
+    pad: tuple[int, int, int]  # of the output, so that the taps of every phase find something at every position
+
+
+def _side(size: int, windows: int, kernel: int, stride: int, low: int) -> _Side:
+    phases, count = _phases(low, kernel, stride), -(-size // stride)
+    before = max(0, *(len(p.taps) - 1 - p.first for p in phases))
+    after = max(0, max(p.first for p in phases) + count - windows)
+    return _Side([p._replace(first=p.first + before) for p in phases], count, (before, after, 0))
+
+
+def _sum_of_taps(tap, g, row: _Side, column: _Side, r: _Phase, c: _Phase):
+    """[...,h,w,C] For the inputs of a phase, the sum of tap(where, i, j) over the taps (i, j) that reach them.
+
+    g[where], with g as padded by the sides, is what each of these inputs gets through the tap.
+    """
+
+    def term(i, j):
+        rows = slice(r.first - i, r.first - i + row.count)
+        columns = slice(c.first - j, c.first - j + column.count)
+        return tap((..., rows, columns, slice(None)), r.taps[i], c.taps[j])
+
+    terms = [term(i, j) for i in reversed(range(len(r.taps))) for j in reversed(range(len(c.taps)))]
+    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(g[..., : row.count, : column.count, :])
+
+
 def _shifted_input_gradient(g, kernel, size, stride, padding):
     """Gradient of `_shifted` by its input of `size`: for each phase of the stride, shifted products of `g`.
 
     Every tap is multiplied once, where the textbook form (`g` dilated, the flipped kernel) multiplies zeros.
     """
-    across: list[list[_Phase]] = []
-    counts, pads = [], []
-    for n, out, k, s, (low, _) in zip(size, g.shape[1:3], kernel.shape[:2], stride, padding, strict=True):
-        phases, count = _phases(low, k, s), -(-n // s)
-        before = max(0, *(len(p.taps) - 1 - p.first for p in phases))
-        after = max(0, max(p.first for p in phases) + count - out)
-        across.append([p._replace(first=p.first + before) for p in phases])
-        counts.append(count)
-        pads.append((before, after, 0))
-    g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
-    (rows, columns), (by_row, by_column) = counts, across
+    sides = zip(size, g.shape[1:3], kernel.shape[:2], stride, (low for low, _ in padding), strict=True)
+    row, column = (_side(*side) for side in sides)
+    g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), row.pad, column.pad, (0, 0, 0)))
 
-    def part(g, row: _Phase, column: _Phase):
-        products = [
-            g[..., row.first - i : row.first - i + rows, column.first - j : column.first - j + columns, :]
-            * kernel[row.taps[i], column.taps[j], 0]
-            for i in reversed(range(len(row.taps)))
-            for j in reversed(range(len(column.taps)))
-        ]
-        return functools.reduce(jnp.add, products) if products else jnp.zeros_like(g[..., :rows, :columns, :])
+    def part(g, r: _Phase, c: _Phase):
+        return _sum_of_taps(lambda where, i, j: g[where] * kernel[i, j, 0], g, row, column, r, c)
 
     if stride == (1, 1):
-        return part(g, by_row[0], by_column[0])
-
-    def one(g):
-        parts = jnp.stack([jnp.stack([part(g, r, c) for c in by_column], axis=2) for r in by_row], axis=1)
-        return parts.reshape(rows * stride[0], columns * stride[1], -1)[: size[0], : size[1]]
+        return part(g, row.phases[0], column.phases[0])
 
     # A loop, because the compiler would otherwise compute all phases again for every element of what comes next.
-    return lax.map(one, g)
+    return lax.map(lambda g: _interleaved(lambda r, c: part(g, r, c), row, column, size), g)
+
+
+def _interleaved(part, row: _Side, column: _Side, size):
+    """[H,W,C] of `size`, from the parts [h,w,C] that part(row phase, column phase) gives."""
+    parts = jnp.stack([jnp.stack([part(r, c) for c in column.phases], axis=2) for r in row.phases], axis=1)
+    whole = parts.reshape(row.count * len(row.phases), column.count * len(column.phases), -1)
+    return whole[: size[0], : size[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -180,16 +199,74 @@ def _window_slices(
     ]
 
 
+class _Windows(NamedTuple):
+    """Of `max_pool`, and the size of its input."""
+
+    size: tuple[int, int]
+    kernel: int
+    stride: int
+    padding: int
+    ceil_mode: bool
+
+
+def _larger(b, a):
+    return (b > a) | jnp.isnan(b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x, windows):
+    slices = _window_slices(x, -jnp.inf, *windows[1:])
+    return functools.reduce(lambda a, b: jnp.where(_larger(b, a), b, a), slices)
+
+
+def _max_pool_forward(x, windows):
+    """The maxima, and in which place of its window, in row-major order, each of them stands."""
+    slices = _window_slices(x, -jnp.inf, *windows[1:])
+    number = jnp.uint8 if windows.kernel**2 <= 255 else jnp.uint32
+    largest, place = slices[0], jnp.zeros(slices[0].shape, number)
+    for i, other in enumerate(slices[1:], 1):
+        wins = _larger(other, largest)
+        largest, place = jnp.where(wins, other, largest), jnp.where(wins, number(i), place)
+    return largest, place
+
+
+def _max_pool_backward(windows, place, g):
+    """For each phase of the stride, what the windows send to the places where their maxima stand.
+
+    The derivative of `_window_slices` writes every place of the windows into a dilated array of zeros and adds these
+    arrays: several times as slow on the CPU.
+    """
+    size, kernel, stride, padding, _ = windows
+    row, column = (_side(n, out, kernel, stride, padding) for n, out in zip(size, g.shape[1:3], strict=True))
+    pads = ((0, 0, 0), row.pad, column.pad, (0, 0, 0))
+    g = lax.pad(g, jnp.zeros((), g.dtype), pads)
+    place = lax.pad(place, jnp.zeros((), place.dtype), pads)  # any place: nothing is sent from there
+
+    def one(g, place):
+        def part(r: _Phase, c: _Phase):
+            def tap(where, i, j):
+                return jnp.where(place[where] == i * kernel + j, g[where], 0)
+
+            return _sum_of_taps(tap, g, row, column, r, c)
+
+        return _interleaved(part, row, column, size)
+
+    return (jax.vmap(one)(g, place),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
 def max_pool(
     x: jax.Array, kernel: int, *, stride: int | None = None, padding: int = 0, ceil_mode: bool = False
 ) -> jax.Array:
     """The maximum of each window of x [B,H,W,C], as PyTorch's: padded with -inf, NaN wins.
 
     The gradient goes to the first maximum of a window in row-major order. That is PyTorch's choice, too; it shows
-    where a picture is flat.
+    where a picture is flat. Reverse-mode differentiable; forward mode (jvp) is not defined for it.
     """
-    slices = _window_slices(x, -jnp.inf, kernel, kernel if stride is None else stride, padding, ceil_mode)
-    return functools.reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), slices)
+    stride = kernel if stride is None else stride
+    return _max_pool(x, _Windows(x.shape[1:3], kernel, stride, padding, ceil_mode))
 
 
 def avg_pool(

@@ -268,6 +268,25 @@ def test_pools(kernel, stride, padding, ceil_mode, size, rng: np.random.Generato
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "ceil_mode", "size"),
+    [pytest.param(*pool, marks=() if pool[-1] == (7, 8) else pytest.mark.exhaustive) for pool in POOLS],
+)
+def test_max_pool_gradient(kernel, stride, padding, ceil_mode, size, rng: np.random.Generator):
+    """What every window gives goes to its first maximum in row-major order; the pictures have few different values."""
+    x = rng.integers(-5, -2, size=(2, *size, 3)).astype(np.float32)
+    pool = functools.partial(layers.max_pool, kernel=kernel, stride=stride, padding=padding, ceil_mode=ceil_mode)
+    rows, columns = (_windows(n, kernel, stride, padding, ceil_mode) for n in size)
+    given = rng.integers(1, 100, size=(2, len(rows), len(columns), 3)).astype(np.float32)
+    expected = np.zeros_like(x)
+    for b, (i, top), (j, left), c in itertools.product(range(2), enumerate(rows), enumerate(columns), range(3)):
+        inside = x[b, max(top, 0) : top + kernel, max(left, 0) : left + kernel, c]
+        row, column = np.unravel_index(np.argmax(inside), inside.shape)
+        expected[b, max(top, 0) + row, max(left, 0) + column, c] += given[b, i, j, c]
+    (gradient,) = jax.vjp(pool, jnp.asarray(x))[1](jnp.asarray(given))
+    np.testing.assert_array_equal(gradient, expected)
+
+
 def test_max_pool_gradient_goes_to_the_first_maximum():
     """On a flat picture every window's gradient goes to its first place, and NaN is not lost."""
     x = jnp.ones((1, 4, 4, 1))
