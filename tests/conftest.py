@@ -32,6 +32,14 @@ LONG = ("tests/dissect/test_dissection.py", "tests/experiments/", "tests/explain
 LONG += ("tests/robustness/", "tests/test_canonical.py", "tests/test_pictures.py", "tests/attacks/test_descent.py")
 
 
+# Compiled as users have it, because whether a result depends on the batch or the number of devices is up to what the
+# compiler does with loops. Everything else asks for values, and is compiled in half the time without optimization.
+# `make exhaustive` optimizes everything.
+OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py", "tests/dissect/", "tests/models/")
+OPTIMIZED += ("tests/test_canonical.py", "tests/test_distributed.py", "tests/test_parallel.py")
+OPTIMIZED += ("tests/test_windowed.py",)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the tests of a group one after the other, and skips those that must be asked for."""
     for item in items:
@@ -70,6 +78,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # by the number of tests
     return Groups(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Optimization of what a test compiles, here and in the commands that it starts."""
+    optimized = item.config.getoption("--exhaustive") or item.nodeid.startswith(OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
