@@ -269,3 +269,10 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
 @canonical
 def classify(model, images):
     return jnp.argmax(model(images), axis=-1)
+
+
+def classify_resized(network: Network, params: Params, images: np.ndarray) -> np.ndarray:
+    """The classes [B] of images [B,H,W,C] that were made for another network: they are resized to this one's side."""
+    side = network.image_size
+    resized = jax.image.resize(jnp.asarray(images), (len(images), side, side, images.shape[-1]), "cubic")
+    return np.asarray(classify(network.bind(params), jnp.clip(resized, 0, 1)))
