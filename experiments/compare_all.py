@@ -12,14 +12,14 @@ the same random class where it can be told one. An attack without gradients that
 or for a start by chance, is not, and neither are those that choose their classes themselves.
 
 For every attack and goal: success with its exact interval; medians of the norms, of SSIM and of the number of groups of
-pixels that changed, over successes (squares of 2 pixels up to 32, else 13, as StrAttack takes them); shares of the kinds
-of cells (arXiv 1904.02057; without a target, towards the class that was reached); the interpretability score less that
-of a perturbation spread evenly (its null); passes; and how often other networks err on what succeeded, of the pictures
-that they see rightly.
+pixels that changed, over successes (squares of 2 pixels up to 32, else 13, as StrAttack takes them); shares of the
+kinds of cells (arXiv 1904.02057; without a target, towards the class that was reached); the interpretability score less
+that of a perturbation spread evenly (its null); passes; and how often other networks err on what succeeded, of the
+pictures that they see rightly.
 
-Each attack has a directory of its own in OUT/attacks, so that a stopped run continues, and --attack (a part of names)
-computes some now and others later. An attack that fails is listed, and the others go on. Writes table.csv, images.csv,
-table.md, comparison.png and answers.json.
+Each attack has a directory of its own in OUT/attacks, so that a stopped run continues, and --attack (a name, or a part
+of names) computes some now and others later. An attack that fails is listed, and the others go on. Writes
+table.csv, images.csv, table.md, comparison.png and answers.json.
 
 Expected time: 12 minutes on one core for cifar10_cnn, and as much to compile the first time.
 """
@@ -27,6 +27,7 @@ Expected time: 12 minutes on one core for cifar10_cnn, and as much to compile th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,19 +38,20 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxinterp import attacks, cam, effect, models, plots, processes
-from jaxinterp.attacks.spec import record
+from jaxinterp import attacks, cam, effect, models, plots, processes, watermarks
+from jaxinterp.attacks.spec import from_spec, record
 from jaxinterp.cli import guarded
 from jaxinterp.explain.compute import explain_batch, map_method
 from jaxinterp.explain.tables import SHARE_COLUMNS, image_rows
 from jaxinterp.job import Job, attacking, begin, choose_attacks
 from jaxinterp.network import Network, Params
-from jaxinterp.pictures import chunk_size, chunks, classify_resized, load_chunk
+from jaxinterp.pictures import Progress, chunk_size, chunks, classify_resized, load_chunk
 from jaxinterp.processes import open_run, read_part
 from jaxinterp.runs import Run, file_name
 from jaxinterp.similarity import ssim
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import Answer, Setting, conclude, verdict
+from jaxinterp.supplies import supplied
 from jaxinterp.weights import checkpoint, load
 
 Goal = Literal["untargeted", "targeted"]
@@ -64,10 +66,10 @@ RADII = {True: {"linf": "2/255", "l2": "0.5", "l1": "8"}, False: {"linf": "1/255
 
 @dataclasses.dataclass(frozen=True)
 class Compared(Setting):
-    """What `Setting` has, where `attack` is a part of attacks' names in the table, and the budgets.
+    """What `Setting` has, where `attack` is a name in the table, or a part of it, and the budgets.
 
     Attributes:
-        attack: Only attacks with this in their name, such as fmn or "C&W"; may be given several times.
+        attack: Only this attack, such as "C&W", or those of a kind, such as fmn; may be given several times.
         passes: Backward passes of each attack that knows gradients, at most.
         queries: Forward passes of each attack that does not, at most.
         linf: Radius of Linf balls, in 1/255; None means 2 up to 64 pixels a side, else 1.
@@ -166,19 +168,34 @@ def entries(setting: Compared, side: int) -> list[Entry]:
     found = []
     for name, spec in named.items():
         kind = spec.partition(":")[0]
-        goals = tuple(
-            goal for goal in GOALS if goal in setting.goals and (goal == "untargeted" or kind not in UNTARGETED)
-        )
-        if goals and (not setting.attack or any(part.lower() in name.lower() for part in setting.attack)):
+        goals = tuple(g for g in GOALS if g in setting.goals and (g == "untargeted" or kind not in UNTARGETED))
+        if goals:
             found.append(Entry(name, family[kind], spec, goals))
     return sorted(found, key=lambda entry: order.index(entry.family))
+
+
+def selected(found: Sequence[Entry], asked: Sequence[str]) -> list[Entry]:
+    """Those with one of the words as their name, or as that of their kind, or else in their name; all without words.
+
+    Raises:
+        ValueError: a word that is in no name.
+    """
+    chosen: set[str] = set()
+    for word in (text.lower() for text in asked):
+        same = {e.name for e in found if word in (e.name.lower(), e.spec.partition(":")[0])}
+        same = same or {e.name for e in found if word in e.name.lower()}
+        if not same:
+            raise ValueError(f"--attack: {word!r} is in no name; known: {', '.join(e.name for e in found)}")
+        chosen |= same
+    return [entry for entry in found if not asked or entry.name in chosen]
 
 
 def hop_skip_jump(norm: str, queries: int) -> str:
     """As text: as many iterations and samples as fit, with 25 queries for every start and every bisection."""
     steps = max(1, queries // 65)
     samples = (queries - 25 * (steps + 1)) / sum(np.sqrt(np.arange(1, steps + 1)))
-    return f"hopskipjump:norm={norm.lower()},steps={steps},evaluations={max(1, int(samples))},tries={max(1, queries // 10)}"
+    count = max(1, int(samples))
+    return f"hopskipjump:norm={norm.lower()},steps={steps},evaluations={count},tries={max(1, queries // 10)}"
 
 
 # ---- What is computed
@@ -188,15 +205,21 @@ def compute(
     job: Job,
     entry: Entry,
     goal: Goal,
-    attack: Any,
     setting: Compared,
+    marks: Callable[[], watermarks.Watermarks],
     others: Mapping[str, tuple[Network, Params]],
-    progress: Any,
+    progress: Progress,
 ) -> Run:
     """The parts of an attack that are missing: what `explain_batch` gives, SSIM, and what other networks see."""
     group, network, model_params = processes.current(), job.network, job.params
-    config = {"attack": record(attack), "goal": goal, "of": job.run.config}
-    run = open_run(job.run.directory / "attacks" / file_name(f"{entry.name} {goal}"), config)
+    bare = from_spec(entry.spec, attacks.ATTACKS)
+    pictures = marks() if isinstance(bare, attacks.Watermark) else None
+    attack = supplied({entry.name: bare}, network.image_size, pictures)[entry.name]
+    config = {
+        **{"attack": record(bare), "goal": goal, "of": job.run.config},
+        **({} if pictures is None else {"watermarks": pictures.digest}),
+    }
+    run = open_run(job.run.directory / "attacks" / file_name(f"{entry.name} {goal}".replace(" ", "-")), config)
     every, size = chunks(job.pictures, setting.batch_size), chunk_size(job.pictures, setting.batch_size)
     for start in group.share(list(every)):
         part = f"{start:06d}"
@@ -318,7 +341,7 @@ LESS = (
 PAPER = ("C&W", "EAD", "StrAttack")  # whose scores should lie above the null and above I-FGSM's
 
 
-def answers(table: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], seed: int) -> list[Answer]:
+def answers(table: Mapping[tuple[str, Goal], Sequence[Mapping[str, Any]]], seed: int) -> list[Answer]:
     """The directions that are expected, of every pair of attacks on the pictures on which both succeed.
 
     Args:
@@ -326,7 +349,7 @@ def answers(table: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], seed: 
         seed: of the bootstrap.
     """
 
-    def both(a: str, b: str, goal: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    def both(a: str, b: str, goal: Goal) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         pairs = zip(table.get((a, goal), ()), table.get((b, goal), ()), strict=False)
         return [(x, y) for x, y in pairs if x["success"] and y["success"]]
 
@@ -441,11 +464,16 @@ def main(setting: Compared) -> None:
     if not setting.goals:
         raise ValueError("--goals must be untargeted, targeted or both, got none")
     side = models.network(setting.model).image_size
-    chosen = entries(setting, side)
+    chosen = selected(entries(setting, side), setting.attack)
     if not chosen:
-        known = ", ".join(entry.name for entry in entries(dataclasses.replace(setting, attack=()), side))
-        raise ValueError(f"--attack {' '.join(setting.attack)} is in no name with these goals; known: {known}")
-    built = choose_attacks([entry.spec for entry in chosen])
+        raise ValueError(f"--goals {' '.join(setting.goals)} fits no attack")
+    choose_attacks([entry.spec for entry in chosen])  # refuses a parameter that is out of range
+    if setting.watermarks is not None:  # and pictures that cannot be read, before anything is computed
+        watermarks.read(setting.watermarks, side)
+
+    @functools.cache
+    def marks() -> watermarks.Watermarks:
+        return watermarks.installed(side) if setting.watermarks is None else watermarks.read(setting.watermarks, side)
 
     def check(network: Network) -> None:
         effect.grid(network.image_size, network.image_size, setting.cell)
@@ -467,22 +495,15 @@ def main(setting: Compared) -> None:
         say=print,
     )
     others = {name: load(name) for name in others_of(setting, job.network)}
-    runs = [(entry, goal) for entry in chosen for goal in entry.goals]
+    runs: list[tuple[Entry, Goal]] = [(entry, goal) for entry in chosen for goal in entry.goals]
     done: dict[tuple[str, Goal], Run] = {}
     failed: dict[str, str] = {}
     with attacking(job.pictures, 0) as progress:
         for entry, goal in runs:
             name = f"{entry.name}, {goal}"
             try:
-                done[entry.name, goal] = compute(
-                    job,
-                    entry,
-                    goal,
-                    built[entry.spec],
-                    setting,
-                    others,
-                    lambda what, _, name=name: progress(f"{name}: {what}", 0.0),
-                )
+                shown = functools.partial(_named, progress, name)
+                done[entry.name, goal] = compute(job, entry, goal, setting, marks, others, shown)
             except Exception as error:  # whatever it is: the others go on
                 failed[name] = f"{type(error).__name__}: {error}"
                 print(f"\nfailed: {name}: {failed[name]}", flush=True)
@@ -495,6 +516,11 @@ def main(setting: Compared) -> None:
     if not table:
         raise ValueError(f"no attack could be run: {'; '.join(failed.values())}")
     report(job, setting, table, failed, {entry.name: entry.spec for entry in chosen}, tuple(others))
+
+
+def _named(progress: Progress, name: str, what: str, done: float) -> None:
+    """Progress of one attack; its pictures are counted when it has ended."""
+    progress(f"{name}: {what}", 0.0)
 
 
 def others_of(setting: Compared, network: Network) -> tuple[str, ...]:
@@ -541,7 +567,9 @@ def report(
         rows = [row for each in table.values() for row in each]
         run.write_table("images.csv", list(dict.fromkeys(key for row in rows for key in row)), rows)
         (run.directory / "table.md").write_text(text)
-        title = f"{setting.model}: {len(job.pictures.correct)} pictures, {setting.passes} backward passes or {setting.queries} queries; dots: medians or means with 95 % intervals, over successes"
+        budget = f"{setting.passes} backward passes or {setting.queries} queries"
+        count = len(job.pictures.correct)
+        title = f"{setting.model}: {count} pictures, {budget}; medians, and means with 95 % intervals"
         plots.save(draw(summary, others, title, 3 * size**2), run.directory / "comparison.png")
     results = {
         "budget": {"backward passes": setting.passes, "queries": setting.queries, "beyond": over},

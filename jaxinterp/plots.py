@@ -836,7 +836,7 @@ def comparison(
                 if not math.isnan(low):
                     axes.plot([low, high], [y, y], color=colour, lw=1.1, alpha=0.55, solid_capstyle="butt")
                 empty = floor is not None and mean <= floor
-                x = floor if empty else mean
+                x = floor if empty and floor is not None else mean
                 axes.plot(x, y, "o", ms=4, color=colour, mfc="none" if empty else colour, mew=0.9, clip_on=False)
         if references and heading in references:
             axes.axvline(references[heading], color="#111111", lw=0.9, ls="--", zorder=1)
@@ -858,10 +858,10 @@ def comparison(
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1])
     scale = (1 - top - bottom) / (line + 0.3)
-    for names, options in ((places, {"size": 8.5}), (headings, {"size": 9, "weight": "bold"})):
+    for names, size, weight in ((places, 8.5, "normal"), (headings, 9.0, "bold")):
         for name, place in names.items():
-            y = bottom + (line - 0.4 - place) * scale
-            figure.text((named - 0.1) / width, y, name, ha="right", va="center", **options)
+            spot = ((named - 0.1) / width, bottom + (line - 0.4 - place) * scale)
+            figure.text(*spot, name, ha="right", va="center", size=size, weight=weight)
     handles: list[Any] = [
         Line2D([], [], marker="o", ms=4, color=LINES[i % len(LINES)], label=name) for i, name in enumerate(series)
     ]

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from jaxinterp import Network
+from jaxinterp import Network, typesetting
 from jaxinterp.attacks import (
     APGD,
     APGDT,
@@ -128,7 +128,9 @@ CASES: dict[str, Any] = {
     "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
     "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
     # Hues of this opacity cannot make a dark row brighter than 0.2, where the network that fails on dark ones is well.
-    "transparent-text": TransparentText(opacity=0.29, text="go|no", colour="hues", queries=500, population=20),
+    "transparent-text": typesetting.written(
+        TransparentText(opacity=0.29, text="go|no", colour="hues", queries=500, population=20), 16, 16
+    ),
     "watermark-haar": Watermark(watermarks=PICTURES, folders=(3, 4), failures=3, strength=3.0, candidates=2),
     "watermark-dct": Watermark(transform="dct", signs="random", jpeg=False, failures=1, rounds=4, strength=3.0),
 }
