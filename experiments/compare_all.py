@@ -168,7 +168,9 @@ def entries(setting: Compared, side: int) -> list[Entry]:
     found = []
     for name, spec in named.items():
         kind = spec.partition(":")[0]
-        goals = tuple(g for g in GOALS if g in setting.goals and (g == "untargeted" or kind not in UNTARGETED))
+        goals: tuple[Goal, ...] = tuple(
+            g for g in GOALS if g in setting.goals and (g == "untargeted" or kind not in UNTARGETED)
+        )
         if goals:
             found.append(Entry(name, family[kind], spec, goals))
     return sorted(found, key=lambda entry: order.index(entry.family))
@@ -508,7 +510,7 @@ def main(setting: Compared) -> None:
                 failed[name] = f"{type(error).__name__}: {error}"
                 print(f"\nfailed: {name}: {failed[name]}", flush=True)
             progress(name, len(job.pictures.correct) / len(runs))
-    table = {
+    table: dict[tuple[str, Goal], list[dict[str, Any]]] = {
         (entry.name, goal): list(rows_of(job, done[entry.name, goal], entry, goal, setting, tuple(others)))
         for entry, goal in runs
         if (entry.name, goal) in done
