@@ -340,10 +340,12 @@ def validate(
     for name in names:
         found = validation.against_torch(name, against) if against else validation.against_references(name)
         print(f"{name}, against {against or 'stored reference outputs'}")
-        for line in validation.lines(found):
+        skipped = validation.left_out(name, found, live=against is not None)
+        for line in validation.lines(found, skipped):
             print(f"  {line}")
         failed += [name for each in found if not each.passed][:1]
-        record.append({"network": name, "comparisons": [{**dataclasses.asdict(c), "passed": c.passed} for c in found]})
+        compared = [{**dataclasses.asdict(c), "passed": c.passed} for c in found]
+        record.append({"network": name, "comparisons": compared, "left_out": skipped})
     if out is not None:
         with replacing(out) as file:
             original = {"torch": importlib.metadata.version("torch")} if against else {}
@@ -501,7 +503,7 @@ def bench(
         node: Layer that is dissected.
         devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which
             share its cores.
-        sweep: Also try batch sizes up to the memory's limit, for attacks and models.
+        sweep: Also try batch sizes up to the memory's limit, for attacks, effect, cam and models.
         largest: No larger batch than this.
         patience: No larger batch is tried after one that took longer, in seconds.
         memory: GiB that programs may take; by default what the device or the system has.

@@ -159,7 +159,7 @@ class TransparentText:
     def step(self, model, state: TransparentTextState) -> TransparentTextState:
         """One population of queries, of which the first is the input itself."""
         examples, active = state.examples, ~state.done
-        numbers = state.count[:, None] + jnp.arange(self.population)  # [B,P], from 0: the input
+        numbers = state.count[:, None] + jnp.arange(self.population, dtype=jnp.int32)  # [B,P], from 0: the input
         overlays = self._proposed(state, numbers)
         images = self._overlaid(examples, overlays, jnp.where(numbers > 0, state.opacity[:, None], 0))
         logits = model(images.reshape(-1, *images.shape[2:]))
@@ -213,7 +213,7 @@ class TransparentText:
         Raises:
             ValueError: as `init`.
         """
-        numbers = jnp.broadcast_to(1 + jnp.arange(count), (images.shape[0], count))
+        numbers = jnp.broadcast_to(1 + jnp.arange(count, dtype=jnp.int32), (images.shape[0], count))
         overlays = self._random(_uniform(keys, numbers), images.shape[1:])
         labels = jnp.zeros(images.shape[0], jnp.int32)
         opacity = jnp.broadcast_to(per_example(self.opacity, images)[:, None], numbers.shape)
@@ -288,7 +288,7 @@ def _uniform(keys: Array, numbers: Int[Array, "b p"]) -> Float[Array, "b p n"]:
     """Numbers uniform in [0, 1) for each of an example's numbered queries."""
 
     def draw(key, number):
-        return jax.random.uniform(jax.random.fold_in(key, number), (_DRAWS,))
+        return jax.random.uniform(jax.random.fold_in(key, number), (_DRAWS,), jnp.float32)
 
     return jax.vmap(lambda key, each: jax.vmap(lambda number: draw(key, number))(each))(keys, numbers)
 

@@ -60,6 +60,7 @@ from jaxinterp.attacks import (
     run,
     start,
 )
+from jaxinterp.attacks.driver import by_example, coerce, example_keys
 
 # To embed: seven of the images' size.
 PICTURES = jnp.asarray(np.random.default_rng(2).uniform(size=(7, 16, 16, 3)), jnp.float32)
@@ -809,3 +810,36 @@ def test_keys_decide_random_starts_and_nothing_else(case):
     some = interior.take(rows)
     part = start(CASES[case], p.model, some.images, some.labels, key=KEY, ids=ids[rows])
     np.testing.assert_array_equal(np.asarray(part.images - some.images), drawn[rows])
+
+
+# 64 bits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_states_have_32_bits_whatever_the_default(case):
+    """With jax_enable_x64, too, a step keeps the types of the state, which a loop needs; nothing is compiled."""
+    p = problem("network-targeted" if case in ("apgdt", "autoattack") else "linear")
+
+    def types(attack, model, problem):
+        def begin(images, labels, keys):
+            return attack.init(model, images, labels, None, keys)
+
+        first = jax.eval_shape(begin, *problem)
+        after = jax.eval_shape(attack.step, model, first)
+        found = first, after, jax.eval_shape(attack.result, after)
+        return [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in found]
+
+    attack, arguments = by_example(coerce(CASES[case]), BATCH), (p.images, p.labels, example_keys(KEY, p.images))
+    expected = types(attack, p.model, arguments)
+    with jax.enable_x64(True):
+        first, after, result = types(attack, p.model, arguments)
+    assert first == after
+    assert [first, after, result] == expected
+
+
+@pytest.mark.parametrize("case", ["pgd-linf", "pgd-l2"])
+def test_the_same_bits_with_64_bits(case):
+    p = problem("linear")
+    with jax.enable_x64(True):
+        found = attack_on(case, p)
+    assert_same(found, solved(case, "linear"))
