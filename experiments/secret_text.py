@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from jaxinterp import apis, plots, processes
+from jaxinterp import apis, plots, processes, typesetting
 from jaxinterp.attacks import lettering
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, Example, open_source
@@ -137,9 +137,9 @@ def tried(example: Example, reader: apis.OCREngine, setting: Secrets, opacities:
     """One picture at every place and opacity: recovered, similar, SSIM, PSNR, contrast; and read without a text."""
     number = zlib.crc32(example.id.encode())
     secret, rng = PHRASES[number % len(PHRASES)], np.random.default_rng((setting.seed, number))
-    mask = lettering.render(secret, setting.font)
+    mask = typesetting.render(secret, setting.font)
     if mask.shape[0] > setting.side or mask.shape[1] > setting.side:
-        what = lettering.what_fits(secret, (0.0,), setting.side, setting.side)
+        what = typesetting.what_fits(secret, (0.0,), setting.side, setting.side)
         raise ValueError(f"--font {setting.font}: {secret!r} does not fit in {setting.side} pixels; {what}")
     image = np.asarray(example.image)
     measured, shown = [], []

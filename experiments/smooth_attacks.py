@@ -28,12 +28,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from scipy.ndimage import uniform_filter
@@ -43,7 +41,7 @@ from jaxinterp import data, plots
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS, as_json
 from jaxinterp.network import Network
-from jaxinterp.pictures import classify
+from jaxinterp.pictures import classify_resized
 from jaxinterp.robustness import evaluate
 from jaxinterp.runs import file_name
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
@@ -199,12 +197,6 @@ def clean_pictures(setting: Smooth, network: Network) -> dict[str, np.ndarray]:
     return {(item := source[i]).id: np.asarray(item.image) for i in range(count)}
 
 
-def seen(model: Any, images: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """What a network makes of pictures that are resized to its side."""
-    batch = jnp.stack([jax.image.resize(jnp.asarray(x), (size, size, x.shape[-1]), "cubic") for x in images])
-    return np.asarray(classify(model, jnp.clip(batch, 0, 1)))
-
-
 def transfer(setting: Smooth, study: Study) -> tuple[dict[str, Any], list[Answer]]:
     """Shares of pictures on which networks err, by attack, source and network, and whether smoothing changes them."""
     names = list(dict.fromkeys((setting.model, *setting.transfer)))
@@ -216,11 +208,11 @@ def transfer(setting: Smooth, study: Study) -> tuple[dict[str, Any], list[Answer
         ids = sorted(labels)
         for other in names:
             target, params = models[other]
-            model = target.bind(params)
             truth = np.array([labels[i] for i in ids])
-            right = seen(model, [clean[i] for i in ids], target.image_size) == truth
+            right = classify_resized(target, params, np.stack([clean[i] for i in ids])) == truth
             for name in TRANSFERRED:
-                wrong = seen(model, [images[name].get(i, clean[i]) for i in ids], target.image_size) != truth
+                shown = np.stack([images[name].get(i, clean[i]) for i in ids])
+                wrong = classify_resized(target, params, shown) != truth
                 broken[name][source, other] = {i: float(wrong[k]) for k, i in enumerate(ids) if right[k]}
 
     def share(found: dict[str, float]) -> Estimate:

@@ -132,6 +132,7 @@ def asked(setting: Texts) -> Iterator[apis.VisionAPI | None]:
 
 def analyse(
     setting: Texts,
+    text: attacks.TransparentText,
     opacities: Sequence[float],
     model: Model,
     images: np.ndarray,
@@ -145,7 +146,7 @@ def analyse(
     others = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
     measured, shares, examples = [], [], []
     for opacity in opacities:
-        attack = attacks.TransparentText(opacity=opacity, text=setting.text, queries=setting.queries)
+        attack = dataclasses.replace(text, opacity=opacity)
         drawn = _draw(attack, clean, keys, setting.draws)
         noise = signs_of_size(others, clean, jax.vmap(norm, 1, 1)(drawn - clean[:, None]))
         by_text, by_noise = fooled(model, drawn, labels), fooled(model, noise, labels)
@@ -184,7 +185,6 @@ def main(setting: Texts) -> None:
 
     def check(network: Network) -> None:
         effect.grid(network.image_size, network.image_size, setting.cell)
-        text.bank(network.image_size, network.image_size)
 
     job = begin(
         "transparent_text",
@@ -203,11 +203,12 @@ def main(setting: Texts) -> None:
     )
     run, seen, model = job.run, job.pictures, job.network.bind(job.params)
     every, size = chunks(seen, setting.batch_size), chunk_size(seen, setting.batch_size)
+    equipped = job.attacks[text.name]
     mine, _ = shared_chunks(run, (text.name,), seen, setting.batch_size)
     with asked(setting) as service:
         for start in tqdm(mine, desc="overlays", unit="chunk"):
             batch, targets = load_chunk(job.source, seen, every[start], size)
-            made = analyse(setting, opacities, model, batch.images, batch.labels, targets, service)
+            made = analyse(setting, equipped, opacities, model, batch.images, batch.labels, targets, service)
             run.write_part(part_name(text.name, start), {name: each[batch.mask] for name, each in made.items()})
     processes.current().wait()
     parts = [arrays for _, _, arrays in stored_parts(run, (text.name,), seen, setting.batch_size)]

@@ -33,6 +33,7 @@ def explain(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 4,
+    watermarks: Path | None = None,
 ) -> None:
     """Attack pictures and show what every perturbation does, cell by cell and on the class activation maps.
 
@@ -57,6 +58,8 @@ def explain(
         limit: Use only the first so many pictures.
         seed: Of targets, random starts and shuffled controls.
         batch_size: Pictures that are attacked at once.
+        watermarks: Folder of class folders of pictures (DIR/CLASS/picture.jpg) that the attack watermark embeds;
+            without it, pictures of noise.
     """
     from jaxinterp.explain import DEFAULT_ATTACKS
     from jaxinterp.explain import explain as job
@@ -74,6 +77,7 @@ def explain(
         limit=limit,
         seed=seed,
         batch_size=batch_size,
+        watermarks=watermarks,
     )
     for line in summary_lines(found.summary):
         print(line)
@@ -95,6 +99,7 @@ def attack(
     seed: int = 0,
     batch_size: int = 8,
     images: bool = True,
+    watermarks: Path | None = None,
     list: bool = False,
 ) -> None:
     """Measure how well a network withstands attacks: success, robust accuracy, norms.
@@ -120,6 +125,8 @@ def attack(
         seed: Of random starts and targets.
         batch_size: Pictures that are attacked at once.
         images: Store the adversarial pictures.
+        watermarks: Folder of class folders of pictures (DIR/CLASS/picture.jpg) that the attack watermark embeds;
+            without it, pictures of noise.
         list: Explain every attack and its parameters, and stop.
     """
     if list:
@@ -144,6 +151,7 @@ def attack(
         seed=seed,
         batch_size=batch_size,
         images=images,
+        watermarks=watermarks,
     )
     for line in tables.lines(found.summary, clean=found.clean):
         print(line)
@@ -332,10 +340,12 @@ def validate(
     for name in names:
         found = validation.against_torch(name, against) if against else validation.against_references(name)
         print(f"{name}, against {against or 'stored reference outputs'}")
-        for line in validation.lines(found):
+        skipped = validation.left_out(name, found, live=against is not None)
+        for line in validation.lines(found, skipped):
             print(f"  {line}")
         failed += [name for each in found if not each.passed][:1]
-        record.append({"network": name, "comparisons": [{**dataclasses.asdict(c), "passed": c.passed} for c in found]})
+        compared = [{**dataclasses.asdict(c), "passed": c.passed} for c in found]
+        record.append({"network": name, "comparisons": compared, "left_out": skipped})
     if out is not None:
         with replacing(out) as file:
             original = {"torch": importlib.metadata.version("torch")} if against else {}
@@ -493,7 +503,7 @@ def bench(
         node: Layer that is dissected.
         devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which
             share its cores.
-        sweep: Also try batch sizes up to the memory's limit, for attacks and models.
+        sweep: Also try batch sizes up to the memory's limit, for attacks, effect, cam and models.
         largest: No larger batch than this.
         patience: No larger batch is tried after one that took longer, in seconds.
         memory: GiB that programs may take; by default what the device or the system has.

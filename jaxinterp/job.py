@@ -20,6 +20,8 @@ from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures, Progress, Selection, left_out, survey
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run
+from jaxinterp.supplies import supplied
+from jaxinterp.watermarks import read as read_watermarks
 from jaxinterp.weights import checkpoint, load
 
 Say = Callable[[str], None]
@@ -39,6 +41,7 @@ class Job:
         run: the results directory.
         network: the network that is attacked.
         params: its parameters.
+        attacks: by name, with texts and pictures for images of the network's size, see `jaxinterp.supplies`.
         source: the pictures that were asked for.
         pictures: what the network makes of them.
         label_origin: where the labels come from, in words.
@@ -47,6 +50,7 @@ class Job:
     run: Run
     network: Network
     params: Params
+    attacks: dict[str, Attack]
     source: Selection
     pictures: Pictures
     label_origin: str
@@ -67,6 +71,7 @@ def begin(
     seed: int,
     batch_size: int,
     say: Say,
+    watermarks: str | Path | None = None,
 ) -> Job:
     """Loads the network, opens the pictures and the results directory, and classifies the clean pictures.
 
@@ -85,6 +90,7 @@ def begin(
         seed: 0 to 2^32 - 1.
         batch_size: pictures that are looked at at once.
         say: see `Say`.
+        watermarks: a folder of class folders of pictures, for attacks that embed them.
 
     Raises:
         ValueError: bad arguments, no pictures, no weights, an output directory of another config, no picture that
@@ -98,6 +104,8 @@ def begin(
         raise ValueError(f"--seed must be from 0 to {_LARGEST_SEED}, got {seed}")
     network, params = load(model)
     check(network)
+    marks = None if watermarks is None else read_watermarks(watermarks, network.image_size)
+    equipped = supplied(chosen, network.image_size, marks)
     crop = Crop(network.image_size, network.crop_pct, network.interpolation)
     if not pictures:
         pictures = [_SAMPLES.get(network.num_classes, "samples")]
@@ -117,6 +125,7 @@ def begin(
             "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
             "attacks": {name: record(attack) for name, attack in chosen.items()},
             **config,
+            **({} if marks is None else {"watermarks": marks.digest}),
             "seed": seed,
             "batch_size": batch_size,
             "pictures": count,
@@ -125,6 +134,10 @@ def begin(
     )
     selected = Selection(source, tuple(range(count)))
     say(f"{count} pictures; labels: {source.label_origin}")
+    if marks is not None:
+        say(f"{len(marks.ids)} watermarks in {len(marks.folders)} folders")
+        for name, reason in marks.damaged:
+            say(f"  left out: {name}: {reason}")
 
     unit = parallel.multiple(parallel.data_mesh())
     if batch_size % unit:
@@ -146,7 +159,7 @@ def begin(
         raise ValueError("no picture could be read, so there is nothing to attack")
     if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
-    return Job(run, network, params, selected, seen, source.label_origin)
+    return Job(run, network, params, equipped, selected, seen, source.label_origin)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from jaxinterp.canonical import canonical
 from jaxinterp.data import Batch, DamagedImage, Example, Source, batches
 from jaxinterp.network import Model, Network, Params
 from jaxinterp.processes import read_part
-from jaxinterp.runs import Run, file_name
+from jaxinterp.runs import Run, file_name, png_name
 
 Progress = Callable[[str, float], None]
 """Called with what is being done, and how many attacked pictures were finished since the last call."""
@@ -83,7 +83,8 @@ def survey(
     A picture without a label gets the network's own prediction for one. Several processes share the pictures.
 
     Raises:
-        ValueError: a label is not one of the network's classes, or the network cannot take the pictures.
+        ValueError: a label is not one of the network's classes, the network cannot take the pictures, or what is drawn
+            of two pictures would be one file.
     """
     group = processes.current()
     size = max(1, min(batch_size, len(source)))
@@ -101,6 +102,7 @@ def survey(
             run.remove_part(_survey_part(start))
     stored = read_part(run, "pictures")
     ids = tuple(str(name) for name in stored["ids"])
+    _check_files(ids)
     return Pictures(
         indices=stored["indices"],
         ids=ids,
@@ -109,6 +111,17 @@ def survey(
         targets=random_targets(ids, stored["labels"], network.num_classes, seed),
         damaged=tuple((str(name), str(reason)) for name, reason in stored["damaged"]),
     )
+
+
+def _check_files(ids: Sequence[str]) -> None:
+    """Raises ValueError where two pictures, such as x and x.png, have the same `png_name`."""
+    taken: dict[str, str] = {}
+    for name in ids:
+        other = taken.setdefault(png_name(name), name)
+        if other != name:
+            raise ValueError(
+                f"pictures: {other} and {name} would both be drawn as {png_name(name)}; rename one of them"
+            )
 
 
 def _missing(run: Run, starts: Sequence[int]) -> list[int]:
@@ -269,3 +282,10 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
 @canonical
 def classify(model, images):
     return jnp.argmax(model(images), axis=-1)
+
+
+def classify_resized(network: Network, params: Params, images: np.ndarray) -> np.ndarray:
+    """The classes [B] of images [B,H,W,C] that were made for another network: they are resized to this one's side."""
+    side = network.image_size
+    resized = jax.image.resize(jnp.asarray(images), (len(images), side, side, images.shape[-1]), "cubic")
+    return np.asarray(classify(network.bind(params), jnp.clip(resized, 0, 1)))

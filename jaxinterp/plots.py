@@ -18,7 +18,7 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -740,6 +741,135 @@ def bars(
         quiet(axes)
     handles = [Patch(facecolor=colour, edgecolor="#333333", label=name) for name, colour in chosen.items()]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
+    return figure
+
+
+@style.context(STYLE)
+def comparison(
+    groups: Mapping[str, Sequence[str]],
+    panels: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
+    shares: Mapping[str, Mapping[str, Mapping[str, float]]],
+    *,
+    logs: Collection[str] = (),
+    references: Mapping[str, float] | None = None,
+    title: str = "",
+) -> Figure:
+    """Many rows side by side: a dot with its interval in every panel, and a bar of the kinds of cells.
+
+    Args:
+        groups: heading -> names of its rows, from top to bottom.
+        panels: what is measured -> series -> row -> its estimate. Rows may be missing. In a panel with a logarithmic
+            axis a zero stands as an open ring at the left edge.
+        shares: series -> row -> kind (a name in `KINDS`) -> its share, drawn in a panel of its own; may be empty.
+        logs: panels with a logarithmic axis.
+        references: value of a dashed line, by panel.
+        title: a line above.
+
+    Returns:
+        A figure that is a quarter of an inch high for each row, with all panels in a line.
+
+    Raises:
+        ValueError: nothing to draw, a row that is in no group, or a negative value on a logarithmic axis.
+    """
+    if not panels or not any(groups.values()):
+        raise ValueError("panels and groups must hold at least one panel and one row")
+    places: dict[str, float] = {}
+    headings: dict[str, float] = {}
+    line = 0.0
+    for heading, names in groups.items():
+        if not names:
+            continue
+        headings[heading], line = line, line + 1.0
+        for name in names:
+            places[name], line = line, line + 1.0
+        line += 0.4
+    series = list(dict.fromkeys([*(name for by in panels.values() for name in by), *shares]))
+    unknown = {row for by in (*panels.values(), shares) for rows in by.values() for row in rows} - places.keys()
+    if unknown:
+        raise ValueError(f"groups lack the rows {', '.join(sorted(unknown))}")
+    offsets = {name: (i - (len(series) - 1) / 2) * 0.42 for i, name in enumerate(series)}
+    named = 0.3 + max(len(row) for row in (*places, *headings)) * 0.073
+    count, tall = len(panels) + bool(shares), 1.25 + 0.25 * line
+    wide, gap = 1.5, 0.16
+    width = named + count * (wide + gap) + 0.1
+    figure = Figure(figsize=(width, tall))
+    top, bottom = 0.8 / tall, 0.45 / tall
+    figure.text(0.1 / width, 1 - 0.12 / tall, _wrap(title, width - 0.2, 12.0, 1), size=12, weight="bold", va="top")
+
+    def panel(i: int, heading: str) -> Axes:
+        left = (named + i * (wide + gap)) / width
+        axes = figure.add_axes((left, bottom, wide / width, 1 - top - bottom))
+        axes.set_ylim(line - 0.4, -0.7)
+        axes.set_title(_wrap(heading, wide, 9.0, 2), size=9)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=7.5)
+        for spine in ("top", "right", "left"):
+            axes.spines[spine].set_visible(False)
+        for order, place in enumerate(places.values()):
+            if order % 2 == 0:
+                axes.axhspan(place - 0.5, place + 0.5, color="#f1f1f1", lw=0, zorder=0)
+        return axes
+
+    for i, (heading, by_series) in enumerate(panels.items()):
+        axes = panel(i, heading)
+        axes.grid(axis="x", color="#d5d5d5", lw=0.6)
+        axes.set_axisbelow(True)
+        floor = None
+        if heading in logs:
+            values = np.array([e.interval for rows in by_series.values() for e in rows.values()], np.float64).ravel()
+            if (values < 0).any():
+                raise ValueError(f"panels[{heading!r}] has negative values on a logarithmic axis")
+            left, right = _log_range([values[np.isfinite(values)]])
+            floor = left * (right / left) ** 0.03
+            axes.set(xscale="log", xlim=(left, right))
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        for name, rows in by_series.items():
+            colour = LINES[series.index(name) % len(LINES)]
+            for row, estimate in rows.items():
+                mean, low, high = estimate.interval
+                if math.isnan(mean):
+                    continue
+                y = places[row] + offsets[name]
+                if floor is not None:
+                    low, high = max(low, floor), max(high, floor)
+                if not math.isnan(low):
+                    axes.plot([low, high], [y, y], color=colour, lw=1.1, alpha=0.55, solid_capstyle="butt")
+                empty = floor is not None and mean <= floor
+                x = floor if empty and floor is not None else mean
+                axes.plot(x, y, "o", ms=4, color=colour, mfc="none" if empty else colour, mew=0.9, clip_on=False)
+        if references and heading in references:
+            axes.axvline(references[heading], color="#111111", lw=0.9, ls="--", zorder=1)
+        if floor is None:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+    if shares:
+        axes = panel(len(panels), "kinds of cells, share")
+        high = 0.8 / max(1, len(shares))
+        for name, rows in shares.items():
+            for row, by_kind in rows.items():
+                start = 0.0
+                for kind in KINDS[1:]:
+                    part = by_kind.get(kind, math.nan)
+                    if math.isnan(part):
+                        continue
+                    spot = places[row] + offsets[name] * (high / 0.42 if len(series) > 1 else 0)
+                    axes.barh(spot, part, high, left=start, color=COLOURS[kind], edgecolor="#333333", lw=0.3)
+                    start += part
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.5, 1])
+    scale = (1 - top - bottom) / (line + 0.3)
+    for names, size, weight in ((places, 8.5, "normal"), (headings, 9.0, "bold")):
+        for name, place in names.items():
+            spot = ((named - 0.1) / width, bottom + (line - 0.4 - place) * scale)
+            figure.text(*spot, name, ha="right", va="center", size=size, weight=weight)
+    handles: list[Any] = [
+        Line2D([], [], marker="o", ms=4, color=LINES[i % len(LINES)], label=name) for i, name in enumerate(series)
+    ]
+    if shares:
+        handles += [Patch(facecolor=COLOURS[kind], edgecolor="#333333", lw=0.5, label=kind) for kind in KINDS[1:]]
+        if len(shares) > 1:
+            handles.append(Patch(facecolor="none", edgecolor="none", label=f"bars: {', then '.join(shares)}"))
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
     return figure
 
 

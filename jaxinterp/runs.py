@@ -63,6 +63,12 @@ def file_name(name: str) -> str:
     return safe if safe == name else f"{safe}-{zlib.crc32(name.encode()):08x}"
 
 
+def png_name(name: str) -> str:
+    """The file that is drawn of the picture with this name: `x.png` of x.png and of x, `x.jpg.png` of x.jpg."""
+    stem, suffix = (name[:-4], name[-4:]) if name.lower().endswith(".png") else (name, ".png")
+    return file_name(stem) + suffix
+
+
 def machine() -> dict[str, str]:
     """Versions and machine, for records."""
     packages = ("jaxinterp", "jax", "jaxlib", "flax", "optax", "numpy")

@@ -19,6 +19,7 @@ from jaxinterp.broden.make import installed as installed_pictures
 from jaxinterp.data import Crop, DamagedImage, decode
 from jaxinterp.data.decode import decode_pixels, resize_pixels
 from jaxinterp.data.folder import Folder, some
+from jaxinterp.data.labels import SUFFIXES
 from jaxinterp.data.source import to_unit
 
 
@@ -61,7 +62,9 @@ def read(path: str | os.PathLike[str], size: int) -> Watermarks:
         raise ValueError(f"watermarks: no such folder: {path}")
     classes = sorted(each for each in place.iterdir() if each.is_dir() and not each.name.startswith("."))
     if not classes:
-        raise ValueError(f"watermarks: expected class folders in {path}, found none")
+        outside = sum(each.suffix.lower() in SUFFIXES for each in place.iterdir())
+        found = f"found {outside} pictures that are in none" if outside else "found none"
+        raise ValueError(f"watermarks: expected class folders in {path} (CLASS/picture.jpg), {found}")
     crop = Crop(size, crop_pct=1.0)
     images, ids, sizes, damaged = [], [], [], []
     for folder in classes:

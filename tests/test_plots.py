@@ -519,6 +519,38 @@ def test_magnified_perturbations_share_a_factor_and_windows_show_what_is_in_them
         plots.magnified(original, {"a": weak[:5]}, {}, title="")
 
 
+def test_a_comparison_has_a_dot_for_every_row_and_shares_of_kinds():
+    some = {"one": {"a": Estimate(0.5, 0.2, 0.8, 9), "b": Estimate(0.0, 0.0, 0.3, 9)}}
+    some["two"] = {"a": Estimate(1.0, 0.9, 1.0, 9), "b": Estimate(np.nan, np.nan, np.nan, 0)}
+    shares = {"one": {"a": {"suppression": 0.25, "balanced": 0.25, "promotion": 0.5}}}
+    figure = plots.comparison(
+        {"first": ["a"], "none": [], "second": ["b"]}, {"x": some, "y": some}, shares, logs=("y",), title="t"
+    )
+    linear, log, kinds = figure.axes
+
+    def dots(axes):
+        return [line for line in axes.lines if line.get_marker() == "o"]
+
+    assert [tuple(dot.get_xdata()) for dot in dots(linear)] == [(0.5,), (0.0,), (1.0,)]
+    assert [dot.get_markerfacecolor() == "none" for dot in dots(linear)] == [False, False, False]
+    one, zero, two = dots(log)
+    assert zero.get_markerfacecolor() == "none"
+    assert log.get_xlim()[0] < zero.get_xdata()[0] < 0.2
+    assert (one.get_xdata()[0], two.get_xdata()[0]) == (0.5, 1.0)
+    places = [dot.get_ydata()[0] for dot in dots(linear)]
+    assert places[0] < places[2] < places[1]  # both of the first row above the second
+    [widths] = [[patch.get_width() for patch in kinds.patches if patch.get_width() < 1]]
+    np.testing.assert_allclose(widths, [0.25, 0.25, 0.5])
+    assert {"a", "b", "first", "second", "t"} <= {text.get_text() for text in figure.texts}
+    with pytest.raises(ValueError, match="at least one panel and one row"):
+        plots.comparison({}, {"x": some}, {})
+    with pytest.raises(ValueError, match="groups lack the rows b"):
+        plots.comparison({"first": ["a"]}, {"x": some}, {})
+    negative = {"x": {"one": {"a": Estimate(-1.0, -2.0, 0.0, 3)}}}
+    with pytest.raises(ValueError, match="negative values on a logarithmic axis"):
+        plots.comparison({"first": ["a"]}, negative, {}, logs=("x",))
+
+
 def test_matrices_have_one_scale_and_a_number_in_every_place():
     some = {"x": {"x": Estimate(1.0, 0.8, 1.0, 9), "y": Estimate(0.25, 0.1, 0.5, 8)}}
     some["y"] = {"x": Estimate(np.nan, np.nan, np.nan, 0), "y": Estimate(0.5, 0.2, 0.8, 9)}

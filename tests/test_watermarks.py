@@ -45,7 +45,9 @@ def test_folders_without_watermarks_are_named(classes):
     (classes / "dog/broken.png").unlink()
     with pytest.raises(ValueError, match=r"the class folder .*dog is empty"):
         watermarks.read(classes, 10)
-    with pytest.raises(ValueError, match=r"expected class folders in .*cat, found none"):
+    with pytest.raises(
+        ValueError, match=r"expected class folders in .*cat \(CLASS/picture\.jpg\), found 2 pictures that are in none"
+    ):
         watermarks.read(classes / "cat", 10)
     with pytest.raises(ValueError, match=r"no such folder: .*elsewhere"):
         watermarks.read(classes / "elsewhere", 10)

@@ -37,14 +37,15 @@ from jaxinterp.attacks.transforms import (
 from jaxinterp.attacks.transparent_text import TransparentText
 from jaxinterp.attacks.watermark import Watermark
 
-_AT_A_BUDGET = (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT)
-_MINIMUM_NORM = (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB)
-_WITHOUT_GRADIENTS = (Square, SPSA, HopSkipJump, TransparentText, Watermark)
-_SMOOTH = (SmoothPGD, SmoothBIM, SmoothCW, Smoothed)
-
-ATTACKS: dict[str, type] = {
-    attack.name: attack for attack in (*_AT_A_BUDGET, *_MINIMUM_NORM, *_WITHOUT_GRADIENTS, *_SMOOTH, AutoAttack)
+FAMILIES: dict[str, tuple[type, ...]] = {
+    "at a budget": (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT),
+    "the smallest change": (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB),
+    "without gradients": (Square, SPSA, HopSkipJump, TransparentText, Watermark),
+    "smooth": (SmoothPGD, SmoothBIM, SmoothCW, Smoothed),
+    "several": (AutoAttack,),
 }
+"""Every attack, by what it is asked for or allowed to know."""
+ATTACKS: dict[str, type] = {attack.name: attack for family in FAMILIES.values() for attack in family}
 Smoothed.parts["base"] = ATTACKS
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "DDN",
     "EAD",
     "FAB",
+    "FAMILIES",
     "FGSM",
     "FMN",
     "IFGSM",

@@ -202,15 +202,15 @@ def random_in_ball(
     """
     shape = images.shape[1:]
     if which == "linf":
-        return images + along(eps, images) * jax.vmap(lambda k: jax.random.uniform(k, shape, minval=-1.0))(keys)
+        return images + along(eps, images) * jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32, -1.0))(keys)
     if which == "l0":
         raise ValueError("no uniform point of an L0 ball is defined")
     draw = jax.random.laplace if which == "l1" else jax.random.normal
 
     def direction_and_radius(key):
         first, second = jax.random.split(key)
-        radius = jax.random.uniform(second) ** (1.0 / images[0].size)
-        return draw(first, shape), radius
+        radius = jax.random.uniform(second, (), jnp.float32) ** (1.0 / images[0].size)
+        return draw(first, shape, jnp.float32), radius
 
     direction, radius = jax.vmap(direction_and_radius)(keys)
     return images + normalised(direction, which) * along(eps * radius, images)

@@ -11,29 +11,19 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
-from jaxinterp.attacks import objective
-from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, norm, per_example, select
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, norm, select
 from jaxinterp.attacks.boxed import Boxed
-from jaxinterp.attacks.search import Bracket, Progress, judge_original, restart
+from jaxinterp.attacks.search import Nearest, beginning, evaluate, next_problem
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
 
 @pytree
-class CWState:
+class CWState(Nearest):
     """Every example's variable with its optimiser, bracket of the constant, and place in the search."""
 
-    examples: Examples
-    record: Record
-    best_l2: Float[Array, " b"]
     variable: Boxed
-    bracket: Bracket
-    progress: Progress
-    kappa: Float[Array, " b"]
-    lr: Float[Array, " b"]
-    done: Bool[Array, " b"]
 
 
 @pytree
@@ -68,18 +58,15 @@ class CW:
     def init(self, model, images, labels, targets, keys, support=None) -> CWState:
         """Starts at the original; an image that is adversarial already is done, at distance zero."""
         examples = Examples(images, labels, targets, support)
-        kappa = per_example(self.kappa, images)
-        record = judge_original(model, examples, kappa)
         return CWState(
-            examples=examples,
-            record=record,
-            best_l2=jnp.where(record.success, 0.0, jnp.inf),
-            variable=Boxed.start(images),
-            bracket=Bracket.start(self.initial_const, images),
-            progress=Progress.start(images),
-            kappa=kappa,
-            lr=per_example(self.lr, images),
-            done=record.success,
+            **beginning(
+                model,
+                examples,
+                variable=Boxed.start(images),
+                initial_const=self.initial_const,
+                kappa=self.kappa,
+                lr=self.lr,
+            )
         )
 
     @canonical
@@ -96,39 +83,12 @@ class CW:
         if examples.support is not None:
             x = jnp.where(examples.support, x, examples.images)
         delta = x - examples.images
-        l2 = norm(delta)
-
-        def hinge(logits):
-            f = objective.margin(logits, examples.labels, examples.targets)
-            return state.bracket.const * jnp.maximum(f + state.kappa, 0)
-
-        logits, penalty, gradient = objective.value_and_gradient(model, x, hinge)
-        success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
-        better = success & (l2 < state.best_l2)
-        record = state.record.update(
-            images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
+        judged, gradient, ended = evaluate(
+            model, state, x, jnp.square(norm(delta)), steps=self.steps, abort_early=self.abort_early
         )
-        progress, ended = state.progress.advance(
-            success, jnp.square(l2) + penalty, steps=self.steps, abort_early=self.abort_early
-        )
-        moved = dataclasses.replace(
-            state,
-            record=record,
-            best_l2=jnp.where(better, l2, state.best_l2),
-            variable=state.variable.descend(gradient + 2 * delta, state.lr, examples.support),
-            progress=progress,
-        )
-        return self._next_problem(select(active, moved, state), active & ended)
-
-    def _next_problem(self, state: CWState, ended: Bool[Array, " b"]) -> CWState:
-        """Where a problem has ended: the next constant, from the start."""
-        return dataclasses.replace(
-            state,
-            variable=restart(ended, lambda: Boxed.start(state.examples.start), state.variable),
-            bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
-            progress=select(ended, state.progress.next_problem(), state.progress),
-            done=state.done | (ended & (state.progress.problem + 1 >= self.search_steps)),
-        )
+        variable = state.variable.descend(gradient + 2 * delta, state.lr, examples.support)
+        moved = select(active, dataclasses.replace(judged, variable=variable), state)
+        return next_problem(moved, ended, lambda: Boxed.start(examples.start), search_steps=self.search_steps)
 
     @canonical
     def result(self, state: CWState) -> AttackResult:

@@ -163,5 +163,5 @@ def _without_gradient(model, images, labels):
 
 
 def _jittered(images, key):
-    noise = jax.random.uniform(key, images.shape, minval=-1.0) / 255
+    noise = jax.random.uniform(key, images.shape, jnp.float32, -1.0) / 255
     return jnp.clip(images + noise, 0, 1)

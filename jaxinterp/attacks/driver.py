@@ -249,6 +249,8 @@ def _finish(mesh: Mesh | None):
 def coerce(attack: Attack) -> Attack:
     """The attack with float32 arrays for leaves, so that Python numbers and arrays share one compiled program.
 
+    Integers in fields that all examples share, such as pictures of 8 bits, stay as they are.
+
     Raises:
         ValueError: a leaf is negative or not finite, `steps` and the like are below 1, or a word is not one of the
             attack's `choices`.
@@ -256,7 +258,14 @@ def coerce(attack: Attack) -> Attack:
     """
     if isinstance(attack, type):
         raise TypeError(f"attack must be an instance, such as {attack.__name__}(), not the class itself")
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), _checked(attack))
+    checked = _checked(attack)
+
+    def as_array(path, leaf):
+        array = jnp.asarray(leaf)
+        whole = _is_shared(checked, path) and jnp.issubdtype(array.dtype, jnp.integer)
+        return array if whole else jnp.asarray(leaf, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(as_array, checked)
 
 
 def _checked(attack: Any) -> Any:

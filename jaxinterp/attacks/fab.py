@@ -240,7 +240,9 @@ class FAB:
         def direction(key_data, count):
             key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
             shape = x0.shape[1:]
-            return jax.random.uniform(key, shape, minval=-1.0) if self.norm == "linf" else jax.random.normal(key, shape)
+            if self.norm == "linf":
+                return jax.random.uniform(key, shape, jnp.float32, -1.0)
+            return jax.random.normal(key, shape, jnp.float32)
 
         delta = jax.vmap(direction)(state.key, state.count)
         if support is not None:

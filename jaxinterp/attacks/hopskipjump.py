@@ -304,7 +304,7 @@ class HopSkipJump:
 
         def draw(data, count):
             key = jax.random.fold_in(jax.random.wrap_key_data(data), count)
-            return jax.random.uniform(key, shape, minval=-1 + 2.0**-23)
+            return jax.random.uniform(key, shape, jnp.float32, -1 + 2.0**-23)
 
         return jax.vmap(draw)(state.keys, state.count)
 

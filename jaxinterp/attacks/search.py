@@ -2,21 +2,21 @@
 
 A search is a sequence of problems, one for every constant c that is tried. `Bracket` chooses the constants,
 `Progress` says when a problem has ended, `restart` begins the next one. Every example is at its own place: all values
-are [B].
+are [B]. `Nearest` is a whole search for the nearest success in L2, by Adam on some variable: that of C&W and of sC&W.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import objective
-from jaxinterp.attacks.attack import Examples, Real, Record, per_example, select
+from jaxinterp.attacks.attack import Examples, Real, Record, norm, per_example, select
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
@@ -123,6 +123,103 @@ def judge_original(model: Model, examples: Examples, kappa: Float[Array, " b"]) 
         iteration=jnp.zeros_like(examples.labels),
         forward=every,
         backward=~every,
+    )
+
+
+@pytree
+class Nearest:
+    """A search for the nearest success in L2: min D(x') + c max(f(x') + kappa, 0) for one constant c after the other.
+
+    Attributes:
+        examples: the problem.
+        record: the nearest success so far.
+        best_l2: its distance.
+        variable: what is optimised, with its optimiser.
+        bracket: of the constant.
+        progress: where every example stands.
+        kappa: confidence.
+        lr: learning rate of Adam.
+        done: examples that no further step changes.
+    """
+
+    examples: Examples
+    record: Record
+    best_l2: Float[Array, " b"]
+    variable: Any
+    bracket: Bracket
+    progress: Progress
+    kappa: Float[Array, " b"]
+    lr: Float[Array, " b"]
+    done: Bool[Array, " b"]
+
+
+N = TypeVar("N", bound=Nearest)
+
+
+def beginning(
+    model: Model, examples: Examples, *, variable: Any, initial_const: Real, kappa: Real, lr: Real
+) -> dict[str, Any]:
+    """The fields of a `Nearest`. An image that is adversarial already is done, at distance zero."""
+    images, margin = examples.images, per_example(kappa, examples.images)
+    record = judge_original(model, examples, margin)
+    return {
+        "examples": examples,
+        "record": record,
+        "best_l2": jnp.where(record.success, 0.0, jnp.inf),
+        "variable": variable,
+        "bracket": Bracket.start(initial_const, images),
+        "progress": Progress.start(images),
+        "kappa": margin,
+        "lr": per_example(lr, images),
+        "done": record.success,
+    }
+
+
+def evaluate(
+    model: Model,
+    state: N,
+    x: Float[Array, "b h w c"],
+    distance: Float[Array, " b"],
+    *,
+    steps: int,
+    abort_early: bool,
+) -> tuple[N, Float[Array, "b h w c"], Bool[Array, " b"]]:
+    """The state after an evaluation at images x, the gradient of c max(f + kappa, 0) there, and who ends a problem.
+
+    Args:
+        model: images -> logits.
+        state: the state before.
+        x: the images.
+        distance: D(x), which with the penalty is the loss that must go on falling.
+        steps: iterations for every constant, at most.
+        abort_early: see `Progress.advance`.
+    """
+    examples, active = state.examples, ~state.done
+
+    def hinge(logits):
+        f = objective.margin(logits, examples.labels, examples.targets)
+        return state.bracket.const * jnp.maximum(f + state.kappa, 0)
+
+    l2 = norm(x - examples.images)
+    logits, penalty, gradient = objective.value_and_gradient(model, x, hinge)
+    success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+    better = success & (l2 < state.best_l2)
+    record = state.record.update(
+        images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
+    )
+    progress, ended = state.progress.advance(success, distance + penalty, steps=steps, abort_early=abort_early)
+    best_l2 = jnp.where(better, l2, state.best_l2)
+    return dataclasses.replace(state, record=record, best_l2=best_l2, progress=progress), gradient, active & ended
+
+
+def next_problem(state: N, ended: Bool[Array, " b"], fresh: Callable[[], Any], *, search_steps: int) -> N:
+    """Where a problem has ended: the next constant, from the variable `fresh()`."""
+    return dataclasses.replace(
+        state,
+        variable=restart(ended, fresh, state.variable),
+        bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
+        progress=select(ended, state.progress.next_problem(), state.progress),
+        done=state.done | (ended & (state.progress.problem + 1 >= search_steps)),
     )
 
 

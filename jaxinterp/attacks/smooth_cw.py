@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jaxinterp.attacks import objective, smoothing
-from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
-from jaxinterp.attacks.search import Bracket, Progress, judge_original, restart
+from jaxinterp.attacks import smoothing
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, norm, select
+from jaxinterp.attacks.search import Nearest, beginning, evaluate, next_problem
 from jaxinterp.attacks.smoothing import Smoother
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
@@ -45,19 +45,11 @@ class Free:
 
 
 @pytree
-class SmoothCWState:
+class SmoothCWState(Nearest):
     """Every example's variable, operator, bracket of the constant, and place in the search."""
 
-    examples: Examples
-    record: Record
-    best_l2: Float[Array, " b"]
     variable: Free
     smoother: Smoother
-    bracket: Bracket
-    progress: Progress
-    kappa: Float[Array, " b"]
-    lr: Float[Array, " b"]
-    done: Bool[Array, " b"]
 
 
 @pytree
@@ -108,21 +100,16 @@ class SmoothCW:
     def init(self, model, images, labels, targets, keys, support=None) -> SmoothCWState:
         """Starts at the original; an image that is adversarial already is done, at distance zero."""
         examples = Examples(images, labels, targets, support)
-        kappa = per_example(self.kappa, images)
-        record = judge_original(model, examples, kappa)
-        smoother = Smoother.of(images, self.alpha, self.lam, normalised=self.normalised, iterations=self.cg_steps)
-        return SmoothCWState(
-            examples=examples,
-            record=record,
-            best_l2=jnp.where(record.success, 0.0, jnp.inf),
+        begun = beginning(
+            model,
+            examples,
             variable=Free.at(jnp.zeros_like(images)),
-            smoother=smoother,
-            bracket=Bracket.start(self.initial_const, images),
-            progress=Progress.start(images),
-            kappa=kappa,
-            lr=per_example(self.lr, images),
-            done=record.success,
+            initial_const=self.initial_const,
+            kappa=self.kappa,
+            lr=self.lr,
         )
+        smoother = Smoother.of(images, self.alpha, self.lam, normalised=self.normalised, iterations=self.cg_steps)
+        return SmoothCWState(**begun, smoother=smoother)
 
     @canonical
     def warm(self, state: SmoothCWState, initial) -> SmoothCWState:
@@ -139,43 +126,15 @@ class SmoothCW:
             r = jnp.where(examples.support, r, 0)
         moved = examples.images + r
         x = jnp.where(r == 0, examples.images, jnp.clip(moved, 0, 1))
-        l2, length = norm(x - examples.images), norm(r)
-
-        def hinge(logits):
-            f = objective.margin(logits, examples.labels, examples.targets)
-            return state.bracket.const * jnp.maximum(f + state.kappa, 0)
-
-        logits, penalty, gradient = objective.value_and_gradient(model, x, hinge)
+        length = norm(r)
+        judged, gradient, ended = evaluate(model, state, x, length, steps=self.steps, abort_early=self.abort_early)
         # The derivative of clip is one up to the bounds themselves, so that pixels at 0 and 1 can leave them.
         gradient = jnp.where((moved >= 0) & (moved <= 1), gradient, 0) + r / along(jnp.maximum(length, _TINY), r)
         if examples.support is not None:
             gradient = jnp.where(examples.support, gradient, 0)
-        success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
-        better = success & (l2 < state.best_l2)
-        record = state.record.update(
-            images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
-        )
-        progress, ended = state.progress.advance(
-            success, length + penalty, steps=self.steps, abort_early=self.abort_early
-        )
-        moved_on = dataclasses.replace(
-            state,
-            record=record,
-            best_l2=jnp.where(better, l2, state.best_l2),
-            variable=state.variable.descend(state.smoother.transposed(gradient), state.lr),
-            progress=progress,
-        )
-        return self._next_problem(select(active, moved_on, state), active & ended)
-
-    def _next_problem(self, state: SmoothCWState, ended: Bool[Array, " b"]) -> SmoothCWState:
-        """Where a problem has ended: the next constant, from the start."""
-        return dataclasses.replace(
-            state,
-            variable=restart(ended, lambda: self._beginning(state), state.variable),
-            bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
-            progress=select(ended, state.progress.next_problem(), state.progress),
-            done=state.done | (ended & (state.progress.problem + 1 >= self.search_steps)),
-        )
+        variable = state.variable.descend(state.smoother.transposed(gradient), state.lr)
+        moved_on = select(active, dataclasses.replace(judged, variable=variable), state)
+        return next_problem(moved_on, ended, lambda: self._beginning(state), search_steps=self.search_steps)
 
     def _beginning(self, state: SmoothCWState) -> Free:
         """The z of the image at which every problem begins."""

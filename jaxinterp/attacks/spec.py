@@ -39,7 +39,7 @@ def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mappin
 
 def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any]) -> Any:
     """An attack or a part of one, from `values` and what `text` says."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in _named(kind)}
     parts = getattr(kind, "parts", {})
     for item in _split(text, ","):
         parameter, equals, value = (part.strip() for part in item.partition("="))
@@ -78,8 +78,14 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def parameters(attack: Attack) -> dict[str, Any]:
-    """Every hyper-parameter of an attack."""
-    return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]  # every attack is one
+    """Every hyper-parameter of an attack: all fields but the arrays that examples share."""
+    return {field.name: getattr(attack, field.name) for field in _named(attack)}
+
+
+def _named(attack: Any) -> list[dataclasses.Field]:
+    """The fields that text can hold."""
+    shared = getattr(attack, "shared", ())
+    return [field for field in dataclasses.fields(attack) if field.name not in shared]
 
 
 def record(attack: Attack) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if not dataclasses.is_dataclass(value):
         return value
-    fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fields = {field.name: _plain(getattr(value, field.name)) for field in _named(value)}
     return {"name": value.name, **fields}  # type: ignore[attr-defined]  # parts have names
 
 
@@ -129,7 +135,7 @@ def _shown(value: Any) -> str:
         return "+".join(map(_shown, value))
     if not dataclasses.is_dataclass(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    fields = {field.name: getattr(value, field.name) for field in _named(value)}
     inside = ", ".join(f"{name}={_shown(v)}" for name, v in fields.items())
     return f"{value.name}({inside})" if inside else value.name  # type: ignore[attr-defined]  # parts have names
 
@@ -143,7 +149,7 @@ def explain(known: Mapping[str, type]) -> Iterator[str]:
             yield from textwrap.wrap(" ".join(paragraph.split()), 100, initial_indent="    ", subsequent_indent="    ")
         meanings = _meanings(described)
         choices = getattr(attack, "choices", {})
-        for field in dataclasses.fields(attack):
+        for field in _named(attack):
             default = field.default
             shown = "none" if default in (None, ()) else getattr(default, "name", None) or _shown(default)
             words = f" ({', '.join(choices[field.name])})" if field.name in choices else ""

@@ -178,7 +178,7 @@ class Square:
 
 def _draw(keys, count):
     """Uniform numbers [b,count], one row for each key."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,), jnp.float32))(keys)
 
 
 def _signs(numbers):

@@ -206,7 +206,7 @@ class DiverseInputs(_Forgetful):
     def update(self, ask: Ask, query: Query, memory: Memory) -> Answer:
         """The gradient of L(T(x)), by the chain rule through T."""
         _, height, width, _ = query.images.shape
-        drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (4,)))(query.keys)
+        drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (4,), jnp.float32))(query.keys)
         changed = drawn[:, 0] < per_example(self.probability, query.images)
         smallest = per_example(self.smallest, query.images)
         rows, columns = (
@@ -278,7 +278,9 @@ class VarianceTuning:
 
         def neighbour(i):
             asked = query.numbered(i)
-            r = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), shape, minval=-1.0))(asked.keys)
+            r = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), shape, jnp.float32, -1.0))(
+                asked.keys
+            )
             images = query.images + jnp.where(i == 0, 0, radius * r)
             return dataclasses.replace(asked.numbered(1), images=images)
 

@@ -24,9 +24,6 @@ from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, per_e
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
-_SEPARATOR = "|"
-_LEGIBLE = 5  # pixels, the smallest font size that is chosen where none is asked for
-_STEEPEST = 45.0  # degrees
 _REACH = 8  # a place changes by up to a part of the image
 _DRAWS = 8  # numbers that a proposal takes
 
@@ -69,7 +66,11 @@ class TransparentText:
 
     An example ends at its first success. The input itself is judged first, which costs one query.
 
+    `jaxinterp.typesetting.written` gives it what it places; `text`, `smallest`, `largest`, `sizes` and `angles` say
+    what that is.
+
     Attributes:
+        bank: every text in every size and at every angle, for the images' size.
         opacity: of the letters, 0 to 1; one number, or one for every example.
         kappa: confidence, the margin of logits that counts as success.
         text: what may be written, phrases separated by |.
@@ -90,7 +91,9 @@ class TransparentText:
         "layout": ("any", "single", "grid"),
         "colour": ("any", "grey", "hues", "black", "white"),
     }
+    shared: ClassVar[tuple[str, ...]] = ("bank",)
 
+    bank: lettering.Bank | None = None
     opacity: Real = 0.2
     kappa: Real = 0.0
     text: str = static(default="sample|copyright|confidential")
@@ -107,30 +110,6 @@ class TransparentText:
     def iterations(self) -> int:
         """The input and all overlays, a population in each step."""
         return -(-(self.queries + 1) // self.population)
-
-    def bank(self, height: int, width: int) -> lettering.Bank:
-        """Every text that the search may place on images of height x width.
-
-        Raises:
-            ValueError: a text that cannot be drawn or does not fit (with what would), or sizes in the wrong order.
-        """
-        phrases = tuple(phrase.strip() for phrase in self.text.split(_SEPARATOR))
-        angles = tuple(float(a) for a in np.linspace(-_STEEPEST, _STEEPEST, self.angles)) if self.angles > 1 else (0.0,)
-        largest = self.largest
-        if largest is None:
-            room = {phrase: lettering.largest_size(phrase, angles, height, width) for phrase in phrases}
-            longest = min(room, key=room.__getitem__)
-            largest = min(max(height // 4, _LEGIBLE), room[longest])
-            if largest < _LEGIBLE and (self.smallest is None or largest < self.smallest):
-                raise ValueError(
-                    f"TransparentText.text: {longest!r} does not fit in {height} x {width} pixels at a size that can "
-                    f"be read ({_LEGIBLE} or more); {lettering.what_fits(longest, angles, height, width)}"
-                )
-        smallest = max(1, largest // 3, min(_LEGIBLE, largest)) if self.smallest is None else self.smallest
-        if smallest > largest:
-            raise ValueError(f"TransparentText.smallest must be at most the largest size {largest}, got {smallest}")
-        steps = np.geomspace(smallest, largest, self.sizes) if self.sizes > 1 else [largest]
-        return lettering.bank(phrases, tuple(sorted({round(float(s)) for s in steps})), angles, height, width)
 
     def palette(self, channels: int) -> Float[np.ndarray, "n c"]:
         """The colours of the letters: corners of the colour cube.
@@ -158,10 +137,10 @@ class TransparentText:
         """No overlay yet, and no query.
 
         Raises:
-            ValueError: as `bank` and `palette`.
+            ValueError: no texts, or texts for images of another size; as `palette`.
         """
         batch = images.shape[0]
-        self.bank(*images.shape[1:3])
+        self._texts(images.shape[1:])
         self.palette(images.shape[3])
         zeros = jnp.zeros(batch, jnp.int32)
         return TransparentTextState(
@@ -180,7 +159,7 @@ class TransparentText:
     def step(self, model, state: TransparentTextState) -> TransparentTextState:
         """One population of queries, of which the first is the input itself."""
         examples, active = state.examples, ~state.done
-        numbers = state.count[:, None] + jnp.arange(self.population)  # [B,P], from 0: the input
+        numbers = state.count[:, None] + jnp.arange(self.population, dtype=jnp.int32)  # [B,P], from 0: the input
         overlays = self._proposed(state, numbers)
         images = self._overlaid(examples, overlays, jnp.where(numbers > 0, state.opacity[:, None], 0))
         logits = model(images.reshape(-1, *images.shape[2:]))
@@ -232,9 +211,9 @@ class TransparentText:
             support: where the images may change.
 
         Raises:
-            ValueError: as `bank` and `palette`.
+            ValueError: as `init`.
         """
-        numbers = jnp.broadcast_to(1 + jnp.arange(count), (images.shape[0], count))
+        numbers = jnp.broadcast_to(1 + jnp.arange(count, dtype=jnp.int32), (images.shape[0], count))
         overlays = self._random(_uniform(keys, numbers), images.shape[1:])
         labels = jnp.zeros(images.shape[0], jnp.int32)
         opacity = jnp.broadcast_to(per_example(self.opacity, images)[:, None], numbers.shape)
@@ -261,7 +240,7 @@ class TransparentText:
 
     def _random(self, u: Float[Array, "*b n"], shape: tuple[int, ...]) -> Overlay:
         """An overlay from numbers uniform in [0, 1)."""
-        bank, palette = self.bank(*shape[:2]), self.palette(shape[2])
+        bank, palette = self._texts(shape), self.palette(shape[2])
         entry = _whole(u[..., 0], len(bank))
         tiled = jnp.full_like(entry, self.layout == "grid", bool) if self.layout != "any" else u[..., 1] < 0.5
         offset = _whole(u[..., 2:4], self._span(entry, tiled, shape))
@@ -269,34 +248,47 @@ class TransparentText:
 
     def _span(self, entry: Int[Array, "*b"], tiled: Bool[Array, "*b"], shape: tuple[int, ...]) -> Int[Array, "*b 2"]:
         """How many rows and columns the upper left corner of the text may have."""
-        bank = self.bank(*shape[:2])
-        single = np.asarray(shape[:2], np.int32) - bank.ink + 1
-        return jnp.where(tiled[..., None], jnp.asarray(bank.period)[entry], jnp.asarray(single)[entry])
+        bank = self._texts(shape)
+        single = jnp.asarray(shape[:2], jnp.int32) - bank.ink + 1
+        return jnp.where(tiled[..., None], bank.period[entry], single[entry])
 
     def _overlaid(
         self, examples: Examples, overlays: Overlay, opacity: Float[Array, "b p"]
     ) -> Float[Array, "b p h w c"]:
         """The images under the overlays, on the support."""
         original, size = examples.images, examples.images.shape[1:3]
-        bank = self.bank(*size)
-        tiles, periods = jnp.asarray(bank.tiles), jnp.asarray(bank.period)
+        bank = self._texts(original.shape[1:])
         palette = jnp.asarray(self.palette(original.shape[3]))
         whole = jnp.asarray(size, jnp.int32)
 
         def mask(entry, tiled, offset):
-            return lettering.place(tiles[entry], jnp.where(tiled, periods[entry], whole), offset)
+            return lettering.place(bank.tiles[entry], jnp.where(tiled, bank.period[entry], whole), offset)
 
         masks = jax.vmap(jax.vmap(mask))(overlays.entry, overlays.tiled, overlays.offset)
         every = jnp.broadcast_to(original[:, None], (*masks.shape, original.shape[3]))
         blended = lettering.blend(every, masks, opacity, palette[overlays.colour])
         return blended if examples.support is None else jnp.where(examples.support[:, None], blended, every)
 
+    def _texts(self, shape: tuple[int, ...]) -> lettering.Bank:
+        """The bank. Raises ValueError where there is none, or one for images of another shape [H,W,C]."""
+        if self.bank is None:
+            raise ValueError(
+                "TransparentText.bank must hold the texts, got none; jaxinterp.typesetting.written(attack, height, "
+                "width) gives them"
+            )
+        if self.bank.tiles.shape[1:] != tuple(shape[:2]):
+            raise ValueError(
+                f"TransparentText.bank must be for images of {shape[0]} x {shape[1]} pixels, got texts for "
+                f"{self.bank.tiles.shape[1]} x {self.bank.tiles.shape[2]}"
+            )
+        return self.bank
+
 
 def _uniform(keys: Array, numbers: Int[Array, "b p"]) -> Float[Array, "b p n"]:
     """Numbers uniform in [0, 1) for each of an example's numbered queries."""
 
     def draw(key, number):
-        return jax.random.uniform(jax.random.fold_in(key, number), (_DRAWS,))
+        return jax.random.uniform(jax.random.fold_in(key, number), (_DRAWS,), jnp.float32)
 
     return jax.vmap(lambda key, each: jax.vmap(lambda number: draw(key, number))(each))(keys, numbers)
 

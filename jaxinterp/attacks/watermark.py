@@ -219,7 +219,7 @@ class Watermark:
 
         def draw(data, number, what):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(data), what), number)
-            return jax.random.uniform(key, (height, width, channels), minval=-1 + 2.0**-23)
+            return jax.random.uniform(key, (height, width, channels), jnp.float32, -1 + 2.0**-23)
 
         def drawn(what):
             return jax.vmap(jax.vmap(lambda data, number: draw(data, number, what), (None, 0)))(state.keys, numbers)
@@ -248,9 +248,11 @@ class Watermark:
         if not self.shuffle:
             return numbers[kept]
         of_folders, of_pictures = (jax.random.fold_in(key, i) for i in range(2))
-        places = jax.random.uniform(of_pictures, (len(folder),))
+        places = jax.random.uniform(of_pictures, (len(folder),), jnp.float32)
         numbers = lax.sort((jnp.asarray(folder), places, numbers), num_keys=2)[2][kept]
-        return lax.sort((jax.random.uniform(of_folders, (len(sizes),))[folder[kept]], numbers), num_keys=1)[1]
+        return lax.sort(
+            (jax.random.uniform(of_folders, (len(sizes),), jnp.float32)[folder[kept]], numbers), num_keys=1
+        )[1]
 
     def _check(self, images: Array) -> None:
         if images.shape[-1] != 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +15,18 @@ from jaxinterp.bench import formats, forward
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, measure, program
 from jaxinterp.bench.setting import Setting
+from jaxinterp.bench.sweep import Trial, sweep
 
 QUICK = tuple(method for method in cam.METHODS if method not in ("scorecam", "ablationcam"))
 """Methods that do not take a pass for every unit."""
 
 
 def bench(
-    setting: Setting, methods: tuple[str, ...] = (), *, peers: Mapping[str, Callable[[], Any]] | None = None
+    setting: Setting,
+    methods: tuple[str, ...] = (),
+    *,
+    peers: Mapping[str, Callable[[], Any]] | None = None,
+    sweeping: Mapping[str, Any] | None = None,
 ) -> Found:
     """Times maps of the network's own predictions.
 
@@ -28,9 +34,10 @@ def bench(
         setting: what is run.
         methods: some of `jaxinterp.cam.METHODS`; none means `QUICK`, without "cam" where the network has none.
         peers: Grad-CAM of other libraries, by name, on the same images and weights; compared with ours.
+        sweeping: arguments of `jaxinterp.bench.sweep.sweep`, for the first method; None: no sweep.
 
     Raises:
-        ValueError: an unknown method, or one that the network does not have.
+        ValueError: not even one image fits into memory; an unknown method, or one that the network does not have.
     """
     methods = methods or tuple(m for m in QUICK if m != "cam" or setting.network.cam_node is not None)
     if peers and "gradcam" not in methods:
@@ -73,4 +80,28 @@ def bench(
                 "largest difference over largest": formats.difference(here, there),
                 "highest positions that agree": formats.agreement(flat[0].argmax(1), flat[1].argmax(1)),
             }
+    if sweeping is not None:
+        found.sweep = sweep(functools.partial(_trial, setting, methods[0]), **sweeping)
+        found.more["swept"] = methods[0]
     return found
+
+
+def _trial(setting: Setting, method: str, batch: int) -> Trial:
+    form = setting.forms[0]
+    network, params = network_in(form, setting.network, setting.params)
+    labels = setting.labels_of(batch)
+    _, *shape = setting.images(1).shape
+
+    def whole(params, images, labels):
+        return cam.maps(network, params, images, labels, method)
+
+    with computing_in(form):
+        _, size = program(jax.jit(whole), params, jax.ShapeDtypeStruct((batch, *shape), jnp.float32), labels)
+
+    images = functools.cache(lambda: setting.images(batch))  # made when it is clear that they fit
+
+    def run():
+        with computing_in(form):
+            return whole(params, images(), labels)
+
+    return Trial(size, run, batch)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,9 @@ import numpy as np
 from jaxinterp import effect
 from jaxinterp.bench import formats, forward
 from jaxinterp.bench.formats import computing_in, network_in
-from jaxinterp.bench.measure import Account, Found, Task, as_written, measure
+from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
+from jaxinterp.bench.sweep import Trial, sweep
 
 _KINDS = [kind.label for kind in list(effect.Kind)[1:]]
 
@@ -24,7 +28,7 @@ def grid(setting: Setting, cell: int | None) -> tuple[int, int]:
     return cell, math.prod(effect.grid(side, side, cell))
 
 
-def bench(setting: Setting, cell: int | None = None) -> Found:
+def bench(setting: Setting, cell: int | None = None, *, sweeping: Mapping[str, Any] | None = None) -> Found:
     """Times the effects of all cells of a batch.
 
     The perturbation is noise, and every cell has some. Windows are timed where the backend is a CPU: elsewhere they
@@ -33,15 +37,14 @@ def bench(setting: Setting, cell: int | None = None) -> Found:
     Args:
         setting: what is run.
         cell: side of a cell in pixels; None: a fourteenth of the image's, rounded up.
+        sweeping: arguments of `jaxinterp.bench.sweep.sweep`, for the way that is chosen by itself; None: no sweep.
 
     Raises:
-        ValueError: a cell beyond the image.
+        ValueError: a cell beyond the image; not even one image fits into memory.
     """
     cell, cells = grid(setting, cell)
     clean, labels = setting.images(), setting.labels
-    noise = 0.05 * np.random.default_rng(setting.seed).normal(size=clean.shape)
-    adversarial = jnp.clip(clean + noise.astype(np.float32), 0, 1)
-    targets = (labels + 1) % setting.network.num_classes
+    adversarial, targets = _perturbed(setting, clean), _others(setting, labels)
     passes = setting.batch * (cells + 1)
     tasks, results = [], {}
     for form in setting.forms:
@@ -83,7 +86,45 @@ def bench(setting: Setting, cell: int | None = None) -> Found:
             "shares of kinds": _shares(here),
             f"shares of kinds in {first}": _shares(reference),
         }
+    if sweeping is not None:
+        found.sweep = sweep(functools.partial(_trial, setting, cell), **sweeping)
+        found.more["swept"] = f"effects of {cells} cells"
     return found
+
+
+def _perturbed(setting: Setting, clean: jax.Array) -> jax.Array:
+    noise = 0.05 * np.random.default_rng(setting.seed).normal(size=clean.shape)
+    return jnp.clip(clean + noise.astype(np.float32), 0, 1)
+
+
+def _others(setting: Setting, labels: jax.Array) -> jax.Array:
+    return (labels + 1) % setting.network.num_classes
+
+
+def _trial(setting: Setting, cell: int, batch: int) -> Trial:
+    form = setting.forms[0]
+    network, params = network_in(form, setting.network, setting.params)
+    model, labels = network.bind(params), setting.labels_of(batch)
+    targets = _others(setting, labels)
+    _, *shape = setting.images(1).shape
+    pictures = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+
+    def whole(model, clean, adversarial, labels, targets):
+        return effect.pse(model, clean, adversarial, labels, targets, cell)
+
+    with computing_in(form):
+        _, size = program(jax.jit(whole), model, pictures, pictures, labels, targets)
+
+    @functools.cache  # made when it is clear that they fit
+    def pair():
+        clean = setting.images(batch)
+        return clean, _perturbed(setting, clean)
+
+    def run():
+        with computing_in(form):
+            return whole(model, *pair(), labels, targets)
+
+    return Trial(size, run, batch)
 
 
 def _shares(found: effect.Effect) -> dict[str, float]:

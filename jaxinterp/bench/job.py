@@ -17,7 +17,7 @@ from jaxinterp.bench.setting import Setting, prepare
 from jaxinterp.network import suggest
 
 SUBJECTS = ("attacks", "effect", "cam", "dissect", "models", "scaling")
-SWEPT = ("attacks", "models")
+SWEPT = ("attacks", "effect", "cam", "models")
 """Subjects that can be swept over batch sizes."""
 
 
@@ -128,7 +128,7 @@ def _check(subjects: Sequence[str], setting: Setting, options: Options) -> None:
     if options.memory is not None and options.memory < 1:
         raise ValueError(f"--memory must be positive, got {options.memory} bytes")
     if options.sweep and not set(subjects) & set(SWEPT):
-        raise ValueError(f"--sweep goes with {' and '.join(SWEPT)}, not with {', '.join(subjects)}")
+        raise ValueError(f"--sweep goes with {', '.join(SWEPT)}, not with {', '.join(subjects)}")
     if options.peers and not {"attacks", "cam"} & set(subjects):
         raise ValueError(f"--peers goes with attacks and cam, not with {', '.join(subjects)}")
     attacks.choose(options.specs)
@@ -165,9 +165,9 @@ def _subject(subject: str, setting: Setting, options: Options, compared: peers.P
         theirs = None if compared is None else compared.attacks()
         return attacks.bench(setting, options.specs, peers=theirs, sweeping=sweeping)
     if subject == "effect":
-        return effect.bench(setting, options.cell)
+        return effect.bench(setting, options.cell, sweeping=sweeping)
     if subject == "cam":
-        return cam.bench(setting, peers=None if compared is None else compared.maps())
+        return cam.bench(setting, peers=None if compared is None else compared.maps(), sweeping=sweeping)
     if subject == "dissect":
         return dissect.bench(setting, _images(setting, options), options.node)
     if subject == "models":

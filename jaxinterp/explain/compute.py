@@ -40,6 +40,7 @@ def explain_batch(
     seed: int,
     run: Run,
     part: str,
+    targeted: bool = True,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Attacks one batch and explains the perturbations.
@@ -55,6 +56,8 @@ def explain_batch(
         seed: of the attack's randomness and the shuffled control.
         run: where the state of a long attack is stored,
         part: and under which name.
+        targeted: attack towards the targets; otherwise away from the labels, and where that succeeds, the target of
+            what is explained is the class that was reached.
         progress: see `Progress`.
 
     Returns:
@@ -70,7 +73,7 @@ def explain_batch(
         model,
         clean,
         labels,
-        wanted,
+        wanted if targeted else None,
         key=key,
         run=run,
         part=part,
@@ -79,6 +82,9 @@ def explain_batch(
     # Rows that only pad the batch are left unperturbed, which makes their cells free.
     mask = parallel.shard(batch.mask, mesh)
     adversarial = jnp.where(mask[:, None, None, None], found.images, clean)
+    reached = classify(model, adversarial)
+    if not targeted:
+        wanted = jnp.where(found.success & mask, reached, wanted)
     progress("cells", 0.0)
     cells = effect.pse(model, clean, adversarial, labels, wanted, cell)
     jax.block_until_ready(cells)
@@ -90,7 +96,8 @@ def explain_batch(
     saliency = localize.adversarial_saliency(model, clean, labels, wanted)
     result = {
         "adversarial": adversarial,
-        "adversarial_class": classify(model, adversarial),
+        "adversarial_class": reached,
+        "targets": wanted,
         **{name: getattr(found, name) for name in ("success", "l0", "l1", "l2", "linf")},
         **{name: getattr(found, name) for name in ("iterations", "forward", "backward")},
         **{name: getattr(cells, name) for name in ("suppression", "promotion", "ratio", "kind", "norm")},
@@ -109,7 +116,7 @@ def explain_batch(
     }
     kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
     kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
-    kept["labels"], kept["targets"] = batch.labels[batch.mask], targets[batch.mask]
+    kept["labels"] = batch.labels[batch.mask]
     kept["clean"] = batch.images[batch.mask]
     return kept
 

@@ -74,6 +74,7 @@ def explain(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 4,
+    watermarks: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Explained:
     """Runs the job, or what is left of it.
@@ -92,6 +93,7 @@ def explain(
         limit: use only the first so many pictures.
         seed: of targets, random starts and shuffled controls; 0 to 2^32 - 1.
         batch_size: pictures that are attacked at once.
+        watermarks: a folder of class folders of pictures, for attacks that embed them (else they embed noise).
         say: is told what a person should know, line by line.
 
     Raises:
@@ -121,8 +123,9 @@ def explain(
         seed=seed,
         batch_size=batch_size,
         say=say,
+        watermarks=watermarks,
     )
-    run, network, seen = job.run, job.network, job.pictures
+    run, network, seen, chosen = job.run, job.network, job.pictures, job.attacks
 
     mine, done = shared_chunks(run, chosen, seen, batch_size)
     with attacking(seen, done) as progress:

@@ -15,7 +15,7 @@ from jaxinterp.explain.compute import map_method
 from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
 from jaxinterp.network import Network
 from jaxinterp.pictures import Pictures, left_out
-from jaxinterp.runs import Run, file_name, machine
+from jaxinterp.runs import Run, file_name, machine, png_name
 from jaxinterp.statistics import Estimate
 
 EXPLORED = 96
@@ -35,7 +35,7 @@ _EXPLORED_ARRAYS = ("clean", "adversarial", "suppression", "promotion", "ratio",
 
 def figure_path(run: Run, attack: str, picture: str) -> Path:
     """Where the figure of a picture and attack is stored."""
-    return run.directory / "figures" / file_name(attack) / f"{file_name(picture)}.png"
+    return run.directory / "figures" / file_name(attack) / png_name(picture)
 
 
 def draw(

@@ -20,7 +20,7 @@ from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
-from jaxinterp.runs import Run, file_name, replacing
+from jaxinterp.runs import Run, file_name, png_name, replacing
 from jaxinterp.sharding import on_mesh
 
 NORMS = ("l0", "l1", "l2", "linf")
@@ -149,7 +149,7 @@ def compute_parts(
 
 
 def _write_images(folder: Path, arrays: Mapping[str, np.ndarray], adversarial: np.ndarray) -> None:
-    """NAME.npz with the float image and its classes, and NAME.png with 8 bits, for every success."""
+    """NAME.npz with the float image and its classes, and a PNG with 8 bits, for every success."""
     for i, name in enumerate(arrays["ids"]):
         if not arrays["success"][i]:
             continue
@@ -159,5 +159,5 @@ def _write_images(folder: Path, arrays: Mapping[str, np.ndarray], adversarial: n
         pixels = np.round(adversarial[i] * 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
-        with replacing(folder / f"{file_name(str(name))}.png") as file:
+        with replacing(folder / png_name(str(name))) as file:
             file.write(buffer.getvalue())

@@ -64,6 +64,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 8,
     images: bool = True,
+    watermarks: str | Path | None = None,
     say: Say = print,
 ) -> Evaluated:
     """Runs the evaluation, or what is left of it; an attack goes on in the middle.
@@ -80,6 +81,7 @@ def evaluate(
         seed: of the attacks' randomness and the targets.
         batch_size: pictures that are attacked at once.
         images: store the adversarial images.
+        watermarks: a folder of class folders of pictures, for attacks that embed them (else they embed noise).
         say: is told what a person should know.
 
     Raises:
@@ -101,8 +103,9 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         say=say,
+        watermarks=watermarks,
     )
-    run, seen = job.run, job.pictures
+    run, seen, chosen = job.run, job.pictures, job.attacks
     group = processes.current()
     findings = _diagnose(job, seed) if group.first else []
     mine, done = shared_chunks(run, chosen, seen, batch_size)

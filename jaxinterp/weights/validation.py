@@ -104,7 +104,8 @@ def against_torch(name: str, against: str, images: Any = None) -> list[Compariso
         against: "torchvision", for torchvision's module with seeded weights, or "FILE.py:factory", for the module
             that `factory()` of that file returns. The module takes images [B,C,H,W] as its own preprocessing leaves
             them: the network's preprocessing is applied beforehand. Nodes are compared with the submodules of their
-            names; those that the module does not have, or whose activation follows outside, are left out.
+            names; those that the module does not have, or whose activation follows outside, are left out
+            (see `left_out`).
         images: [B,H,W,C] in [0, 1]; None means two seeded ones of the network's size.
 
     Raises:
@@ -191,13 +192,39 @@ def original(name: str, against: str) -> Original:
     return Original(Whole().eval(), inner, models.network(name, classes), params)
 
 
-def lines(found: list[Comparison]) -> Iterator[str]:
-    """The comparisons as lines of text."""
+def left_out(name: str, found: list[Comparison], *, live: bool) -> dict[str, str]:
+    """The nodes of a network that were not compared, and why.
+
+    Args:
+        name: the architecture.
+        found: what was compared.
+        live: with a PyTorch module; otherwise with stored outputs.
+    """
+    compared = {each.what for each in found}
+    inside = _INSIDE.get(_family(name), ())
+
+    def why(node: str) -> str:
+        if not live:
+            return "no reference output is stored"
+        if node in inside:
+            return "the original's module of this name ends before batch norm and activation"
+        return "the original has no module of this name"
+
+    return {node: why(node) for node in models.network(name).nodes if node not in compared}
+
+
+def lines(found: list[Comparison], skipped: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The comparisons as lines of text, and the nodes that were left out, by reason."""
     width = max(len(each.what) for each in found)
     yield f"{'':{width}}  max |difference|     cosine  tolerance"
     for each in found:
         verdict = "PASS" if each.passed else "FAIL"
         yield f"{each.what:{width}}  {each.difference:16.2e}  {each.cosine:.7f}  {each.tolerance:9.0e}  {verdict}"
+    reasons: dict[str, list[str]] = {}
+    for node, reason in (skipped or {}).items():
+        reasons.setdefault(reason, []).append(node)
+    for reason, nodes in reasons.items():
+        yield f"not compared, as {reason}: {', '.join(nodes)}"
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -6,13 +6,13 @@ import stat
 import numpy as np
 import pytest
 
+from jaxinterp import typesetting
 from jaxinterp.apis import MissingEngine, OCREngine, ServiceError, ocr, ocr_engine
-from jaxinterp.attacks import lettering
 
 
 def page(phrase="north gate 17", size=32):
     """Black text on white."""
-    mask = lettering.render(phrase, size)
+    mask = typesetting.render(phrase, size)
     image = np.ones((120, 400, 3), np.float32)
     image[40 : 40 + mask.shape[0], 60 : 60 + mask.shape[1]] -= mask[..., None] / 255
     return image

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import Network, attacks, cli
+from jaxinterp import Network, attacks, cli, typesetting
 from jaxinterp.apis import HTTPVision, Label, LocalVision, Server, ServiceError, as_model
 from jaxinterp.apis import ocr as engines
 from jaxinterp.data import Crop
@@ -259,6 +259,7 @@ def test_an_attack_on_a_service_is_the_attack_on_what_is_behind_it(rng):
     images = np.rint(rng.uniform(0.46, 0.49, (3, 16, 16, 3)) * 255).astype(np.float32) / 255
     labels = np.zeros(3, np.int32)
     attack = attacks.TransparentText(text="go", opacity=0.6, colour="white", queries=9, population=1)
+    attack = typesetting.written(attack, 16, 16)
     key = jax.random.key(0)
     said = []
     with serving(Brightness(), say=said.append) as server, HTTPVision(server.url, retries=0) as api:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from jaxinterp import Network
+from jaxinterp import Network, typesetting
 from jaxinterp.attacks import (
     APGD,
     APGDT,
@@ -60,6 +60,7 @@ from jaxinterp.attacks import (
     run,
     start,
 )
+from jaxinterp.attacks.driver import by_example, coerce, example_keys
 
 # To embed: seven of the images' size.
 PICTURES = jnp.asarray(np.random.default_rng(2).uniform(size=(7, 16, 16, 3)), jnp.float32)
@@ -128,7 +129,9 @@ CASES: dict[str, Any] = {
     "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
     "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
     # Hues of this opacity cannot make a dark row brighter than 0.2, where the network that fails on dark ones is well.
-    "transparent-text": TransparentText(opacity=0.29, text="go|no", colour="hues", queries=500, population=20),
+    "transparent-text": typesetting.written(
+        TransparentText(opacity=0.29, text="go|no", colour="hues", queries=500, population=20), 16, 16
+    ),
     "watermark-haar": Watermark(watermarks=PICTURES, folders=(3, 4), failures=3, strength=3.0, candidates=2),
     "watermark-dct": Watermark(transform="dct", signs="random", jpeg=False, failures=1, rounds=4, strength=3.0),
 }
@@ -807,3 +810,36 @@ def test_keys_decide_random_starts_and_nothing_else(case):
     some = interior.take(rows)
     part = start(CASES[case], p.model, some.images, some.labels, key=KEY, ids=ids[rows])
     np.testing.assert_array_equal(np.asarray(part.images - some.images), drawn[rows])
+
+
+# 64 bits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_states_have_32_bits_whatever_the_default(case):
+    """With jax_enable_x64, too, a step keeps the types of the state, which a loop needs; nothing is compiled."""
+    p = problem("network-targeted" if case in ("apgdt", "autoattack") else "linear")
+
+    def types(attack, model, problem):
+        def begin(images, labels, keys):
+            return attack.init(model, images, labels, None, keys)
+
+        first = jax.eval_shape(begin, *problem)
+        after = jax.eval_shape(attack.step, model, first)
+        found = first, after, jax.eval_shape(attack.result, after)
+        return [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in found]
+
+    attack, arguments = by_example(coerce(CASES[case]), BATCH), (p.images, p.labels, example_keys(KEY, p.images))
+    expected = types(attack, p.model, arguments)
+    with jax.enable_x64(True):
+        first, after, result = types(attack, p.model, arguments)
+    assert first == after
+    assert [first, after, result] == expected
+
+
+@pytest.mark.parametrize("case", ["pgd-linf", "pgd-l2"])
+def test_the_same_bits_with_64_bits(case):
+    p = problem("linear")
+    with jax.enable_x64(True):
+        found = attack_on(case, p)
+    assert_same(found, solved(case, "linear"))

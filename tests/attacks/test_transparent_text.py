@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from jaxinterp import typesetting
 from jaxinterp.attacks import ATTACKS, TransparentText, advance, finish, finished, lettering, run, start
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.attacks.spec import from_spec
+from jaxinterp.typesetting import written
 
 KEY = jax.random.key(5)
 
@@ -17,16 +19,16 @@ KEY = jax.random.key(5)
 
 
 def test_letters_scale_and_turn():
-    level, large = lettering.render("Hlg", 20), lettering.render("Hlg", 40)
+    level, large = typesetting.render("Hlg", 20), typesetting.render("Hlg", 40)
     assert level.dtype == np.uint8
     assert level.max() == 255
     for mask in (level, large):  # nothing but the ink
         assert all(edge.any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
     np.testing.assert_allclose(large.shape, 2 * np.array(level.shape), atol=3)
     np.testing.assert_allclose(large.sum(dtype=int) / level.sum(dtype=int), 4, rtol=0.1)
-    np.testing.assert_array_equal(lettering.render("Hlg", 20, 180.0), level[::-1, ::-1])
-    assert lettering.render("Hlg", 20, 90.0).shape == level.shape[::-1]
-    slanted = lettering.render("Hlg", 20, 30.0)
+    np.testing.assert_array_equal(typesetting.render("Hlg", 20, 180.0), level[::-1, ::-1])
+    assert typesetting.render("Hlg", 20, 90.0).shape == level.shape[::-1]
+    slanted = typesetting.render("Hlg", 20, 30.0)
     np.testing.assert_allclose(slanted.sum(dtype=int), level.sum(dtype=int), rtol=0.05)
     assert slanted.shape[0] > level.shape[0]
 
@@ -43,25 +45,25 @@ def test_letters_scale_and_turn():
 )
 def test_text_that_cannot_be_drawn(phrase, size, message):
     with pytest.raises(ValueError, match=message):
-        lettering.render(phrase, size)
+        typesetting.render(phrase, size)
 
 
 def test_a_text_that_does_not_fit_says_what_would():
     with pytest.raises(
         ValueError, match=r"'wide words' of size 30 at 0 degrees takes .* in 40 x 64; size (\d+) fits"
     ) as e:
-        lettering.bank(("wide words",), (30,), (0.0,), 40, 64)
+        typesetting.bank(("wide words",), (30,), (0.0,), 40, 64)
     size = int(str(e.value).split("; size ")[1].split()[0])
-    assert len(lettering.bank(("wide words",), (size,), (0.0,), 40, 64)) == 1
+    assert len(typesetting.bank(("wide words",), (size,), (0.0,), 40, 64)) == 1
     with pytest.raises(ValueError, match="does not fit"):
-        lettering.bank(("wide words",), (size + 1,), (0.0,), 40, 64)
+        typesetting.bank(("wide words",), (size + 1,), (0.0,), 40, 64)
     with pytest.raises(ValueError, match=r"no size does, but 'w+' would"):
-        lettering.bank(("w" * 200,), (5,), (0.0,), 40, 64)
+        typesetting.bank(("w" * 200,), (5,), (0.0,), 40, 64)
 
 
 @pytest.mark.parametrize("period", [(20, 30), (9, 13)])
 def test_a_text_stands_once_or_after_every_period(period):
-    mask = lettering.render("if", 9)
+    mask = typesetting.render("if", 9)
     tile = np.zeros((20, 30), np.uint8)
     tile[: mask.shape[0], : mask.shape[1]] = mask
     offset = (4, 5)
@@ -120,7 +122,9 @@ def images(rng):
     return rng.uniform(0.2, 0.4, (4, 24, 32, 3)).astype(np.float32)
 
 
-SEARCH = TransparentText(opacity=0.4, text="go|no", layout="single", colour="white", queries=99, population=8)
+SEARCH = written(
+    TransparentText(opacity=0.4, text="go|no", layout="single", colour="white", queries=99, population=8), 24, 32
+)
 
 
 def test_queries_are_those_of_the_search_one_by_one(images):
@@ -164,7 +168,7 @@ def test_colours_layouts_and_opacity_mean_what_they_say(images):
     def success(threshold=0.0, **settings):
         model = Partial(brightness, jnp.ones((24, 32, 3)), jnp.float32(clean.max() + threshold))
         attack = TransparentText(**{"text": "go", "queries": 30, "opacity": 0.5, **settings})
-        return run(attack, model, images, labels, key=KEY)
+        return run(written(attack, 24, 32), model, images, labels, key=KEY)
 
     assert np.asarray(success(0.005, colour="white").success).all()
     assert not np.asarray(success(0.005, colour="black").success).any()
@@ -187,7 +191,7 @@ def test_support_and_targets(images):
     support = np.zeros((1, 24, 32, 1), bool)
     support[:, :, :16] = True
     model = Partial(brightness, jnp.ones((24, 32, 3)), jnp.float32(images[:2].mean((1, 2, 3)).max() + 0.004))
-    attack = TransparentText(text="go", queries=30, opacity=0.5)
+    attack = written(TransparentText(text="go", queries=30, opacity=0.5), 24, 32)
     result = run(attack, model, images[:2], labels, 1 - labels, key=KEY, support=support)
     assert np.asarray(result.success).all()
     delta = np.asarray(result.images) - images[:2]
@@ -217,14 +221,22 @@ def test_ids_and_keys_decide_what_is_tried(images):
             r"'go' of size \d+ at .* does not fit in 24 x 32; size \d+ fits at every angle",
         ),
         ({"text": "go", "smallest": 9, "largest": 8}, "smallest must be at most the largest size 8, got 9"),
-        ({"queries": 0}, "TransparentText.queries must be at least 1"),
-        ({"opacity": -0.1}, "TransparentText.opacity must be finite and not negative"),
+        ({"text": "go", "queries": 0}, "TransparentText.queries must be at least 1"),
+        ({"text": "go", "opacity": -0.1}, "TransparentText.opacity must be finite and not negative"),
     ],
 )
 def test_bad_settings(images, settings, message):
     model = Partial(brightness, jnp.ones((24, 32, 3)), jnp.float32(0.5))
     with pytest.raises(ValueError, match=message):
-        run(TransparentText(**settings), model, images, np.zeros(4, np.int32), key=KEY)
+        run(written(TransparentText(**settings), 24, 32), model, images, np.zeros(4, np.int32), key=KEY)
+
+
+def test_texts_must_be_there_and_of_the_images_size(images):
+    model, labels = Partial(brightness, jnp.ones((24, 32, 3)), jnp.float32(0.5)), np.zeros(4, np.int32)
+    with pytest.raises(ValueError, match=r"bank must hold the texts, got none; jaxinterp\.typesetting\.written"):
+        run(TransparentText(text="go"), model, images, labels, key=KEY)
+    with pytest.raises(ValueError, match="bank must be for images of 24 x 32 pixels, got texts for 32 x 24"):
+        run(written(TransparentText(text="go"), 32, 24), model, images, labels, key=KEY)
 
 
 def test_grey_images_have_no_hues(images):

@@ -163,7 +163,7 @@ def test_comparing(tmp_path, capsys):
         (["models", "--sweep", "--memory", "0"], "--memory must be positive"),
         (["models", "--patience", "nan"], "--patience must be positive, got nan"),
         (["models", "dissect", "--images", "0"], "--images must be a multiple of --batch, 8, got 0"),
-        (["cam", "--sweep"], "--sweep goes with attacks and models, not with cam"),
+        (["dissect", "--sweep"], "--sweep goes with attacks, effect, cam, models, not with dissect"),
         (["attacks", "--attack", "pdg"], "unknown attack 'pdg'; did you mean 'pgd'"),
         (["attacks", "--attack", "pgd:eps=-1"], "PGD.eps must be finite and not negative"),
         (["effect", "--cell", "40"], "from 1 pixel to the image's 32 x 32 pixels, got 40 x 40"),
@@ -213,3 +213,20 @@ def test_peers_that_are_missing_are_named(monkeypatch, tmp_path, capsys):
     assert "measured without any" in printed
     assert {row["name"] for row in found["results"]} == {"gradient float32", "fgsm float32"}
     assert "peers" not in found
+
+
+def test_batch_sizes_of_effects_and_maps(tmp_path, capsys):
+    found = bench(tmp_path, "effect", "cam", "--cell", "4", "--sweep", "--largest", "2")
+    printed = capsys.readouterr().out
+    assert [record["swept"] for record in found] == ["effects of 4 cells", "cam"]
+    for record in found:
+        first, second = record["sweep"]["rows"]
+        assert (first["batch"], second["batch"], record["sweep"]["ended"]) == (1, 2, "largest")
+        assert 0 < first["program"] < second["program"]
+        for row in (first, second):
+            assert row["per_second"] == pytest.approx(row["batch"] / row["seconds"]["median"])
+    for name in ("effect", "cam"):
+        drawn(tmp_path / f"{name}-batches.png")
+    assert printed.count("ended by the largest batch asked for") == 2
+    assert cli.main(["bench", "cam", *SMALL, "--sweep", "--memory", "1e-7", "--out", str(tmp_path / "none")]) == 2
+    assert "--memory: not even a batch of one fits" in capsys.readouterr().err

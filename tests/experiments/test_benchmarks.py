@@ -135,21 +135,6 @@ def test_attacks(tmp_path, capsys):
     assert "target <= 2.5" in capsys.readouterr().out
 
 
-def test_groups_of_the_attack_table():
-    table = importlib.import_module("attack_table")
-    delta = np.zeros((5, 6, 3), np.float32)
-    assert table.groups(delta, 2) == 0
-    delta[0, 0, 0] = delta[1, 1, 2] = 0.5  # one square
-    delta[4, 5, 1] = -0.1  # a square that is cut off at the border
-    delta[2, 2, 0] = 1e-4  # too small to count
-    assert table.groups(delta, 2) == 2
-    assert table.groups(delta, 13) == 1
-    assert "| `a` | 0/2 |  |  |" in table.markdown(
-        "net", [{"attack": "a", "success": 0, "pictures": 2, **dict.fromkeys(("l0", "l1", "l2", "linf", "groups"))}
-        | {"forward": 1.0, "backward": 0.0}],
-    )  # fmt: skip
-
-
 @pytest.mark.usefixtures("without_torch")
 def test_effect(tmp_path, capsys):
     bench = importlib.import_module("bench_effect")

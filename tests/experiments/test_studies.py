@@ -17,7 +17,7 @@ import pytest
 import tyro
 
 import jaxinterp
-from jaxinterp import apis, attacks, cam, effect, localize
+from jaxinterp import apis, attacks, cam, effect, localize, typesetting
 from jaxinterp.apis import Label
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.data import Crop, samples
@@ -148,7 +148,7 @@ def test_transparent_text(tmp_path, monkeypatch):
     model, key = network.bind(params), jax.random.key(0)
     [part] = (tmp_path / "text" / "parts").glob("transparent-text-*.npz")
     clean = jnp.asarray(np.load(part)["clean"])
-    attack = attacks.TransparentText(opacity=0.9, text="go", queries=15)
+    attack = typesetting.written(attacks.TransparentText(opacity=0.9, text="go", queries=15), 32, 32)
     drawn = text._draw(attack, clean, example_keys(key, clean), 3)
     predicted = np.stack([np.asarray(model(drawn[:, j])).argmax(-1) for j in range(3)], 1)
     rate = float(np.mean(predicted != np.asarray(model(clean)).argmax(-1)[:, None]))
