@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, norm, select
 from jaxinterp.attacks.boxed import Boxed
-from jaxinterp.attacks.search import Nearest, beginning, evaluate, next_problem
+from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -36,8 +36,10 @@ class CW:
         kappa: confidence, the margin of logits that counts as success.
         search_steps: number of constants that are tried.
         steps: iterations of Adam for every constant, at most.
-        abort_early: end a search step of an example whose loss has not fallen by 1e-4 (relative) in a tenth of
-            `steps`.
+        abort_early: end a search step of an example whose loss has not fallen by `tolerance` (relative) in
+            `window` iterations.
+        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged.
+        tolerance: see `abort_early`.
     """
 
     name: ClassVar[str] = "cw"
@@ -48,6 +50,8 @@ class CW:
     search_steps: int = static(default=9)
     steps: int = static(default=1000)
     abort_early: bool = static(default=True)
+    window: int | None = static(default=None)
+    tolerance: Real = TOLERANCE
 
     @property
     def iterations(self) -> int:
@@ -66,6 +70,7 @@ class CW:
                 initial_const=self.initial_const,
                 kappa=self.kappa,
                 lr=self.lr,
+                tolerance=self.tolerance,
             )
         )
 
@@ -84,7 +89,7 @@ class CW:
             x = jnp.where(examples.support, x, examples.images)
         delta = x - examples.images
         judged, gradient, ended = evaluate(
-            model, state, x, jnp.square(norm(delta)), steps=self.steps, abort_early=self.abort_early
+            model, state, x, jnp.square(norm(delta)), steps=self.steps, abort_early=self.abort_early, window=self.window
         )
         variable = state.variable.descend(gradient + 2 * delta, state.lr, examples.support)
         moved = select(active, dataclasses.replace(judged, variable=variable), state)

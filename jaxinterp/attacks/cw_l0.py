@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
 from jaxinterp.attacks.boxed import Boxed
-from jaxinterp.attacks.search import Progress, judge_original, restart
+from jaxinterp.attacks.search import TOLERANCE, Progress, judge_original, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -57,7 +57,10 @@ class CWL0:
         search_steps: number of problems, each with its c and set of pixels, at most. From n pixels down to none there
             are about 7 sqrt(n) sets.
         steps: iterations of Adam for every problem, at most; it ends at its first success.
-        abort_early: end a problem of an example whose loss has not fallen by 1e-4 (relative) in a tenth of `steps`.
+        abort_early: end a problem of an example whose loss has not fallen by `tolerance` (relative) in
+            `window` iterations.
+        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged.
+        tolerance: see `abort_early`.
             The original program always makes `steps` iterations before it doubles c.
     """
 
@@ -71,6 +74,8 @@ class CWL0:
     search_steps: int = static(default=2000)
     steps: int = static(default=1000)
     abort_early: bool = static(default=True)
+    window: int | None = static(default=None)
+    tolerance: Real = TOLERANCE
 
     @property
     def iterations(self) -> int:
@@ -90,7 +95,7 @@ class CWL0:
             variable=Boxed.start(images),
             free=jnp.ones_like(images, bool) if support is None else support,
             const=per_example(self.initial_const, images),
-            progress=Progress.start(images),
+            progress=Progress.start(images, self.tolerance),
             largest_const=per_example(self.largest_const, images),
             kappa=kappa,
             lr=per_example(self.lr, images),
@@ -118,7 +123,9 @@ class CWL0:
             images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
         )
         loss = jnp.square(norm(delta)) + state.const * (f + state.kappa)
-        progress, ended = state.progress.advance(success, loss, steps=self.steps, abort_early=self.abort_early)
+        progress, ended = state.progress.advance(
+            success, loss, steps=self.steps, abort_early=self.abort_early, window=self.window
+        )
         moved = dataclasses.replace(
             state,
             record=record,

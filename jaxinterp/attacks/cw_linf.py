@@ -18,7 +18,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.boxed import Boxed
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import Progress, judge_original, restart
+from jaxinterp.attacks.search import TOLERANCE, Progress, judge_original, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -60,7 +60,10 @@ class CWLinf:
         search_steps: number of problems, each with its c and tau, at most. The other defaults allow 53 values of tau
             and 21 of c.
         steps: iterations of Adam for every problem, at most.
-        abort_early: end a problem of an example whose loss has not fallen by 1e-4 (relative) in a tenth of `steps`.
+        abort_early: end a problem of an example whose loss has not fallen by `tolerance` (relative) in
+            `window` iterations.
+        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged.
+        tolerance: see `abort_early`.
             The original program always makes `steps` iterations before it doubles c.
     """
 
@@ -74,6 +77,8 @@ class CWLinf:
     search_steps: int = static(default=75)
     steps: int = static(default=1000)
     abort_early: bool = static(default=True)
+    window: int | None = static(default=None)
+    tolerance: Real = TOLERANCE
 
     @property
     def iterations(self) -> int:
@@ -93,7 +98,7 @@ class CWLinf:
             variable=Boxed.start(images),
             const=per_example(self.initial_const, images),
             tau=per_example(1.0, images),
-            progress=Progress.start(images),
+            progress=Progress.start(images, self.tolerance),
             largest_const=per_example(self.largest_const, images),
             decrease=per_example(self.decrease, images),
             kappa=kappa,
@@ -127,7 +132,9 @@ class CWLinf:
         record = state.record.update(
             images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
         )
-        progress, ended = state.progress.advance(success, loss, steps=self.steps, abort_early=self.abort_early)
+        progress, ended = state.progress.advance(
+            success, loss, steps=self.steps, abort_early=self.abort_early, window=self.window
+        )
         moved = dataclasses.replace(
             state,
             record=record,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import Bracket, Progress, judge_original, restart
+from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_original, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -54,8 +54,10 @@ class EAD:
             the smallest ||d||_1 ("l1").
         search_steps: number of constants that are tried.
         steps: iterations K of FISTA for every constant, at most.
-        abort_early: end a search step of an example whose loss has not fallen by 1e-4 (relative) in a tenth of
-            `steps`.
+        abort_early: end a search step of an example whose loss has not fallen by `tolerance` (relative) in
+            `window` iterations.
+        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged.
+        tolerance: see `abort_early`.
     """
 
     name: ClassVar[str] = "ead"
@@ -69,6 +71,8 @@ class EAD:
     search_steps: int = static(default=9)
     steps: int = static(default=1000)
     abort_early: bool = static(default=True)
+    window: int | None = static(default=None)
+    tolerance: Real = TOLERANCE
 
     @property
     def iterations(self) -> int:
@@ -88,7 +92,7 @@ class EAD:
             x=images,
             y=images,
             bracket=Bracket.start(self.initial_const, images),
-            progress=Progress.start(images),
+            progress=Progress.start(images, self.tolerance),
             beta=per_example(self.beta, images),
             lr=per_example(self.lr, images),
             kappa=kappa,
@@ -133,7 +137,7 @@ class EAD:
             backward=active,
         )
         progress, ended = state.progress.advance(
-            success, hinge(logits) + elastic, steps=self.steps, abort_early=self.abort_early
+            success, hinge(logits) + elastic, steps=self.steps, abort_early=self.abort_early, window=self.window
         )
         moved = dataclasses.replace(
             state, record=record, best=jnp.where(better, size, state.best), x=x, y=y, progress=progress

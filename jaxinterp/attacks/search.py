@@ -22,9 +22,9 @@ from jaxinterp.pytree import pytree
 
 T = TypeVar("T")
 
-_TOLERANCE = 1e-4  # relative decrease of the loss that counts as progress
-_CHECKS = 10  # times that progress is checked in one problem,
-_WINDOW = 10  # but not more often than every so many iterations: Adam starts with a rising loss
+TOLERANCE = 1e-4  # relative decrease of the loss that counts as progress
+_CHECKS = 10  # times that progress is checked in one problem, unless an attack says how often,
+_WINDOW = 10  # but then not more often than every so many iterations: Adam starts with a rising loss
 
 
 @pytree
@@ -59,6 +59,7 @@ class Progress:
         count: iterations made in all problems.
         found: whether it has brought a success.
         checked_loss: the loss when progress was last checked.
+        tolerance: relative decrease of the loss between two checks that counts as progress.
     """
 
     problem: Int[Array, " b"]
@@ -66,12 +67,14 @@ class Progress:
     count: Int[Array, " b"]
     found: Bool[Array, " b"]
     checked_loss: Float[Array, " b"]
+    tolerance: Float[Array, " b"]
 
     @classmethod
-    def start(cls, images: Float[Array, "b h w c"]) -> Progress:
+    def start(cls, images: Float[Array, "b h w c"], tolerance: Real = TOLERANCE) -> Progress:
         """Before the first iteration of the first problem."""
         zeros = jnp.zeros(images.shape[0], jnp.int32)
-        return cls(zeros, zeros, zeros, zeros.astype(bool), per_example(jnp.inf, images))
+        loss, tolerance = per_example(jnp.inf, images), per_example(tolerance, images)
+        return cls(zeros, zeros, zeros, zeros.astype(bool), loss, tolerance)
 
     def advance(
         self,
@@ -80,17 +83,18 @@ class Progress:
         *,
         steps: int | Int[Array, " b"],
         abort_early: bool,
+        window: int | None = None,
     ) -> tuple[Progress, Bool[Array, " b"]]:
         """After one more iteration, and which problems have ended.
 
-        They end after `steps` iterations, and with `abort_early` where the loss has not fallen by 1e-4 (relative) in a
-        tenth of `steps`.
+        They end after `steps` iterations, and with `abort_early` where the loss has not fallen by `tolerance`
+        (relative) in `window` iterations; None means a tenth of `steps`.
         """
         iteration, checked_loss = self.iteration + 1, self.checked_loss
         ended = iteration >= steps
         if abort_early:
-            due = iteration % jnp.maximum(steps // _CHECKS, _WINDOW) == 0
-            ended = ended | (due & (loss > (1 - _TOLERANCE) * checked_loss))
+            due = iteration % (jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window) == 0
+            ended = ended | (due & (loss > (1 - self.tolerance) * checked_loss))
             checked_loss = jnp.where(due, loss, checked_loss)
         progress = dataclasses.replace(
             self,
@@ -157,7 +161,7 @@ N = TypeVar("N", bound=Nearest)
 
 
 def beginning(
-    model: Model, examples: Examples, *, variable: Any, initial_const: Real, kappa: Real, lr: Real
+    model: Model, examples: Examples, *, variable: Any, initial_const: Real, kappa: Real, lr: Real, tolerance: Real
 ) -> dict[str, Any]:
     """The fields of a `Nearest`. An image that is adversarial already is done, at distance zero."""
     images, margin = examples.images, per_example(kappa, examples.images)
@@ -168,7 +172,7 @@ def beginning(
         "best_l2": jnp.where(record.success, 0.0, jnp.inf),
         "variable": variable,
         "bracket": Bracket.start(initial_const, images),
-        "progress": Progress.start(images),
+        "progress": Progress.start(images, tolerance),
         "kappa": margin,
         "lr": per_example(lr, images),
         "done": record.success,
@@ -183,6 +187,7 @@ def evaluate(
     *,
     steps: int,
     abort_early: bool,
+    window: int | None = None,
 ) -> tuple[N, Float[Array, "b h w c"], Bool[Array, " b"]]:
     """The state after an evaluation at images x, the gradient of c max(f + kappa, 0) there, and who ends a problem.
 
@@ -193,6 +198,7 @@ def evaluate(
         distance: D(x), which with the penalty is the loss that must go on falling.
         steps: iterations for every constant, at most.
         abort_early: see `Progress.advance`.
+        window: the same.
     """
     examples, active = state.examples, ~state.done
 
@@ -207,7 +213,9 @@ def evaluate(
     record = state.record.update(
         images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
     )
-    progress, ended = state.progress.advance(success, distance + penalty, steps=steps, abort_early=abort_early)
+    progress, ended = state.progress.advance(
+        success, distance + penalty, steps=steps, abort_early=abort_early, window=window
+    )
     best_l2 = jnp.where(better, l2, state.best_l2)
     return dataclasses.replace(state, record=record, best_l2=best_l2, progress=progress), gradient, active & ended
 

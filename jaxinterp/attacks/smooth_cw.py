@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxinterp.attacks import smoothing
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, norm, select
-from jaxinterp.attacks.search import Nearest, beginning, evaluate, next_problem
+from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem
 from jaxinterp.attacks.smoothing import Smoother
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
@@ -66,8 +66,10 @@ class SmoothCW:
         lam: lambda, how much an edge of the image separates; None means 10 and 300, likewise.
         search_steps: number of constants that are tried.
         steps: iterations of Adam for every constant, at most.
-        abort_early: end a search step of an example whose loss has not fallen by 1e-4 (relative) in a tenth of
-            `steps`.
+        abort_early: end a search step of an example whose loss has not fallen by `tolerance` (relative) in
+            `window` iterations.
+        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged.
+        tolerance: see `abort_early`.
         normalised: whether smoothing leaves constants as they are.
         cg_steps: iterations of conjugate gradients in a smoothing.
 
@@ -85,6 +87,8 @@ class SmoothCW:
     search_steps: int = static(default=9)
     steps: int = static(default=100)
     abort_early: bool = static(default=True)
+    window: int | None = static(default=None)
+    tolerance: Real = TOLERANCE
     normalised: bool = static(default=True)
     cg_steps: int = static(default=50)
 
@@ -107,6 +111,7 @@ class SmoothCW:
             initial_const=self.initial_const,
             kappa=self.kappa,
             lr=self.lr,
+            tolerance=self.tolerance,
         )
         smoother = Smoother.of(images, self.alpha, self.lam, normalised=self.normalised, iterations=self.cg_steps)
         return SmoothCWState(**begun, smoother=smoother)
@@ -127,7 +132,9 @@ class SmoothCW:
         moved = examples.images + r
         x = jnp.where(r == 0, examples.images, jnp.clip(moved, 0, 1))
         length = norm(r)
-        judged, gradient, ended = evaluate(model, state, x, length, steps=self.steps, abort_early=self.abort_early)
+        judged, gradient, ended = evaluate(
+            model, state, x, length, steps=self.steps, abort_early=self.abort_early, window=self.window
+        )
         # The derivative of clip is one up to the bounds themselves, so that pixels at 0 and 1 can leave them.
         gradient = jnp.where((moved >= 0) & (moved <= 1), gradient, 0) + r / along(jnp.maximum(length, _TINY), r)
         if examples.support is not None:

@@ -38,6 +38,18 @@ def test_a_problem_ends_at_its_last_step_or_when_the_loss_stands_still():
     assert np.isinf(progress.checked_loss).all()
 
 
+def test_window_and_tolerance_of_progress():
+    """A loss that falls by a hundredth of itself in four iterations, with tolerances on both sides of that."""
+    progress, ends = Progress.start(IMAGES, jnp.array([0.02, 0.005, 0.02])), []
+    for i in range(8):
+        loss = jnp.array([0.9975**i, 0.9975**i, 0.9**i])
+        progress, ended = progress.advance(jnp.zeros(3, bool), loss, steps=1000, abort_early=True, window=4)
+        ends.append(np.asarray(ended))
+    np.testing.assert_array_equal(np.asarray(ends).any(axis=0), [True, False, False])
+    assert ends[7][0]
+    assert not np.asarray(ends[:7]).any()
+
+
 def test_successes_last_for_the_problem():
     progress = Progress.start(IMAGES)
     for success in ([1, 0, 0], [0, 0, 1]):
