@@ -30,7 +30,7 @@ weights: env
 	$(BIN)/jaxinterp convert $(NETWORKS)
 
 demo: weights
-	$(BIN)/jaxinterp explain --model efficientnet_lite0 --attack ifgsm --attack cw --cell 14 $(DEMO_ARGS) --out $(DEMO_OUT)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/jaxinterp explain --model efficientnet_lite0 --attack ifgsm --attack cw --cell 14 $(DEMO_ARGS) --out $(DEMO_OUT)
 
 test: weights
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup

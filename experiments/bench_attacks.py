@@ -11,9 +11,9 @@ for gradients; "as shipped" that they do, as those of a network just loaded do (
 
 quality: C&W and EAD against foolbox with the same number of search steps, steps (at most) and learning rate. Both end
 a search step early where the loss stands still: foolbox looks at the loss of the whole batch after each tenth of the
-steps, this package at that of each image, after each tenth of the steps ("as foolbox") or more often and less patiently
-("early": --window, --tolerance). What is compared is the time, beside success, the median of the distance, which must be
-within 1 % of foolbox's, and how many gradients of single images were really computed.
+steps, this package at that of each image, after each tenth of the steps ("as foolbox") or more often and with less
+patience ("early": --window, --tolerance). What is compared is the time, beside success, the median of the distance,
+which must be within 1 % of foolbox's, and how many gradients of single images were really computed.
 
 compile: seconds from Python to machine code of one step of every attack, with its start and its end, against those of
 one gradient, on ResNet-18.
