@@ -789,11 +789,11 @@ def comparison(
         raise ValueError(f"groups lack the rows {', '.join(sorted(unknown))}")
     offsets = {name: (i - (len(series) - 1) / 2) * 0.42 for i, name in enumerate(series)}
     named = 0.3 + max(len(row) for row in (*places, *headings)) * 0.073
-    count, tall = len(panels) + bool(shares), 1.25 + 0.25 * line
+    count, tall = len(panels) + bool(shares), 1.4 + 0.25 * line
     wide, gap = 1.5, 0.16
     width = named + count * (wide + gap) + 0.1
     figure = Figure(figsize=(width, tall))
-    top, bottom = 0.8 / tall, 0.45 / tall
+    top, bottom = 0.8 / tall, 0.6 / tall
     figure.text(0.1 / width, 1 - 0.12 / tall, _wrap(title, width - 0.2, 12.0, 1), size=12, weight="bold", va="top")
 
     def panel(i: int, heading: str) -> Axes:

@@ -69,7 +69,8 @@ def nearest(
         losing, winning = (
             (rivals[i], examples.targets) if examples.targets is not None else (examples.labels, rivals[i])
         )
-        normal = pull_back(jax.nn.one_hot(winning, logits.shape[-1]) - jax.nn.one_hot(losing, logits.shape[-1]))
+        up, down = (jax.nn.one_hot(c, logits.shape[-1], dtype=logits.dtype) for c in (winning, losing))
+        normal = pull_back(up - down)
         largest = jnp.max(jnp.abs(normal), axis=axes)
         scale = 1 / jnp.maximum(largest, _TINY)
         normal, gap = normal * along(scale, normal), scale * lacking(logits, losing, winning, kappa)

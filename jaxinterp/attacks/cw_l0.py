@@ -91,7 +91,7 @@ class CWL0:
         return CWL0State(
             examples=examples,
             record=record,
-            best_l0=jnp.where(record.success, 0, images[0].size + 1),
+            best_l0=jnp.where(record.success, 0, images[0].size + 1).astype(jnp.int32),
             variable=Boxed.start(images),
             free=jnp.ones_like(images, bool) if support is None else support,
             const=per_example(self.initial_const, images),

@@ -18,7 +18,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.boxed import Boxed
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import TOLERANCE, Progress, judge_original, restart
+from jaxinterp.attacks.search import TOLERANCE, Progress, judge_original, nearest_so_far, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -94,7 +94,7 @@ class CWLinf:
         return CWLinfState(
             examples=examples,
             record=record,
-            best_linf=jnp.where(record.success, 0.0, jnp.inf),
+            best_linf=nearest_so_far(record),
             variable=Boxed.start(images),
             const=per_example(self.initial_const, images),
             tau=per_example(1.0, images),

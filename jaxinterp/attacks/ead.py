@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_original, restart
+from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_original, nearest_so_far, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -88,7 +88,7 @@ class EAD:
         return EADState(
             examples=examples,
             record=record,
-            best=jnp.where(record.success, 0.0, jnp.inf),
+            best=nearest_so_far(record),
             x=images,
             y=images,
             bracket=Bracket.start(self.initial_const, images),

@@ -106,7 +106,7 @@ class FAB:
     def init(self, model, images, labels, targets, keys, support=None) -> FABState:
         """Starts at the original."""
         zeros = jnp.zeros(images.shape[0], jnp.int32)
-        logits = jnp.zeros(jax.eval_shape(model, images).shape)
+        logits = jnp.zeros(jax.eval_shape(model, images).shape, jnp.float32)
         rivals = None
         if self.classes is not None and targets is None:
             rivals = jnp.zeros((len(images), min(self.classes, logits.shape[1] - 1)), jnp.int32)

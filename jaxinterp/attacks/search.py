@@ -169,7 +169,7 @@ def beginning(
     return {
         "examples": examples,
         "record": record,
-        "best_l2": jnp.where(record.success, 0.0, jnp.inf),
+        "best_l2": nearest_so_far(record),
         "variable": variable,
         "bracket": Bracket.start(initial_const, images),
         "progress": Progress.start(images, tolerance),
@@ -229,6 +229,11 @@ def next_problem(state: N, ended: Bool[Array, " b"], fresh: Callable[[], Any], *
         progress=select(ended, state.progress.next_problem(), state.progress),
         done=state.done | (ended & (state.progress.problem + 1 >= search_steps)),
     )
+
+
+def nearest_so_far(record: Record) -> Float[Array, " b"]:
+    """The distance of the best success before a search: zero where the original is one, else infinite."""
+    return jnp.where(record.success, jnp.float32(0), jnp.float32(jnp.inf))
 
 
 def restart(ended: Bool[Array, " b"], fresh: Callable[[], T], current: T) -> T:

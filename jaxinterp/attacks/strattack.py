@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
-from jaxinterp.attacks.search import Bracket, Progress, judge_original, restart
+from jaxinterp.attacks.search import Bracket, Progress, judge_original, nearest_so_far, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -129,7 +129,7 @@ class StrAttack:
         return StrAttackState(
             examples=examples,
             record=record,
-            best_l2=jnp.where(record.success, 0.0, jnp.inf),
+            best_l2=nearest_so_far(record),
             admm=_zero(images, self._grids(images)),
             kept=jnp.ones_like(images, bool) if support is None else support,
             bracket=Bracket.start(settings.initial_const, images),

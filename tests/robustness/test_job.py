@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import attacks, models, robustness
+from jaxinterp import attacks, cli, models, robustness, watermarks
 from jaxinterp.resumable import run_to_end
 from jaxinterp.robustness import tables
 from jaxinterp.runs import Run
@@ -75,14 +75,12 @@ def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
             assert entry["l2"][2] == pytest.approx(np.median([float(row["l2"]) for row in good]))
         for row in mine:
             stem = found.run.directory / "adversarial"
-            [png] = (
-                stem.glob(f"{row['attack'].partition(':')[0]}*/{row['id']}.png") if row["success"] == "true" else [None]
-            )
+            [png] = stem.glob(f"{row['attack'].partition(':')[0]}*/{row['id']}") if row["success"] == "true" else [None]
             if png is None:
                 assert row["l2"] == "0.0"
                 continue
             some = True
-            with np.load(png.with_suffix(".npz")) as stored:
+            with np.load(f"{png}.npz") as stored:
                 image = stored["image"]
                 assert int(stored["labels"]) == int(row["label"])
             clean = np.asarray(Image.open(pictures / row["id"]), np.float32) / 255
@@ -176,3 +174,54 @@ def test_a_killed_command_continues_to_the_same_tables(pictures, tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     for name in ("images.csv", "summary.json", "config.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_watermarks_of_a_folder(pictures, tmp_path, capsys):
+    marks = tmp_path / "marks"
+    rng = np.random.default_rng(1)
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
+        (marks / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(marks / name)
+    spec = "watermark:rounds=1,strength=3"
+    command = ["attack", str(pictures), "--model", "small_cnn", "--batch-size", "5", "--attack", spec]
+
+    def run(*more):
+        return cli.main([*command, *more]), capsys.readouterr()
+
+    status, printed = run("--watermarks", str(marks), "--out", str(tmp_path / "out"))
+    assert status == 0, printed.err
+    assert "3 watermarks in 2 folders" in printed.out
+    rows = read(tmp_path / "out" / "images.csv")
+    queries = {int(row["forward"]) for row in rows if row["success"] == "false"}
+    assert queries <= {4}  # the input and three pictures
+    assert max(int(row["forward"]) for row in rows) <= 4
+    # The same as in Python, where the pictures are given as arrays.
+    found = watermarks.read(marks, 32)
+    attack = attacks.Watermark(watermarks=jnp.asarray(found.images), folders=(2, 1), rounds=1, strength=3.0)
+    network, params = models.network("small_cnn"), jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn")))
+    clean = np.stack([np.asarray(Image.open(pictures / row["id"]), np.float32) / 255 for row in rows])
+    labels = np.array([int(row["label"]) for row in rows])
+    result = attacks.run(attack, network.bind(params), clean, labels, key=jax.random.key(0))
+    assert [row["success"] == "true" for row in rows] == np.asarray(result.success).tolist()
+    assert [int(row["forward"]) for row in rows] == np.asarray(result.forward).tolist()
+
+    for name in ("cat/b.png", "dog/c.png"):
+        (marks / name).unlink()
+    for more, message in (
+        (("--watermarks", str(marks)), "the class folder"),
+        (("--watermarks", str(marks / "cat")), "expected class folders in"),
+        (("--watermarks", str(tmp_path / "none")), "watermarks: no such folder"),
+        (("--watermarks", str(pictures), "--attack", "fgsm"), "expected class folders in"),
+    ):
+        status, printed = run(*more, "--out", str(tmp_path / "other"))
+        assert status == 2
+        assert message in printed.err
+    (marks / "dog").rmdir()
+    status, printed = run("--watermarks", str(marks), "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert "holds results of another config" in printed.err
+    assert "watermarks" in printed.err
+    command[-1] = "fgsm"
+    status, printed = run("--watermarks", str(marks), "--out", str(tmp_path / "other"))
+    assert (status, "--watermarks goes with the attack watermark, got fgsm" in printed.err) == (2, True)
+    assert not (tmp_path / "other").exists()

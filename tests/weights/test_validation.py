@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxinterp import cli
+from jaxinterp import cli, models
 from jaxinterp.weights import validation
-from jaxinterp.weights.validation import against_references, compare
+from jaxinterp.weights.validation import Comparison, against_references, compare
 
 
 def test_compare_in_closed_form():
@@ -36,6 +36,22 @@ def test_the_command_prints_a_table_and_a_record(tmp_path, capsys):
     assert printed.count("PASS") == 5
     assert "FAIL" not in printed
     assert '"passed": true' in out.read_text()
+
+
+def test_nodes_that_were_not_compared_are_listed_with_the_reason():
+    nodes = models.network("efficientnet_lite0").nodes
+    compared = [Comparison(node, 0.0, 1.0, 1e-4) for node in nodes if node not in ("_conv_stem", "_blocks.3")]
+    skipped = validation.left_out("efficientnet_lite0", compared, live=True)
+    assert skipped == {
+        "_conv_stem": "the original's module of this name ends before batch norm and activation",
+        "_blocks.3": "the original has no module of this name",
+    }
+    *_, first, second = validation.lines(compared, skipped)
+    assert first == f"not compared, as {skipped['_conv_stem']}: _conv_stem"
+    assert second == f"not compared, as {skipped['_blocks.3']}: _blocks.3"
+    assert validation.left_out("efficientnet_lite0", [], live=False)["_conv_stem"] == "no reference output is stored"
+    complete = [Comparison(node, 0.0, 1.0, 1e-4) for node in nodes]
+    assert validation.left_out("efficientnet_lite0", complete, live=True) == {}
 
 
 @pytest.mark.parametrize(
