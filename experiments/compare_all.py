@@ -255,7 +255,6 @@ def compute(
                 arrays = arrays or read_part(run, f"{start:06d}")
                 seen = {which: classify_resized(other, params, arrays[which]) for which in ("clean", "adversarial")}
                 run.write_part(part, {which: classes == arrays["labels"] for which, classes in seen.items()})
-    group.wait()
     return run
 
 
@@ -500,15 +499,20 @@ def main(setting: Compared) -> None:
     runs: list[tuple[Entry, Goal]] = [(entry, goal) for entry in chosen for goal in entry.goals]
     done: dict[tuple[str, Goal], Run] = {}
     failed: dict[str, str] = {}
+    group = processes.current()
     with attacking(job.pictures, 0) as progress:
         for entry, goal in runs:
-            name = f"{entry.name}, {goal}"
+            name, reason = f"{entry.name}, {goal}", ""
             try:
                 shown = functools.partial(_named, progress, name)
                 done[entry.name, goal] = compute(job, entry, goal, setting, marks, others, shown)
             except Exception as error:  # whatever it is: the others go on
-                failed[name] = f"{type(error).__name__}: {error}"
-                print(f"\nfailed: {name}: {failed[name]}", flush=True)
+                reason = f"{type(error).__name__}: {error}"
+            reason = group.settle(reason, lambda reasons: next(filter(None, reasons), ""))
+            if reason:
+                failed[name] = reason
+                done.pop((entry.name, goal), None)
+                print(f"\nfailed: {name}: {reason}", flush=True)
             progress(name, len(job.pictures.correct) / len(runs))
     table: dict[tuple[str, Goal], list[dict[str, Any]]] = {
         (entry.name, goal): list(rows_of(job, done[entry.name, goal], entry, goal, setting, tuple(others)))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,14 +32,15 @@ def test_every_attack_of_the_registry_is_compared_at_the_budget(script, passes, 
     assert len({entry.name for entry in found}) == len(found) >= 40
     families = [entry.family for entry in found]
     assert families == sorted(families, key=list(attacks.FAMILIES).index)
-    built = choose_attacks([entry.spec for entry in found])
+    built: dict[str, Any] = {**choose_attacks([entry.spec for entry in found])}
     for entry in found:
         attack = built[entry.spec]
         assert ("targeted" in entry.goals) == (attack.name not in script.UNTARGETED)
         if entry.family == "at a budget" and attack.name != "apgdt":
             assert attack.iterations <= passes + 1  # the last one judges
         if attack.name in ("square", "transparent-text"):
-            assert attack.steps if attack.name == "square" else attack.queries <= max(1, queries - 1)
+            tried = attack.steps if attack.name == "square" else attack.queries
+            assert tried <= max(1, queries - 1)  # the input is asked about, too
     # Attacks in balls of one norm have one radius.
     radii = {
         norm: {float(a.eps) for a in built.values() if hasattr(a, "eps") and getattr(a, "norm", "linf") == norm}
