@@ -133,7 +133,7 @@ def test_commands_have_the_options_that_are_shown(page, monkeypatch):
 
         return instead
 
-    for name in ("explain", "attack", "dissect", "convert", "models", "validate", "bench", "serve"):
+    for name in ("explain", "attack", "dissect", "convert", "models", "validate", "bench", "serve", "train"):
         monkeypatch.setattr(cli, name, nothing(getattr(cli, name)))
     shown = [command for block in blocks(page) for command in block.commands() if block.language in ("sh", "console")]
     for command in shown:
