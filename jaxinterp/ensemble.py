@@ -14,9 +14,9 @@ the mean of the members' but
     CE(Z, c) = sum_i w_i CE(Z^i, c) - D,   D = -log sum_c prod_i (p^i_c)^w_i >= 0
 
 with D the members' disagreement, which does not depend on the class (differences between classes, and so the margins of
-Carlini and Wagner, are exact means). No logits of K classes have the mean of the losses as their cross-entropy for every
-class, because the geometric means of probabilities sum to exp(-D). "losses" gives what is missing to one more class, of
-no name, that stands for none of them. Then softmax(Z)_c = prod_i (p^i_c)^w_i and
+Carlini and Wagner, are exact means). No logits of K classes have the mean of the losses as their cross-entropy for
+every class, because the geometric means of probabilities sum to exp(-D). "losses" gives what is missing to one more
+class, of no name, that stands for none of them. Then softmax(Z)_c = prod_i (p^i_c)^w_i and
 
     CE(Z, c) = sum_i w_i CE(Z^i, c)
 
@@ -174,5 +174,6 @@ def _same_classes(first: Network, other: Network) -> None:
     for place, (a, b) in enumerate(zip(first.classes, other.classes, strict=True)):
         if a != b:
             raise ValueError(
-                f"members must have the same classes, but class {place} is {a!r} in {first.name} and {b!r} in {other.name}"
+                f"members must have the same classes, but class {place} is {a!r} in {first.name} and {b!r} in "
+                f"{other.name}"
             )

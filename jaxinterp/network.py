@@ -116,7 +116,7 @@ class Network:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
     def class_name(self, index: int) -> str:
-        """Name of class `index`, or "class INDEX" where the network has no names; "none" of a logit beyond the classes."""
+        """Name of class `index`, "class INDEX" where the network has no names; "none" of a logit beyond the classes."""
         if int(index) >= self.num_classes:
             return "none"
         return f"class {int(index)}" if isinstance(self.classes, int) else self.classes[int(index)]

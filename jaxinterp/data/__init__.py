@@ -1,9 +1,9 @@
 """Image sources, and batches of one fixed shape.
 
 A source is an indexable collection of examples (`Source`): pictures in folders (`Folder`), the samples that a
-package registry delivers (`samples`), prepared TensorFlow data sets (`Tfds`), MNIST and its like (`mnist5k`, `idx_folder`), a .npz file (`Npz`), arrays in memory
-(`Arrays`). `open_source` makes one from a text, `batches` walks through any of them. Needs numpy and Pillow; for TFDS
-also tensorflow-datasets, never TensorFlow.
+package registry delivers (`samples`), prepared TensorFlow data sets (`Tfds`), MNIST and its like (`mnist5k`,
+`idx_folder`), a .npz file (`Npz`), arrays in memory (`Arrays`). `open_source` makes one from a text, `batches` walks
+through any of them. Needs numpy and Pillow; for TFDS also tensorflow-datasets, never TensorFlow.
 
 A segmented source (`SegmentedSource`) has label maps with its images, for network dissection: a folder in Broden's
 format (`Broden`, faster when it is `packed`), arrays in memory (`SegmentedArrays`). `segmented_batches` walks through

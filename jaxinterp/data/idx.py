@@ -45,8 +45,8 @@ def idx_folder(
         classes: the number of classes.
 
     Raises:
-        ValueError: an unknown split; a file that is missing, or is no IDX file of bytes; another number of labels than of
-            pictures; a label out of range.
+        ValueError: an unknown split; a file that is missing, or is no IDX file of bytes; another number of labels
+            than of pictures; a label out of range.
     """
     if split not in _PARTS:
         raise ValueError(f"split: expected train or test, got {split!r}")

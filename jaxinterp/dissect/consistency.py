@@ -1,7 +1,8 @@
 """How alike the classes are of the images on which a unit is most active: the consistency of a neuron.
 
 Dong et al. 2017 (arXiv 1708.05493, section 3): p_i are the fractions of the classes among the 1 % of all images that
-activate a unit most, C_ij = exp(-d(w_i, w_j)^2 / (2 sigma^2)) with d the distance of two classes in a tree of labels, and
+activate a unit most, C_ij = exp(-d(w_i, w_j)^2 / (2 sigma^2)) with d the distance of two classes in a tree of
+labels, and
 
     level = p^T C p
 
@@ -155,7 +156,8 @@ def _result(top, labels, affinity):
 def chance(labels: Any, affinity: Float[Array, "classes classes"], top: int) -> float:
     """The mean level of a unit whose `top` images are drawn at random from all, without replacement: exact.
 
-    An image is like itself, and like another one as C has it on average: 1/k + (1 - 1/k) mean_{m != n} C(label_m, label_n).
+    An image is like itself, and like another one as C has it on average:
+    1/k + (1 - 1/k) mean_{m != n} C(label_m, label_n).
     """
     known = np.asarray(labels)
     counts = np.bincount(known, minlength=len(affinity)).astype(np.float64)

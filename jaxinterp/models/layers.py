@@ -366,8 +366,8 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 class BatchNorm(nnx.Module):
     """Batch norm, frozen: (x - running_mean) / sqrt(running_var + eps) * weight + bias.
 
-    Only where `use_running_average` is switched off, by `registry.Module.in_training`, mean and variance are those of the
-    batch, and the running ones follow them as PyTorch's do: r + momentum (b - r), with the unbiased variance.
+    Only where `use_running_average` is switched off, by `registry.Module.in_training`, mean and variance are those of
+    the batch, and the running ones follow them as PyTorch's do: r + momentum (b - r), with the unbiased variance.
     """
 
     def __init__(self, features: int, *, eps: float = 1e-5, rngs: nnx.Rngs):

@@ -5,8 +5,8 @@
 with x* by FGSM at a distance eps that is drawn for every example in every step, and phi the last feature map. beta = 0
 is adversarial training. What follows are losses for `jaxinterp.training.loop.fit`.
 
-Batch norm is frozen as it is everywhere else, or works as in training (`batch_norm="batch"`): x and x* then are one batch
-of 2B images, normalised by its statistics, which the running ones follow; x* is made with the running ones.
+Batch norm is frozen as it is everywhere else, or works as in training (`batch_norm="batch"`): x and x* then are one
+batch of 2B images, normalised by its statistics, which the running ones follow; x* is made with the running ones.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 
 class Loss(Protocol):
-    """`loss(params, images, labels, keys) -> Outcome`: images [B,H,W,C] in [0, 1], labels [B], a random key for each."""
+    """`loss(params, images, labels, keys) -> Outcome`: images [B,H,W,C] in [0, 1], labels [B], random keys [B]."""
 
     def __call__(
         self, params: Params, images: Float[Array, "b h w c"], labels: Int[Array, " b"], keys: Any, /
@@ -147,8 +147,8 @@ def fit(
     stored = run.read_state(name, first)
     if stored is not None and not np.array_equal(stored["identity"], identity):
         raise ValueError(
-            f"{run.directory}: the stored state of {name} belongs to {list(stored['identity'][:3])} examples, batch size "
-            f"and epochs, expected {list(identity[:3])} and the same key; choose another directory"
+            f"{run.directory}: the stored state of {name} belongs to {stored['identity'][:3].tolist()} examples, batch "
+            f"size and epochs, expected {identity[:3].tolist()} and the same key; choose another directory"
         )
     done, state = (0, first["state"]) if stored is None else (int(stored["done"]), stored["state"])
     total, written = epochs * per_epoch, time.monotonic()
