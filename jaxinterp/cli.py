@@ -801,7 +801,7 @@ def _left(status: int, reason: str) -> int:
     return status
 
 
-_SHARED = ("explain", "attack", "dissect", "train")
+_SHARED = ("explain", "attack", "dissect")
 _DESCRIPTION = """What adversarial perturbations do to a network: which cells of a perturbation suppress the true \
 class, which promote the target, and where they lie on the class activation maps.
 

@@ -20,7 +20,7 @@ from jaxinterp import Network, attacks, cli, launch
 from jaxinterp.weights import seeded
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("concepts.md", "models.md", "validate.md", "attacks.md", "services.md")
+PAGES = ("concepts.md", "models.md", "validate.md", "attacks.md", "services.md", "training.md")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -165,8 +165,7 @@ def fit(
             bar.update()
             if done % per_epoch == 0:
                 state, measured = _measured(state, name, epoch)
-                whole = _merged(state[0], state[1])
-                measured |= dict(evaluate(whole)) if evaluate is not None else {}
+                measured |= dict(evaluate(_merged(*_local(state[:2])))) if evaluate is not None else {}
                 bar.set_postfix({n: f"{v:.3g}" for n, v in measured.items()})
                 if group.first:
                     run.write_part(_epoch(name, epoch), {n: np.asarray(v, np.float64) for n, v in measured.items()})
