@@ -481,15 +481,16 @@ def bench(
 ) -> None:
     """Measure how fast this machine attacks, explains and dissects, and how close that is to what it can do at most.
 
-    Subjects are attacks, effect, cam, dissect, models and scaling; without any, all are measured. Everything is run
-    once to compile it, which is timed apart, then in turn; what is printed are medians and quartiles, work a second,
-    the share of the device's peak by the compiler's count of operations, and what limits it (arithmetic or memory).
+    Subjects are attacks, effect, cam, dissect, models, train and scaling; without any, all are measured. Everything is
+    run once to compile it, which is timed apart, then in turn; what is printed are medians and quartiles, work a
+    second, the share of the device's peak by the compiler's count of operations, and what limits it (arithmetic or
+    memory).
     OUT/bench.jsonl gets a line for every subject, with versions, machine and this command; figures are drawn beside it.
 
     A small network in seconds: jaxinterp bench attacks scaling --model small_cnn --batch 4 --rounds 2 --devices 2
 
     Args:
-        subjects: attacks, effect, cam, dissect, models, scaling.
+        subjects: attacks, effect, cam, dissect, models, train, scaling.
         model: Network.
         weights: converted ones, seeded ones (made by rule; nothing needs to be there), or auto: converted where there
             are any. Images are made by rule.
