@@ -188,7 +188,7 @@ def one(
     if stored is not None:
         return stored
     recipe = Recipe(
-        method=method,  # type: ignore[arg-type]  # one of METHODS
+        method=method,
         epochs=setting.epochs,
         batch_size=setting.batch_size,
         lr=setting.lr,

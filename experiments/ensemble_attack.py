@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ class Transfer:
     tree: str = "imagenet"
     classes: Path | None = None
     share: float = 0.2
-    pool: consistency.Pool = "mean"
+    pool: Literal["max", "mean"] = "mean"
     labels: str = "auto"
     limit: int | None = None
     seed: int = 0

@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 
 from jaxinterp.network import Network, Params, Tap
 
-Combine = Literal["logits", "losses"]
+COMBINE = ("logits", "losses")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Members:
     networks: tuple[Network, ...]
     names: tuple[str, ...]
     weights: tuple[float, ...]
-    combine: Combine
+    combine: str
     size: int
 
     def __call__(self, params: Params, images: Float[Array, "b h w c"], tap: Tap) -> Float[Array, "b k"]:
@@ -74,8 +74,8 @@ class Members:
 def of(
     members: Sequence[tuple[Network, Params]],
     *,
-    weights: Sequence[float] | None = None,
-    combine: Combine = "logits",
+    weights: Sequence[float | int] | None = None,
+    combine: str = "logits",
     image_size: int | None = None,
     name: str | None = None,
 ) -> tuple[Network, dict[str, Any]]:
@@ -108,8 +108,8 @@ def of(
     networks = [network for network, _ in members]
     for network in networks[1:]:
         _same_classes(networks[0], network)
-    if combine not in get_args(Combine):
-        raise ValueError(f"combine must be one of {', '.join(get_args(Combine))}, got {combine!r}")
+    if combine not in COMBINE:
+        raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
     given = [1.0] * len(networks) if weights is None else [float(w) for w in weights]
     if len(given) != len(networks):
         raise ValueError(f"weights must be one for each of {len(networks)} members, got {len(given)}")

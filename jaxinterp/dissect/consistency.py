@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ SHARE = 0.01
 SIGMA = 2.0
 """The distance in the tree at which classes are 0.61 alike; siblings are two steps apart. The paper's is not known."""
 
-Pool = Literal["max", "mean"]
+POOLS = ("max", "mean")
 """A unit's activation on an image: the highest of its feature map, or the mean."""
 
 
@@ -71,7 +71,7 @@ def count(images: int, share: float = SHARE) -> int:
     return top
 
 
-def affinity(distances: Any, sigma: float = SIGMA) -> Float[Array, "classes classes"]:
+def affinity(distances: Any, sigma: float | int = SIGMA) -> Float[Array, "classes classes"]:
     """C_ij = exp(-d_ij^2 / (2 sigma^2)).
 
     Args:
@@ -100,15 +100,15 @@ def update(
     images: Int[Array, " batch"],
     valid: Any = None,
     *,
-    pool: Pool = "max",
+    pool: str = "max",
 ) -> TopImages:
     """Adds a batch: feature maps, the images' numbers (each once over all batches), which of them count.
 
     Raises:
         ValueError: an unknown `pool`.
     """
-    if pool not in get_args(Pool):
-        raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if pool == "mean":
         features = jnp.mean(features, axis=(1, 2), keepdims=True)
     return topimages.update(top, features, images, valid)
@@ -175,7 +175,7 @@ def of(
     affinity: Float[Array, "classes classes"],
     *,
     share: float = SHARE,
-    pool: Pool = "max",
+    pool: str = "max",
     batch_size: int = 64,
 ) -> Consistency:
     """The consistency of the units of a layer on images in memory.
@@ -188,7 +188,7 @@ def of(
         labels: [N] their classes. Of adversarial images the classes of the originals, which a person still sees.
         affinity: [K,K] C, see `affinity`.
         share: of the images that are a unit's top images.
-        pool: see `Pool`.
+        pool: one of `POOLS`.
         batch_size: images that are computed at once.
 
     Raises:
@@ -220,5 +220,5 @@ def _maps(network: Network, node: str) -> Any:
 
 
 @functools.cache
-def _updated(pool: Pool) -> Any:
+def _updated(pool: str) -> Any:
     return jax.jit(functools.partial(update, pool=pool))

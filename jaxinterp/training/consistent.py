@@ -11,7 +11,7 @@ batch of 2B images, normalised by its statistics, which the running ones follow;
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxinterp.attacks import FGSM
+from jaxinterp.attacks.attack import Real
 from jaxinterp.network import Network, Params, capture
 from jaxinterp.training.loop import Loss, Outcome
 
-BatchNorm = Literal["frozen", "batch"]
+BATCH_NORM = ("frozen", "batch")
 
 
-def standard(network: Network, *, batch_norm: BatchNorm = "frozen") -> Loss:
+def standard(network: Network, *, batch_norm: str = "frozen") -> Loss:
     """CE(f(x), y), with the accuracy as a metric.
 
     Raises:
@@ -47,7 +48,7 @@ def consistent(
     beta: float,
     eps: tuple[float, float],
     node: str | None = None,
-    batch_norm: BatchNorm = "frozen",
+    batch_norm: str = "frozen",
 ) -> Loss:
     """CE(f(x), y) + CE(f(x*), y) + beta ||phi(x) - phi(x*)||^2.
 
@@ -103,7 +104,7 @@ def fast_gradient(
     params: Params,
     images: Float[Array, "b h w c"],
     labels: Int[Array, " b"],
-    eps: Float[Array, " b"] | float,
+    eps: Real,
 ) -> Float[Array, "b h w c"]:
     """clip(x + eps sign grad CE(f(x), y)), whether or not it changes the class; not differentiated.
 
@@ -132,8 +133,8 @@ def _forward(network, params, images, node, batch_norm):
 
 
 def _check_batch_norm(network: Network, batch_norm: str) -> None:
-    if batch_norm not in get_args(BatchNorm):
-        raise ValueError(f"batch_norm must be one of {', '.join(get_args(BatchNorm))}, got {batch_norm!r}")
+    if batch_norm not in BATCH_NORM:
+        raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM)}, got {batch_norm!r}")
     if batch_norm == "batch" and not hasattr(network.apply, "in_training"):
         raise TypeError(f'batch_norm="batch" takes a network of jaxinterp.models, got {network.name}')
 

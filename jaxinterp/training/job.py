@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,10 @@ from jaxinterp.network import Network, Params
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run
 from jaxinterp.training import consistent
-from jaxinterp.training.consistent import BatchNorm
 from jaxinterp.training.loop import Fitted, Loss, fit
 from jaxinterp.weights import checkpoint, load
 
-Method = Literal["standard", "adversarial", "consistent"]
+METHODS = ("standard", "adversarial", "consistent")
 """CE(f(x), y); with CE(f(x*), y); with beta ||phi(x) - phi(x*)||^2, too."""
 
 
@@ -34,7 +33,7 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        method: see `Method`.
+        method: one of `METHODS`.
         epochs: how often to go through the examples.
         batch_size: examples in a batch.
         lr: the highest step of Adam; it rises over the first tenth of the steps and falls to zero along a cosine.
@@ -46,7 +45,7 @@ class Recipe:
         seed: of the parameters, the order and every eps.
     """
 
-    method: Method = "consistent"
+    method: str = "consistent"
     epochs: int = 20
     batch_size: int = 128
     lr: float = 3e-3
@@ -54,13 +53,13 @@ class Recipe:
     eps: float = 0.2
     beta: float = 0.1
     node: str | None = None
-    batch_norm: BatchNorm = "batch"
+    batch_norm: str = "batch"
     seed: int = 0
 
     def loss(self, network: Network) -> Loss:
         """The loss of the method. Errors are those of `training.consistent`, and a ValueError for an unknown method."""
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.method == "standard":
             return consistent.standard(network, batch_norm=self.batch_norm)
         beta = self.beta if self.method == "consistent" else 0.0
@@ -99,7 +98,7 @@ def train(
     model: str,
     recipe: Recipe,
     out: Path,
-    begin: Literal["random", "converted"] = "random",
+    begin: str = "random",
     labels: str = "auto",
     data_dir: Path | None = None,
     limit: int | None = None,

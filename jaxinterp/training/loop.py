@@ -99,7 +99,7 @@ def fit(
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     frozen: Callable[[str], bool] = is_statistic,
     mesh: Mesh | None = None,
-    store_every: float = _STORED,
+    store_every: float | int = _STORED,
     quiet: bool = False,
 ) -> Fitted:
     """Minimises the mean of a loss over the examples of a source, from `params` or from the state stored in `run`.
@@ -232,7 +232,7 @@ class _Reader:
             assert self.threads is not None
             images = np.zeros((self.rows, *self.example.shape), np.float32)
             labels = np.zeros(self.rows, np.int32)
-            for row, found in enumerate(self.threads.map(self._one, numbers)):
+            for row, found in enumerate(self.threads.map(self._one, numbers.tolist())):
                 if found is None:
                     images[row], weights[row] = self.example, 0
                     continue
@@ -246,7 +246,7 @@ class _Reader:
 
     def _one(self, number: int) -> Any:
         try:
-            return self.source[int(number)]
+            return self.source[number]
         except DamagedImage as error:
             if (error.id, error.reason) not in self.damaged:
                 self.damaged.append((error.id, error.reason))

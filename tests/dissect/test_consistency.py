@@ -117,7 +117,7 @@ def test_bad_input():
         consistency.affinity([[0.0, 1.0]])
     top = consistency.init(2, 10, 0.2)
     with pytest.raises(ValueError, match="pool must be one of max, mean, got 'min'"):
-        consistency.update(top, jnp.zeros((1, 1, 1, 2)), jnp.arange(1), pool="min")  # type: ignore[arg-type]
+        consistency.update(top, jnp.zeros((1, 1, 1, 2)), jnp.arange(1), pool="min")
     with pytest.raises(ValueError, match="top has seen 0 images, expected more than 2"):
         consistency.result(top, np.zeros(10, int), AFFINITY)
     with pytest.raises(ValueError, match="labels must be from 0 to 2"):
