@@ -19,6 +19,7 @@ continues, inside a training too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -255,11 +256,9 @@ def measure(
     }
 
 
+@functools.cache
 def _moved(net: Network) -> Any:
-    return _MOVED.setdefault(net, jax.jit(lambda params, x, y, eps: fast_gradient(net, params, x, y, eps)))
-
-
-_MOVED: dict[Network, Any] = {}
+    return jax.jit(lambda params, x, y, eps: fast_gradient(net, params, x, y, eps))
 
 
 def detected(net: Network, params: Any, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -160,10 +160,10 @@ def main(setting: Transfer) -> None:
         answers(setting, lost, reached, levels["estimates"]),
         {
             **{
-                title: {n: {j: str(e) for j, e in row.items()} for n, row in found.items()}
+                title: {n: {j: f"{e:.2f}" for j, e in row.items()} for n, row in found.items()}
                 for title, found in results.items()
             },
-            "success on the source": {name: str(share(found["success"])) for name, found in made.items()},
+            "success on the source": {name: f"{share(found['success']):.2f}" for name, found in made.items()},
             "l2": {name: f"{np.mean(found['l2']):.3g}" for name, found in made.items()},
             "levels": {name: format(value, ".4f") for name, value in levels["estimates"].items()},
             "units": levels["units"],
@@ -236,7 +236,7 @@ def neurons(
 ) -> dict[str, Any]:
     """Levels of the units on clean, adversarial and randomly changed pictures, and their differences."""
     network, params = judge
-    [alone] = network.apply.networks
+    [alone] = network.apply.networks  # type: ignore[attr-defined]  # of one member
     node = f"{alone.name}/{setting.node or alone.cam_node or alone.nodes[-1]}"
     network.check_node(node, argument="--node")
     kept = np.flatnonzero(found["success"])

@@ -63,8 +63,7 @@ class Members:
         """Logits [B,K], or [B,K+1] for "losses". The members' nodes are called MEMBER/NODE."""
         logits = []
         for name, network in zip(self.names, self.networks, strict=True):
-            size = self.size if network.image_size == self.size else network.image_size
-            seen = resized(images, size) if size != self.size else images
+            seen = images if network.image_size == self.size else resized(images, network.image_size)
             logits.append(network.apply(params[name], seen, lambda node, x, name=name: tap(f"{name}/{node}", x)))
         if self.combine == "logits":
             return sum(w * z for w, z in zip(self.weights, logits, strict=True))  # type: ignore[return-value]

@@ -110,7 +110,7 @@ def test_names_that_occur_twice_and_the_class_of_none():
     assert [net.class_name(i) for i in (3, 4)] == ["z", "none"]
 
 
-@pytest.mark.parametrize("combine", ["logits", "losses"])
+@pytest.mark.parametrize("combine", [pytest.param("logits", marks=pytest.mark.exhaustive), "losses"])
 def test_attacks_run_on_it_and_an_example_depends_on_itself_alone(combine, rng):
     net, params = ensemble.of([member("a", 8, 0), member("b", 12, 1)], combine=combine)
     images = jnp.asarray(rng.random((4, 12, 12, 3)), jnp.float32)

@@ -119,7 +119,7 @@ def fit(
         name: of the training in it.
         evaluate: called with the parameters after every epoch; returns what the curves show beside the training's own.
         frozen: whether the parameter of this name (its path, joined by dots) stays as it is.
-        mesh: the devices; None means all of all processes (`parallel.global_mesh`).
+        mesh: the devices; None means all there are (`parallel.global_mesh`).
         store_every: seconds after which the state is stored.
         quiet: show no progress.
 
