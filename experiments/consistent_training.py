@@ -153,9 +153,10 @@ def main(setting: Training) -> None:
         method: {name: student_mean([float(f[name]) for f in parts]) for name in MEASURES}
         for method, parts in found.items()
     }
+    silent = {m: student_mean([np.isnan(f["levels, clean"]).sum() for f in parts]) for m, parts in found.items()}
     for method, row in results.items():
         print(f"\n{method}")
-        for name, value in row.items():
+        for name, value in {**row, "units without a level": silent[method]}.items():
             print(f"  {name:<32}{value}")
     print(f"\nlevel of units whose top pictures are random: {chance:.3f}")
     draw(run, net, images, test.labels, found, results, chance)
@@ -167,6 +168,7 @@ def main(setting: Training) -> None:
         {
             "seeds": setting.seeds,
             "chance level": chance,
+            "units without a level": {method: format(value, ".1f") for method, value in silent.items()},
             **{method: {name: format(value, ".4f") for name, value in row.items()} for method, row in results.items()},
         },
     )
@@ -327,7 +329,7 @@ def draw(
     ranks = np.arange(1, 65)
 
     def sorted_levels(method: str, which: str) -> list[Estimate]:
-        rows = [np.sort(np.nan_to_num(part[which], nan=0.0))[::-1] for part in found[method]]
+        rows = [-np.sort(-part[which]) for part in found[method]]  # silent units last, as gaps
         return [student_mean(column) for column in np.stack(rows, 1)]
 
     plots.save(
