@@ -143,12 +143,13 @@ def main(setting: Training) -> None:
         "test": identity(test, [setting.test], len(test)),
     }
     run = open_run(setting.out, config)
-    images = np.stack([test[i].image for i in range(len(test))])
+    examples = [test[i] for i in range(len(test))]
+    images, labels = np.stack([e.image for e in examples]), np.array([e.label for e in examples], np.int32)
     found: dict[str, list[dict[str, np.ndarray]]] = {method: [] for method in METHODS}
     for seed in range(setting.seeds):
         for method in METHODS:
-            found[method].append(one(run, net, train, images, test.labels, affinity, method, seed, setting))
-    chance = consistency.chance(test.labels, affinity, consistency.count(len(images), setting.share))
+            found[method].append(one(run, net, train, images, labels, affinity, method, seed, setting))
+    chance = consistency.chance(labels, affinity, consistency.count(len(images), setting.share))
     results = {
         method: {name: student_mean([float(f[name]) for f in parts]) for name in MEASURES}
         for method, parts in found.items()
@@ -159,7 +160,7 @@ def main(setting: Training) -> None:
         for name, value in {**row, "units without a level": silent[method]}.items():
             print(f"  {name:<32}{value}")
     print(f"\nlevel of units whose top pictures are random: {chance:.3f}")
-    draw(run, net, images, test.labels, found, results, chance)
+    draw(run, net, images, labels, found, results, chance)
     conclude(
         run,
         "consistent_training",
@@ -245,10 +246,10 @@ def measure(
     )
     detectors, concepts = detected(net, params, images, labels)
     return {
-        "clean accuracy": np.mean(np.concatenate(right)),
-        "accuracy under PGD": np.mean(np.concatenate(robust)),
-        "level, clean pictures": np.nanmean(clean.level),
-        "level, adversarial pictures": np.nanmean(adversarial.level),
+        "clean accuracy": np.asarray(np.mean(np.concatenate(right))),
+        "accuracy under PGD": np.asarray(np.mean(np.concatenate(robust))),
+        "level, clean pictures": np.asarray(np.nanmean(clean.level)),
+        "level, adversarial pictures": np.asarray(np.nanmean(adversarial.level)),
         "detectors": detectors,
         "classes detected": concepts,
         "levels, clean": np.asarray(clean.level),
@@ -326,7 +327,7 @@ def draw(
         panels.setdefault(panel, {})[name] = {method: results[method][name] for method in METHODS}
     plots.save(plots.bars(panels, ylabel="mean over seeds"), run.directory / "measures.png")
 
-    ranks = np.arange(1, 65)
+    ranks = list(range(1, 65))
 
     def sorted_levels(method: str, which: str) -> list[Estimate]:
         rows = [-np.sort(-part[which]) for part in found[method]]  # silent units last, as gaps
@@ -338,7 +339,7 @@ def draw(
                 f"{what} pictures": {method: sorted_levels(method, f"levels, {what}") for method in METHODS}
                 for what in ("clean", "adversarial")
             },
-            list(ranks),
+            ranks,
             xlabel="units by falling level",
             reference=("random pictures", np.full(len(ranks), chance)),
         ),
@@ -365,7 +366,10 @@ def units(
             top = np.argsort(-maxima[:, unit], kind="stable")[:most]
             captions = [f"{method}: unit {unit}, level {level[unit]:.2f}", *[""] * (most - 1)]
             rows.append(
-                [(caption or net.class_name(labels[i]), images[i]) for caption, i in zip(captions, top, strict=True)]
+                [
+                    (caption or net.class_name(int(labels[i])), images[i])
+                    for caption, i in zip(captions, top, strict=True)
+                ]
             )
     return plots.gallery(rows)
 

@@ -241,7 +241,7 @@ def neurons(
     network.check_node(node, argument="--node")
     kept = np.flatnonzero(found["success"])
     rng = np.random.default_rng(setting.seed)
-    signs = rng.choice(np.float32([-1, 1]), images.shape) * found["linf"][:, None, None, None]
+    signs = rng.choice(np.array([-1, 1], np.float32), images.shape) * found["linf"][:, None, None, None]
     sets = {"clean": images, "adversarial": found["images"], "random signs": np.clip(images + signs, 0, 1)}
     program = jax.jit(lambda params, x: features(network, params, x, node))
 

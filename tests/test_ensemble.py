@@ -37,6 +37,7 @@ def cross_entropy(logits, c):
 def test_the_mean_of_losses_is_the_mean_of_cross_entropies_with_its_gradient(scale, rng):
     given = [jnp.asarray(scale * rng.normal(size=(5, 4)), jnp.float32) for _ in WEIGHTS]
     net, _ = ensemble.of([member(f"m{i}", 8, i) for i in range(3)], weights=[5, 3, 2], combine="losses")
+    assert isinstance(net.apply, ensemble.Members)
     fixed = dataclasses.replace(net.apply, networks=tuple(Network(f"m{i}", lambda p, x: p) for i in range(3)))
 
     def of(logits, c):

@@ -86,6 +86,7 @@ def consistent(
         both = jnp.stack([images, attacked], axis=1)
         logits, phi, statistics = _forward(network, params, both.reshape(-1, *images.shape[1:]), chosen, batch_norm)
         clean, adversarial = jnp.moveaxis(logits.reshape(len(images), 2, -1), 1, 0)
+        assert phi is not None
         maps = phi.reshape(len(images), 2, -1)
         distance = jnp.sum(jnp.square(maps[:, 0] - maps[:, 1]), axis=-1)
         losses = _cross_entropy(clean, labels) + _cross_entropy(adversarial, labels) + beta * distance
@@ -129,7 +130,7 @@ def _forward(network, params, images, node, batch_norm):
         logits, statistics = network.apply.in_training(params, images, reading)
         return logits, seen.get(node), statistics
     logits, maps = capture(network, params, images, [] if node is None else [node])
-    return logits, maps.get(node), {}
+    return logits, None if node is None else maps[node], {}
 
 
 def _check_batch_norm(network: Network, batch_norm: str) -> None:

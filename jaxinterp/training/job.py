@@ -217,7 +217,8 @@ class _First:
     """The first `count` examples of a source."""
 
     def __init__(self, source: AnySource, count: int):
-        self.source, self.count, self.labels = source, count, source.labels[:count]
+        labels = getattr(source, "labels", None)  # data sets that are read from the disk do not tell
+        self.source, self.count, self.labels = source, count, None if labels is None else labels[:count]
 
     def __len__(self) -> int:
         return self.count
