@@ -99,9 +99,9 @@ def test_train(tmp_path):
     rows = {row["name"]: row for row in found["results"]}
     assert set(rows) == {f"{what} float32" for what in ("forward", "standard", "adversarial", "consistent")}
     assert {row["work"] for row in rows.values()} == {2}
-    # Forward and backward; then x* and a batch twice as large, which is two passes more than twice that.
-    assert rows["standard float32"]["flops"] > 1.5 * rows["forward float32"]["flops"]
-    assert rows["adversarial float32"]["flops"] > 2.2 * rows["standard float32"]["flops"]
+    # x* and a batch twice as large.
+    assert rows["adversarial float32"]["flops"] > 2 * rows["standard float32"]["flops"]
+    assert rows["consistent float32"]["flops"] > rows["adversarial float32"]["flops"]
     assert all(row["memory"]["program"] > 0 for row in rows.values())
 
 
