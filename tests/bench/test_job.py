@@ -101,7 +101,6 @@ def test_train(tmp_path):
     assert {row["work"] for row in rows.values()} == {2}
     # x* and a batch twice as large.
     assert rows["adversarial float32"]["flops"] > 2 * rows["standard float32"]["flops"]
-    assert rows["consistent float32"]["flops"] > rows["adversarial float32"]["flops"]
     assert all(row["memory"]["program"] > 0 for row in rows.values())
 
 
