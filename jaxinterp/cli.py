@@ -114,7 +114,8 @@ def attack(
         pictures: Picture files and folders, or a source as for --data; none means the labelled pictures of the
             `samples` extra.
         data: The same as a named option: files, folders, samples:DATASET, tfds:NAME/SPLIT[:100], FILE.npz.
-        model: Network; its weights must have been converted with `jaxinterp convert`.
+        model: Network; its weights must have been converted with `jaxinterp convert`. Several as one, the mean of their
+            logits: resnet50+2*vgg16; of their losses: resnet50+vgg16:combine=losses.
         attack: NAME or NAME:parameter=value,... such as pgd:norm=l2,eps=0.5; may be given several times. Without it:
             pgd. See --list.
         targeted: Attack each picture towards a random class, instead of away from its own.
@@ -480,15 +481,16 @@ def bench(
 ) -> None:
     """Measure how fast this machine attacks, explains and dissects, and how close that is to what it can do at most.
 
-    Subjects are attacks, effect, cam, dissect, models and scaling; without any, all are measured. Everything is run
-    once to compile it, which is timed apart, then in turn; what is printed are medians and quartiles, work a second,
-    the share of the device's peak by the compiler's count of operations, and what limits it (arithmetic or memory).
+    Subjects are attacks, effect, cam, dissect, models, train and scaling; without any, all are measured. Everything is
+    run once to compile it, which is timed apart, then in turn; what is printed are medians and quartiles, work a
+    second, the share of the device's peak by the compiler's count of operations, and what limits it (arithmetic or
+    memory).
     OUT/bench.jsonl gets a line for every subject, with versions, machine and this command; figures are drawn beside it.
 
     A small network in seconds: jaxinterp bench attacks scaling --model small_cnn --batch 4 --rounds 2 --devices 2
 
     Args:
-        subjects: attacks, effect, cam, dissect, models, scaling.
+        subjects: attacks, effect, cam, dissect, models, train, scaling.
         model: Network.
         weights: converted ones, seeded ones (made by rule; nothing needs to be there), or auto: converted where there
             are any. Images are made by rule.
@@ -613,6 +615,86 @@ def serve(
         service.serve_forever()
 
 
+def train(
+    *,
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    held_out: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    model: str = "small_cnn",
+    method: Literal["standard", "adversarial", "consistent"] = "consistent",
+    epochs: int = 20,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    weight_decay: float = 0.0,
+    eps: float = 0.2,
+    beta: float = 0.1,
+    node: str | None = None,
+    batch_norm: Literal["batch", "frozen"] = "batch",
+    begin: Literal["random", "converted"] = "random",
+    out: Path = Path("results/train"),
+    labels: str = "auto",
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Train a network: on pictures, on adversarial pictures beside them, or so that both look alike inside.
+
+    consistent minimises CE(f(x), y) + CE(f(x*), y) + beta ||phi(x) - phi(x*)||^2, with x* by FGSM at a random distance
+    and phi the last feature map (arXiv 1708.05493, 1901.09035); adversarial is the same with beta 0; standard the first
+    term alone. Results go to a directory: ckpts/MODEL, which every command takes with JAXINTERP_CKPTS=OUT/ckpts,
+    training.csv and training.png (learning curves). All devices are used. A run that was stopped continues when the
+    same command is given again, and ends with the same parameters.
+
+    Args:
+        data: Training pictures with labels: mnist5k:train, idx:FOLDER/train (MNIST, Fashion-MNIST),
+            tfds:NAME/SPLIT, FILE.npz, class folders; may be given several times. Without it: mnist5k:train.
+        held_out: Pictures on which accuracy is measured after every epoch, the same kinds.
+        model: Network.
+        method: standard, adversarial or consistent.
+        epochs: How often to go through the pictures.
+        batch_size: Pictures in a batch, on all devices together.
+        lr: Highest step of Adam.
+        weight_decay: Of AdamW.
+        eps: Largest distance of an adversarial picture, in pixel units of [0, 1].
+        beta: Weight of the distance between feature maps.
+        node: The feature map that is made consistent; the last one by default.
+        batch_norm: By the batch's statistics, or frozen as it is everywhere else.
+        begin: With random parameters, or those of `jaxinterp convert`.
+        out: Results directory.
+        labels: Where labels come from, as in `jaxinterp attack`.
+        data_dir: Where TensorFlow data sets were prepared.
+        limit: Use only the first so many pictures.
+        seed: Of the parameters, the order and the distances.
+    """
+    from jaxinterp.training import job
+
+    recipe = job.Recipe(
+        method=method,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        beta=beta,
+        node=node,
+        batch_norm=batch_norm,
+        seed=seed,
+    )
+    found = job.train(
+        data or ("mnist5k:train",),
+        held_out=held_out or (None if data else ("mnist5k:test",)),
+        model=model,
+        recipe=recipe,
+        out=out,
+        begin=begin,
+        labels=labels,
+        data_dir=data_dir,
+        limit=limit,
+    )
+    for name, value in found.fitted.history[-1].items():
+        print(f"{name:<32}{value:.4f}")
+    print(f"\n{found.folder}: the network\n{out}/training.csv, {out}/training.png: learning curves")
+
+
 def _show(bar: Any, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
@@ -630,6 +712,7 @@ def main(args: list[str] | None = None) -> int:
         "broden": broden,
         "bench": bench,
         "serve": serve,
+        "train": train,
     }
 
     def run(words: list[str]) -> None:

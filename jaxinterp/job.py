@@ -22,7 +22,7 @@ from jaxinterp.processes import open_run
 from jaxinterp.runs import Run
 from jaxinterp.supplies import supplied
 from jaxinterp.watermarks import read as read_watermarks
-from jaxinterp.weights import checkpoint, load
+from jaxinterp.weights import checkpoint, digest, load
 
 Say = Callable[[str], None]
 """Is told what a person should know, line by line."""
@@ -122,7 +122,7 @@ def begin(
         {
             "command": command,
             "model": model,
-            "weights": checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"],
+            "weights": digest(model),
             "attacks": {name: record(attack) for name, attack in chosen.items()},
             **config,
             **({} if marks is None else {"watermarks": marks.digest}),

@@ -70,7 +70,7 @@ class Network:
             the tap out.
         nodes: names of the feature maps, in the order in which they are computed.
         image_size: side of the square input, in pixels.
-        classes: the number of classes, or their names.
+        classes: the number of classes, or their names. There may be more logits (see `jaxinterp.ensemble`).
         cam_node: the node whose spatial mean feeds one linear layer that gives the logits; None where the network
             does not end that way (class activation maps in the original sense exist only there).
         crop_pct: published evaluation crop: the short side is resized to `image_size / crop_pct` before the
@@ -116,7 +116,9 @@ class Network:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
     def class_name(self, index: int) -> str:
-        """Name of class `index`, or "class INDEX" where the network has no names."""
+        """Name of class `index`, "class INDEX" where the network has no names; "none" of a logit beyond the classes."""
+        if int(index) >= self.num_classes:
+            return "none"
         return f"class {int(index)}" if isinstance(self.classes, int) else self.classes[int(index)]
 
     def bind(self, params: Params) -> Partial:

@@ -57,7 +57,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def group(nodeid: str) -> str:
     """Tests of one group share compiled programs: those of a file; in the rules of all attacks, those of an attack."""
     file, _, test = nodeid.partition("::")
-    case = re.search(r"\[(.+?)(-linear|-stock|-network-targeted)?\]", test) if "test_rules" in file else None
+    case = (
+        re.search(r"\[(.+?)(-linear|-stock|-network-targeted|-ensemble-targeted)?\]", test)
+        if "test_rules" in file
+        else None
+    )
     return f"{file} {case[1]}" if case else file
 
 

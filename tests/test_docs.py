@@ -20,7 +20,7 @@ from jaxinterp import Network, attacks, cli, launch
 from jaxinterp.weights import seeded
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("concepts.md", "models.md", "validate.md", "attacks.md", "services.md")
+PAGES = ("concepts.md", "models.md", "validate.md", "attacks.md", "services.md", "training.md")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -133,7 +133,7 @@ def test_commands_have_the_options_that_are_shown(page, monkeypatch):
 
         return instead
 
-    for name in ("explain", "attack", "dissect", "convert", "models", "validate", "bench", "serve"):
+    for name in ("explain", "attack", "dissect", "convert", "models", "validate", "bench", "serve", "train"):
         monkeypatch.setattr(cli, name, nothing(getattr(cli, name)))
     shown = [command for block in blocks(page) for command in block.commands() if block.language in ("sh", "console")]
     for command in shown:

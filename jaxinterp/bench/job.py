@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from jaxinterp.bench import attacks, cam, device, dissect, effect, models, peers, records, scaling
+from jaxinterp.bench import attacks, cam, device, dissect, effect, models, peers, records, scaling, train
 from jaxinterp.bench import sweep as sweeps
 from jaxinterp.bench.measure import Found, table
 from jaxinterp.bench.setting import Setting, prepare
 from jaxinterp.network import suggest
 
-SUBJECTS = ("attacks", "effect", "cam", "dissect", "models", "scaling")
+SUBJECTS = ("attacks", "effect", "cam", "dissect", "models", "train", "scaling")
 SWEPT = ("attacks", "effect", "cam", "models")
 """Subjects that can be swept over batch sizes."""
 
@@ -170,6 +170,8 @@ def _subject(subject: str, setting: Setting, options: Options, compared: peers.P
         return cam.bench(setting, peers=None if compared is None else compared.maps(), sweeping=sweeping)
     if subject == "dissect":
         return dissect.bench(setting, _images(setting, options), options.node)
+    if subject == "train":
+        return train.bench(setting)
     if subject == "models":
         return models.bench(setting, sweeping=sweeping)
     return scaling.bench(setting, options.specs, options.devices)

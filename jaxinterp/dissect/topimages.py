@@ -14,6 +14,7 @@ from jaxinterp.pytree import pytree
 NONE = 2**31 - 1
 """The number of an image that is not there."""
 _BLOCK = 16
+_FEW = 64  # images of a unit, up to which all pairs are compared
 
 
 @pytree
@@ -51,8 +52,9 @@ def update(
         images = jnp.where(valid, images, NONE)
     numbers = jnp.broadcast_to(images.astype(jnp.int32)[:, None], maxima.shape)
     # A merge compares all pairs, so few images at a time.
-    missing = -len(images) % _BLOCK
-    maxima = jnp.pad(maxima, ((0, missing), (0, 0)), constant_values=-jnp.inf).reshape(-1, _BLOCK, maxima.shape[1])
+    block = _BLOCK if top.value.shape[1] <= _FEW else len(images)
+    missing = -len(images) % block
+    maxima = jnp.pad(maxima, ((0, missing), (0, 0)), constant_values=-jnp.inf).reshape(-1, block, maxima.shape[1])
     numbers = jnp.pad(numbers, ((0, missing), (0, 0)), constant_values=NONE).reshape(maxima.shape)
     return lax.fori_loop(0, len(maxima), lambda i, found: merge(found, TopImages(maxima[i].T, numbers[i].T)), top)
 
@@ -60,10 +62,13 @@ def update(
 def merge(a: TopImages, b: TopImages) -> TopImages:
     """The highest of both, as many as `a` holds.
 
-    Every entry is compared with every other one: there are few, and a CPU sorts short rows slowly.
+    Every entry is compared with every other one where there are few, since a CPU sorts short rows slowly.
     """
     value = jnp.concatenate([a.value, b.value], axis=1)
     image = jnp.concatenate([a.image, b.image], axis=1)
+    if a.value.shape[1] > _FEW:
+        value, image = lax.sort((-value, image), num_keys=2)
+        return TopImages(-value[:, : a.value.shape[1]], image[:, : a.value.shape[1]])
     place = jnp.arange(value.shape[1])  # decides between places without an image
 
     def of(x: Any) -> tuple[Any, Any]:

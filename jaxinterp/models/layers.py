@@ -364,7 +364,11 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class BatchNorm(nnx.Module):
-    """Frozen batch norm: (x - running_mean) / sqrt(running_var + eps) * weight + bias."""
+    """Batch norm, frozen: (x - running_mean) / sqrt(running_var + eps) * weight + bias.
+
+    Only where `use_running_average` is switched off, by `registry.Module.in_training`, mean and variance are those of
+    the batch, and the running ones follow them as PyTorch's do: r + momentum (b - r), with the unbiased variance.
+    """
 
     def __init__(self, features: int, *, eps: float = 1e-5, rngs: nnx.Rngs):
         self.weight = nnx.Param(jnp.ones(features))
@@ -372,10 +376,18 @@ class BatchNorm(nnx.Module):
         self.running_mean = nnx.BatchStat(jnp.zeros(features))
         self.running_var = nnx.BatchStat(jnp.ones(features))
         self.eps = eps
+        self.use_running_average, self.momentum = True, 0.1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.weight[...] * lax.rsqrt(self.running_var[...] + self.eps)
-        return x * scale + (self.bias[...] - self.running_mean[...] * scale)
+        mean, variance = self.running_mean[...], self.running_var[...]
+        if not self.use_running_average:
+            count, axes = x.size // x.shape[-1], tuple(range(x.ndim - 1))
+            known, (mean, variance) = (mean, variance), (jnp.mean(x, axes), jnp.var(x, axes))
+            unbiased = variance * (count / max(count - 1, 1))
+            self.running_mean[...] = known[0] + self.momentum * (mean - known[0])
+            self.running_var[...] = known[1] + self.momentum * (unbiased - known[1])
+        scale = self.weight[...] * lax.rsqrt(variance + self.eps)
+        return x * scale + (self.bias[...] - mean * scale)
 
 
 class Linear(nnx.Module):

@@ -29,7 +29,7 @@ from jaxinterp.models.small import SmallCNN
 from jaxinterp.models.squeezenet import SqueezeNet
 from jaxinterp.models.vgg import DEPTHS as VGGS
 from jaxinterp.models.vgg import VGG
-from jaxinterp.network import Network, suggest
+from jaxinterp.network import Network, identity, suggest
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _DIGITS = tuple("0123456789")
@@ -124,6 +124,25 @@ class Module:
 
     def __call__(self, params, images, tap):
         return nnx.merge(self.graphdef, _nested(params))(images, tap)
+
+    def in_training(self, params, images, tap=identity, *, momentum: float = 0.1):
+        """Logits with the batch's own means and variances in every batch norm, and the new running statistics.
+
+        Args:
+            params: a flat dict.
+            images: [B,H,W,C] in [0, 1].
+            tap: see `Network`.
+            momentum: how far the running statistics follow those of the batch.
+
+        Returns:
+            logits [B,K], and the running statistics by name; none in a network without batch norm. The given parameters
+            stay as they are.
+        """
+        module = nnx.merge(self.graphdef, _nested(params))
+        module.set_attributes(use_running_average=False, momentum=momentum, raise_if_not_found=False)
+        logits = module(images, tap)
+        found = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
+        return logits, {".".join(map(str, path)): leaf[...] for path, leaf in found}
 
 
 def architecture(name: str) -> Architecture:

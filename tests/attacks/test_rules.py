@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from jaxinterp import Network, typesetting
+from jaxinterp import Network, ensemble, typesetting
 from jaxinterp.attacks import (
     APGD,
     APGDT,
@@ -268,6 +268,18 @@ def bound_network():
     return network.bind({**params, "bias": -jnp.mean(logits, axis=0)})
 
 
+def two_networks():
+    """An ensemble of linear networks of two input sizes."""
+
+    def member(size, seed):
+        weights = jax.random.normal(jax.random.key(seed), (size * size * 3, CLASSES)) * 0.8 / size
+        network = Network(f"of {size}", lambda params, x: (x.reshape(len(x), -1) - 0.5) @ params, (), size, CLASSES)
+        return network, weights
+
+    network, params = ensemble.of([member(SIDE, 0), member(12, 1)])
+    return network.bind(params)
+
+
 class Problem(NamedTuple):
     model: Any
     images: jax.Array
@@ -280,7 +292,7 @@ class Problem(NamedTuple):
         return self._replace(images=self.images[rows], labels=self.labels[rows], targets=targets)
 
 
-PROBLEMS = ("linear", "stock", "network-targeted")
+PROBLEMS = ("linear", "stock", "network-targeted", "ensemble-targeted")
 SMALL = ("linear", "network-targeted")  # where other programs must be compiled
 
 
@@ -288,7 +300,8 @@ SMALL = ("linear", "network-targeted")  # where other programs must be compiled
 def problem(name: str) -> Problem:
     """Images labelled with what the model says; targets of all other classes."""
     kind, _, targeted = name.partition("-")
-    model = {"linear": linear_model, "stock": lambda: Stock(nnx.Rngs(0)), "network": bound_network}[kind]()
+    made = {"linear": linear_model, "stock": lambda: Stock(nnx.Rngs(0)), "network": bound_network}
+    model = {**made, "ensemble": two_networks}[kind]()
     images = some_images()
     labels = jnp.argmax(model(images), axis=-1)
     targets = (labels + 1 + jnp.arange(BATCH) % (CLASSES - 1)) % CLASSES
@@ -405,7 +418,7 @@ def some_attacks(test):
 
 def each_attack_over(problems, *, kinds=KINDS, targeted=PAPER):
     """On the linear problem those of `kinds`, on the others fewer; the rest with --exhaustive."""
-    chosen = {"linear": kinds, "stock": STOCK, "network-targeted": targeted}
+    chosen = {"linear": kinds, "stock": STOCK, "network-targeted": targeted, "ensemble-targeted": ()}
     pairs = [_case(case, name, always=case in chosen[name]) for case in CASES for name in problems]
     return pytest.mark.parametrize(("case", "name"), pairs)
 

@@ -94,6 +94,16 @@ def problem():
     return setting.network.bind(setting.params), setting.images(), setting.labels
 
 
+def test_train(tmp_path):
+    [found] = bench(tmp_path, "train")
+    rows = {row["name"]: row for row in found["results"]}
+    assert set(rows) == {f"{what} float32" for what in ("forward", "standard", "adversarial", "consistent")}
+    assert {row["work"] for row in rows.values()} == {2}
+    # x* and a batch twice as large.
+    assert rows["adversarial float32"]["flops"] > 2 * rows["standard float32"]["flops"]
+    assert all(row["memory"]["program"] > 0 for row in rows.values())
+
+
 def test_effect_cam_and_dissect(tmp_path, capsys):
     found = bench(tmp_path, "effect", "cam", "dissect", "--cell", "4", "--images", "4", "--node", "conv3")
     effects, maps, units = ({row["name"]: row for row in record["results"]} for record in found)

@@ -1,0 +1,1 @@
+"""Training in JAX: a loop for any loss (`loop`), with adversarial and consistent training (`consistent`) on it."""

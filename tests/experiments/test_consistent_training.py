@@ -1,0 +1,121 @@
+"""The experiments on consistent training and on ensembles: answers follow from the numbers; bad input is named."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxinterp.statistics import Estimate, student_mean
+from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("consistent_training")
+
+
+@pytest.fixture
+def ensembles(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("ensemble_attack")
+
+
+def test_answers_follow_from_the_measures(training):
+    rng = np.random.default_rng(0)
+
+    def seeds(*means):
+        columns = dict(zip(training.MEASURES, means, strict=True))
+        return [{name: value + 0.001 * rng.normal() for name, value in columns.items()} for _ in range(5)]
+
+    found = {
+        "standard": seeds(0.95, 0.1, 0.8, 0.7, 3, 2),
+        "adversarial": seeds(0.95, 0.6, 0.8, 0.75, 3, 2),
+        "consistent": seeds(0.90, 0.5, 0.9, 0.75, 4, 2),
+    }
+    verdicts = {answer.claim: answer.verdict for answer in training.answers(found)}
+
+    def verdict(end):
+        [value] = [value for claim, value in verdicts.items() if claim.endswith(end)]
+        return value
+
+    assert verdict("standard: levels are lower on adversarial pictures") == CONFIRMED
+    assert verdict("consistent against standard: more accurate under PGD") == CONFIRMED
+    assert verdict("consistent against adversarial: more accurate under PGD") == NOT_CONFIRMED
+    assert verdict("less than a point of clean accuracy lost") == NOT_CONFIRMED
+    assert verdict("consistent against standard: higher level on clean pictures") == CONFIRMED
+    assert verdict("levels fall less from clean to adversarial pictures") == NOT_CONFIRMED
+    assert verdict("consistent against adversarial: more detectors") == CONFIRMED
+    for part in found["consistent"]:
+        part["clean accuracy"] += 0.045  # half a point less
+    answers = {answer.claim: answer for answer in training.answers(found)}
+    assert answers["consistent against standard: less than a point of clean accuracy lost"].verdict == CONFIRMED
+    one = {method: parts[:1] for method, parts in found.items()}
+    assert {answer.verdict for answer in training.answers(one)} == {UNDECIDED}
+
+
+def test_students_interval():
+    found = student_mean([1.0, 2.0, 3.0, np.nan])
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.high - found.mean == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
+    assert np.isnan(student_mean([1.0]).low)
+
+
+def test_the_jackknife_of_a_mean_is_students_interval(ensembles):
+    values = np.array([0.1, 0.4, 0.2, 0.9])
+    found = ensembles.jackknife(values.mean(), [np.delete(values, i).mean() for i in range(4)])
+    expected = student_mean(values)
+    assert found.interval == pytest.approx(expected.interval, rel=1e-9)
+
+
+def test_answers_follow_from_the_classes(ensembles):
+    setting = ensembles.Transfer(members=("a", "b"), held_out=("c", "d"))
+    yes, no, half = np.ones(20, bool), np.zeros(20, bool), np.arange(20) < 10
+    names, judges = ("a", "b", "mean of logits", "mean of losses"), ("a", "b", "c", "d")
+    lost = {(n, j): no for n in names for j in judges} | {("mean of losses", j): yes for j in judges}
+    lost["b", "c"] = lost["b", "d"] = half
+    reached = {(n, j): no for n in names for j in judges} | {("mean of losses", j): yes for j in "ab"}
+    levels = {
+        "fall from clean to adversarial": Estimate(0.1, 0.05, 0.2, 20),
+        "fall from random signs to adversarial": Estimate(-0.1, -0.2, 0.05, 20),
+    }
+    verdicts = [answer.verdict for answer in ensembles.answers(setting, lost, reached, levels)]
+    assert verdicts == [
+        *(CONFIRMED, CONFIRMED, UNDECIDED, CONFIRMED, UNDECIDED),
+        *(CONFIRMED, CONFIRMED, UNDECIDED),
+    ]
+
+
+def test_bad_input_is_named(training, ensembles, tmp_path):
+    for change, message in (({"seeds": 0}, "--seeds must be at least 1"), ({"tree": "x"}, "unknown label tree 'x'")):
+        with pytest.raises(ValueError, match=message):
+            training.main(dataclasses.replace(training.Training(out=tmp_path), **change))
+    for change, message in (
+        ({"members": ("a",)}, "--members: expected at least two networks"),
+        ({"held_out": ("efficientnet_lite0",)}, "none of which is held out"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ensembles.main(dataclasses.replace(ensembles.Transfer(out=tmp_path), **change))
+
+
+@pytest.mark.exhaustive
+def test_a_small_training_is_measured(training, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (120, 28, 28, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(120) % 10)
+    data = str(tmp_path / "data.npz")
+    setting = training.Training(
+        train=data, test=data, seeds=2, epochs=1, batch_size=40, steps=2, share=0.05, out=tmp_path / "out"
+    )
+    training.main(setting)
+    first = capsys.readouterr().out
+    assert "level of units whose top pictures are random" in first
+    for figure in ("measures", "levels", "units", "consistent-1"):
+        assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 5_000
+    training.main(setting)  # from the parts
+    assert capsys.readouterr().out.replace("\r", "") == first.replace("\r", "")
