@@ -215,10 +215,10 @@ class MesoNet(nn.Module):
         self.fc1, self.fc2 = nn.Linear(128, 16), nn.Linear(16, 2)
 
     def forward(self, images):
-        """Logits [B,2] of images [B,3,64,64]."""
+        """Logits [B,2] of images [B,3,32,32]."""
         x = _detector_input(images)
-        for index, pool in enumerate((2, 2, 2, 4), 1):
-            x = F.max_pool2d(self.get_submodule(f"conv{index}")(x), pool)
+        for index in range(1, 5):
+            x = F.max_pool2d(self.get_submodule(f"conv{index}")(x), 2)
         return self.fc2(F.leaky_relu(self.fc1(x.flatten(1)), 0.1))
 
 
@@ -258,8 +258,8 @@ class SeparableDetector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU())
-        for index, (inputs, outputs) in enumerate(((24, 32), (32, 64), (64, 64)), 1):
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU())
+        for index, (inputs, outputs) in enumerate(((16, 32), (32, 64), (64, 64)), 1):
             depthwise = nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False)
             self.add_module(f"sep{index}", nn.Sequential(depthwise, nn.Conv2d(inputs, outputs, 1), nn.ReLU()))
         self.fc = nn.Linear(64, 2)

@@ -23,7 +23,7 @@ from jaxinterp.training import detectors, generated
 SHOWN = 4  # pictures in the figure
 
 
-def main(out: Path = Path("results/generated"), epochs: int = 40, seed: int = 0) -> None:
+def main(out: Path = Path("results/generated"), epochs: int = 20, seed: int = 0) -> None:
     """Trains the detectors.
 
     Args:

@@ -17,6 +17,7 @@ from jaxinterp.attacks.fgsm import FGSM
 from jaxinterp.attacks.fmn import FMN
 from jaxinterp.attacks.hopskipjump import HopSkipJump
 from jaxinterp.attacks.ifgsm import IFGSM
+from jaxinterp.attacks.key_pixels import KeyPixels
 from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
 from jaxinterp.attacks.smooth_cw import SmoothCW
@@ -38,7 +39,7 @@ from jaxinterp.attacks.transparent_text import TransparentText
 from jaxinterp.attacks.watermark import Watermark
 
 FAMILIES: dict[str, tuple[type, ...]] = {
-    "at a budget": (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT),
+    "at a budget": (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT, KeyPixels),
     "the smallest change": (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB),
     "without gradients": (Square, SPSA, HopSkipJump, TransparentText, Watermark),
     "smooth": (SmoothPGD, SmoothBIM, SmoothCW, Smoothed),
@@ -74,6 +75,7 @@ __all__ = [
     "DiverseInputs",
     "Finding",
     "HopSkipJump",
+    "KeyPixels",
     "Nesterov",
     "ScaleInvariant",
     "SmoothBIM",

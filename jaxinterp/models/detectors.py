@@ -1,4 +1,4 @@
-"""Small detectors of generated images, for 64 x 64 pixels: classes "real" and "generated".
+"""Small detectors of generated images, for 32 x 32 pixels: classes "real" and "generated".
 
 Three ways to look for the traces of generation, so that what deceives one may leave the others alone:
 
@@ -19,13 +19,13 @@ from flax import nnx
 from jaxinterp.models.layers import Conv, Linear, Sequential, avg_pool, flatten, max_pool, standardize
 from jaxinterp.network import Tap
 
-IMAGE_SIZE = 64
+IMAGE_SIZE = 32
 CLASSES = ("real", "generated")
 
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _LEAK = 0.1
 # Of MesoNet: channels and kernel of every convolution, and the pool behind it.
-_MESO = ((16, 3, 2), (16, 5, 2), (32, 5, 2), (32, 5, 4))
+_MESO = ((16, 3, 2), (16, 5, 2), (32, 5, 2), (32, 5, 2))
 _HIDDEN = 16
 
 
@@ -38,7 +38,7 @@ class MesoNet(nnx.Module):
             layer = Conv(inputs, outputs, kernel, padding=kernel // 2, bias=True, rngs=rngs)
             setattr(self, f"conv{index}", Sequential([layer, jax.nn.relu]))
             inputs = outputs
-        self.fc1 = Linear(inputs * 2 * 2, _HIDDEN, rngs=rngs)  # 2 x 2 positions of a 64 x 64 image
+        self.fc1 = Linear(inputs * 2 * 2, _HIDDEN, rngs=rngs)  # 2 x 2 positions of a 32 x 32 image
         self.fc2 = Linear(_HIDDEN, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, tap: Tap) -> jax.Array:
@@ -102,8 +102,8 @@ class SeparableDetector(nnx.Module):
                 ]
             )
 
-        self.conv1 = Sequential([Conv(3, 24, 3, stride=2, padding=1, bias=True, rngs=rngs), jax.nn.relu])
-        self.sep1, self.sep2, self.sep3 = separable(24, 32), separable(32, 64), separable(64, 64)
+        self.conv1 = Sequential([Conv(3, 16, 3, padding=1, bias=True, rngs=rngs), jax.nn.relu])
+        self.sep1, self.sep2, self.sep3 = separable(16, 32), separable(32, 64), separable(64, 64)
         self.fc = Linear(64, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, tap: Tap) -> jax.Array:

@@ -63,7 +63,7 @@ def train(
     name: str,
     squares: Squares,
     *,
-    epochs: int = 40,
+    epochs: int = 20,
     batch_size: int = 64,
     rate: float = 2e-3,
     seed: int = 0,
@@ -176,7 +176,7 @@ def ensure(
     data: Generated,
     *,
     root: str | os.PathLike[str] | None = None,
-    epochs: int = 40,
+    epochs: int = 20,
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> dict[str, dict[str, Estimate]]:

@@ -1,4 +1,4 @@
-"""Real and generated pictures of 64 x 64 pixels, made from installed pictures by stated recipes.
+"""Real and generated pictures of 32 x 32 pixels, made from installed pictures by stated recipes.
 
 Every picture of `jaxinterp.broden.make.installed` is reduced to a short side of 320 pixels, so that what its JPEG file
 and its camera left is averaged away, and squares are cut out of it where it is not flat. Every square is in the set
@@ -105,9 +105,9 @@ def make(
     out: str | os.PathLike[str] | None = None,
     *,
     pictures: Sequence[str | os.PathLike[str]] = (),
-    crops: int = 60,
+    crops: int = 100,
     held_out_crops: int = 30,
-    steps: int = 1200,
+    steps: int = 800,
     seed: int = 0,
 ) -> Generated:
     """Makes the set, or reads it where `out` holds one of the same settings.
@@ -271,7 +271,7 @@ def transposed(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]
 
 
 class Autoencoder(nnx.Module):
-    """64 x 64 x 3 -> 16 x 16 x 16 -> 64 x 64 x 3; it enlarges by laying channels side by side (pixel shuffle)."""
+    """32 x 32 x 3 -> 8 x 8 x 16 -> 32 x 32 x 3; it enlarges by laying channels side by side (pixel shuffle)."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         def conv(inputs, outputs, stride=1):
