@@ -1,0 +1,89 @@
+"""Training of detectors: the loss, a set that is easy, and a checkpoint that is verified."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinterp import load, models
+from jaxinterp.training import detectors
+from jaxinterp.training.generated import Generated, Squares
+from jaxinterp.weights import seeded
+
+NAME = "detector_separable"
+
+
+def easy(count: int, seed: int) -> Squares:
+    """Dark squares are real, bright ones generated."""
+    rng = np.random.default_rng(seed)
+    labels = np.tile(np.array([0, 1], np.int32), count // 2)
+    images = rng.integers(0, 90, (count, 32, 32, 3), np.uint8) + (160 * labels[:, None, None, None]).astype(np.uint8)
+    ids = tuple(f"p_{i:02d}_{'splice' if label else 'real'}" for i, label in enumerate(labels))
+    return Squares(images, labels, ids)
+
+
+def test_a_square_is_turned_and_mirrored_in_eight_ways():
+    image = np.arange(32 * 32 * 3, dtype=np.float32).reshape(32, 32, 3)
+    ways = {np.rot90(flipped, k).tobytes() for flipped in (image, image[::-1]) for k in range(4)}
+    found = jax.vmap(lambda key: detectors.turned(jnp.asarray(image), key))(jax.random.split(jax.random.key(0), 100))
+    assert {np.asarray(each).tobytes() for each in found} == ways
+
+
+def test_the_loss_is_cross_entropy():
+    params = jax.tree.map(jnp.asarray, seeded.params(models.shapes(NAME)))
+    images = np.broadcast_to(np.array([0.2, 0.9], np.float32)[:, None, None, None], (2, 32, 32, 3))  # alike when turned
+    logits = np.asarray(models.network(NAME).bind(params)(images), np.float64)
+    labels = np.array([1, 0])
+    expected = np.log(np.exp(logits).sum(1)) - logits[[0, 1], labels]
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_allclose(detectors.loss(NAME, params, images, jnp.asarray(labels), keys), expected, rtol=1e-5)
+
+
+def test_an_easy_set_is_learnt_and_the_checkpoint_is_verified(tmp_path):
+    train, test = easy(64, 0), easy(32, 1)
+    losses = {}
+    params = detectors.train(NAME, train, epochs=6, batch_size=32, progress=losses.__setitem__)
+    assert losses[5] < 0.5 * losses[0]
+    found = detectors.accuracy(NAME, params, test)
+    assert {group: estimate.count for group, estimate in found.items()} == {"all": 32, "real": 16, "splice": 16}
+    assert found["all"].mean == 1
+    folder = detectors.save(detectors.Trained(NAME, params, found), Generated(train, test, 0.0), root=tmp_path)
+    network, loaded = load(NAME, root=tmp_path)
+    assert network.classes == ("real", "generated")
+    for name, value in loaded.items():
+        np.testing.assert_array_equal(value, params[name])
+    again = detectors.train(NAME, train, epochs=6, batch_size=32)
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, params[name])
+
+    manifest = folder / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace('"sha256": "', '"sha256": "0', 3))
+    with pytest.raises(ValueError, match="does not match its sha256"):
+        load(NAME, root=tmp_path)
+    manifest.write_text(whole)
+    for name in detectors.NAMES:
+        (tmp_path / name).mkdir(exist_ok=True)  # none is trained
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        detectors.ensure(Generated(train, test, 0.0), root=tmp_path)
+
+
+def test_a_detector_of_other_squares_is_not_taken(tmp_path):
+    params = seeded.params(models.shapes(detectors.NAMES[0]))
+    data = Generated(easy(4, 0), easy(4, 1), 0.0)
+    detectors.save(detectors.Trained(detectors.NAMES[0], params, {}), data, root=tmp_path)
+    with pytest.raises(ValueError, match="was trained on other squares; remove it"):
+        detectors.ensure(Generated(easy(4, 2), easy(4, 1), 0.0), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "small_cnn"}, "name must be one of detector_meso"),
+        ({"epochs": 0}, "epochs and batch_size must be at least 1"),
+        ({"batch_size": 5}, "there must be a batch of squares, got 20, 5 and 4 squares"),
+    ],
+)
+def test_bad_input_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        detectors.train(**{"name": NAME, "squares": easy(4, 0), **given})
