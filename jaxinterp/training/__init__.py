@@ -1,1 +1,1 @@
-"""Training in JAX: sets of real and generated pictures (`generated`), and detectors that tell them apart (`detectors`)."""
+"""Training in JAX: a loop for any loss (`loop`), sets of generated pictures (`generated`), their detectors (`detectors`)."""
