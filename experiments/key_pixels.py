@@ -58,7 +58,8 @@ class Keys:
     """What the study is asked.
 
     Attributes:
-        data: Folder of the set of squares.
+        data: Results directory of the set of squares.
+        training: Results directory of the detectors' training.
         out: Results directory.
         crops: Squares of every held-out picture that are attacked, as real and as generated ones; at most 30.
         eps: Radius of the ball of key pixels, L2.
@@ -71,6 +72,7 @@ class Keys:
     """
 
     data: Path = Path("results/generated")
+    training: Path = Path("results/detectors")
     out: Path = Path("results/key_pixels")
     crops: int = 6
     eps: float = 1.0
@@ -88,13 +90,13 @@ def main(setting: Keys) -> None:
         if getattr(setting, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(setting, name)}")
     data = generated.make(setting.data)
-    accuracy = detectors.ensure(data)
+    accuracy = detectors.ensure(data, setting.training)
     squares = chosen(data.test, setting.crops)
     loaded = {name: load(name) for name in detectors.NAMES}
     weights = {name: checkpoint.read_manifest(checkpoint.default_root() / name, name=name) for name in loaded}
     config = {
         **{"study": "key_pixels", "weights": {name: m["source"]["sha256"] for name, m in weights.items()}},
-        **{key: value for key, value in dataclasses.asdict(setting).items() if key not in ("data", "out")},
+        **{key: value for key, value in dataclasses.asdict(setting).items() if key not in ("data", "training", "out")},
         **{"strengths": {name: list(values) for name, values in STRENGTHS.items()}},
     }
     run = open_run(setting.out, config)

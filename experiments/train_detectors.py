@@ -23,30 +23,31 @@ from jaxinterp.training import detectors, generated
 SHOWN = 4  # pictures in the figure
 
 
-def main(out: Path = Path("results/generated"), epochs: int = 20, seed: int = 0) -> None:
+def main(data: Path = Path("results/generated"), out: Path = Path("results/detectors"), epochs: int = 20, seed: int = 0) -> None:
     """Trains the detectors.
 
     Args:
-        out: Folder of the set.
+        data: Results directory of the set.
+        out: Results directory of the trainings.
         epochs: How often a detector goes through it.
         seed: Of the set and of the training.
     """
-    data = generated.make(out, seed=seed)
-    count = len(set(data.train.pictures)), len(set(data.test.pictures))
-    print(f"{len(data.train.labels)} squares of {count[0]} pictures, {len(data.test.labels)} of {count[1]} held out")
-    print(f"autoencoder: {data.psnr:.1f} dB on held-out pictures")
-    plots.save(plots.gallery(examples(data.test)), out / "squares.png")
-    for name, found in detectors.ensure(data, epochs=epochs, seed=seed).items():
+    made = generated.make(data, seed=seed)
+    count = len(set(made.train.pictures)), len(set(made.test.pictures))
+    print(f"{len(made.train.labels)} squares of {count[0]} pictures, {len(made.test.labels)} of {count[1]} held out")
+    print(f"autoencoder: {made.psnr:.1f} dB on held-out pictures")
+    plots.save(plots.gallery(examples(made.test)), data / "squares.png")
+    for name, found in detectors.ensure(made, out, epochs=epochs, seed=seed).items():
         print(f"{name:20}" + "  ".join(f"{group} {estimate:.2f}" for group, estimate in found.items()))
 
 
 def examples(squares: generated.Squares) -> list[list[tuple[str, np.ndarray]]]:
     """Of some pictures a row: a real square and what a recipe made of it, for every recipe."""
     rows = []
-    for picture in list(dict.fromkeys(squares.pictures))[:SHOWN]:
+    for line, picture in enumerate(list(dict.fromkeys(squares.pictures))[:SHOWN]):
         row = []
-        for recipe in generated.RECIPES:
-            k = next(i for i, name in enumerate(squares.ids) if name.startswith(picture) and name.endswith(recipe))
+        for turn, recipe in enumerate(generated.RECIPES):
+            k = squares.ids.index(f"{picture}_{len(generated.RECIPES) * line + turn:02d}_{recipe}")
             row += [(f"{picture}, real", squares.images[k - 1] / 255), (recipe, squares.images[k] / 255)]
         rows.append(row)
     return rows

@@ -7,6 +7,7 @@ cross-entropy, and saved by the package's own writer, so that `jaxinterp.load` v
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -19,10 +20,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxinterp import models
+from jaxinterp.data import Arrays
 from jaxinterp.network import Params
 from jaxinterp.pictures import classify
+from jaxinterp.processes import open_run
+from jaxinterp.runs import Run
 from jaxinterp.statistics import Estimate, proportion
-from jaxinterp.training.generated import Generated, Squares, make
+from jaxinterp.training.generated import Generated, Squares
+from jaxinterp.training.loop import Outcome, fit
 from jaxinterp.weights import checkpoint
 
 NAMES = ("detector_meso", "detector_residual", "detector_separable")
@@ -45,10 +50,11 @@ class Trained:
 
 def loss(
     name: str, params: Params, images: Float[Array, "b h w 3"], labels: Int[Array, " b"], keys: Array
-) -> Float[Array, " b"]:
-    """Cross-entropy of every image, turned by a multiple of 90 degrees and mirrored as its key says."""
+) -> Outcome:
+    """Cross-entropy and accuracy of every image, turned by a multiple of 90 degrees and mirrored as its key says."""
     logits = models.network(name).bind(params)(jax.vmap(turned)(images, keys))
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    return Outcome(losses, {"accuracy": (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)})
 
 
 def turned(image: Float[Array, "s s 3"], key: Array) -> Float[Array, "s s 3"]:
@@ -63,62 +69,46 @@ def train(
     name: str,
     squares: Squares,
     *,
+    run: Run,
     epochs: int = 20,
     batch_size: int = 64,
     rate: float = 2e-3,
     seed: int = 0,
-    progress: Callable[[int, float], object] | None = None,
+    quiet: bool = False,
 ) -> Params:
     """The parameters of a detector, trained by Adam, whose step falls to zero by a cosine.
 
     Args:
         name: the network, one of `NAMES`.
         squares: to train on.
+        run: where the training is stored, see `jaxinterp.training.loop`.
         epochs: how often to go through them.
-        batch_size: squares in a step; what is left of an epoch is skipped.
+        batch_size: squares in a step.
         rate: the first step size.
         seed: of the initial parameters, the order, turns and mirrors.
-        progress: is told every epoch and the mean loss in it.
+        quiet: show no progress.
 
     Raises:
-        ValueError: an unknown name, numbers below 1, fewer squares than a batch, a loss that is not a number.
+        ValueError: an unknown name, or as `jaxinterp.training.loop.fit`.
     """
     import optax
 
     if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    per_epoch = len(squares.labels) // max(1, batch_size)
-    if min(epochs, batch_size, per_epoch) < 1:
-        raise ValueError(
-            f"epochs and batch_size must be at least 1, and there must be a batch of squares, got {epochs},"
-            f" {batch_size} and {len(squares.labels)} squares"
-        )
+    steps = max(1, epochs * -(-len(squares.labels) // max(1, batch_size)))
     key = jax.random.key(seed)
-    params = models.init(name, key)
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * per_epoch))
-
-    @jax.jit
-    def step(params, memory, levels, labels, keys):
-        images = levels.astype(jnp.float32) / 255
-        value, gradient = jax.value_and_grad(lambda params: jnp.mean(loss(name, params, images, labels, keys)))(params)
-        updates, memory = optimizer.update(gradient, memory)
-        return optax.apply_updates(params, updates), memory, value
-
-    memory = optimizer.init(params)
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(squares.labels))
-        losses = []
-        for i in range(per_epoch):
-            rows = order[i * batch_size : (i + 1) * batch_size]
-            keys = jax.random.split(jax.random.fold_in(key, epoch * per_epoch + i), batch_size)
-            params, memory, value = step(params, memory, squares.images[rows], squares.labels[rows], keys)
-            losses.append(value)
-        mean = float(np.mean(losses))
-        if not np.isfinite(mean):
-            raise ValueError(f"the loss of epoch {epoch} is {mean}; a smaller rate may help")
-        if progress is not None:
-            progress(epoch, mean)
-    return params
+    return fit(
+        functools.partial(loss, name),
+        models.init(name, key),
+        Arrays(squares.images, squares.labels, squares.ids),
+        optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
+        epochs=epochs,
+        batch_size=batch_size,
+        key=key,
+        run=run,
+        name=name,
+        quiet=quiet,
+    ).params
 
 
 def accuracy(name: str, params: Params, squares: Squares) -> dict[str, Estimate]:
@@ -174,6 +164,7 @@ def save(
 
 def ensure(
     data: Generated,
+    out: str | os.PathLike[str],
     *,
     root: str | os.PathLike[str] | None = None,
     epochs: int = 20,
@@ -184,13 +175,14 @@ def ensure(
 
     Args:
         data: real and generated squares, see `generated.make`.
+        out: results directory of the trainings, which continue there.
         root: folder of checkpoints; None means `checkpoint.default_root()`.
         epochs: see `train`.
         seed: see `train`.
         say: is told what is done, line by line.
 
     Raises:
-        ValueError: a checkpoint that is damaged, or trained on other squares.
+        ValueError: a checkpoint that is damaged, or trained on other squares; a directory of another config.
         OSError: a checkpoint cannot be written.
     """
     place = checkpoint.default_root() if root is None else Path(root)
@@ -199,15 +191,8 @@ def ensure(
     for name in NAMES:
         if not (place / name).is_dir():
             say(f"{name} has no checkpoint in {place} and is trained")
-            params = train(
-                name,
-                data.train,
-                epochs=epochs,
-                seed=seed,
-                progress=lambda epoch, mean: say(f"  epoch {epoch + 1} of {epochs}: loss {mean:.3f}")
-                if (epoch + 1) % 5 == 0
-                else None,
-            )
+            run = open_run(out, {"detectors": list(NAMES), "data": digest, "epochs": epochs, "seed": seed})
+            params = train(name, data.train, run=run, epochs=epochs, seed=seed)
             made = Trained(name, params, accuracy(name, params, data.test))
             save(made, data, root=place, settings={"epochs": epochs, "seed": seed})
         source = checkpoint.read_manifest(place / name, name=name)["source"]
@@ -216,5 +201,3 @@ def ensure(
         found[name] = {group: Estimate(*values) for group, values in source["accuracy"].items()}
     return found
 
-
-__all__ = ["NAMES", "Generated", "Trained", "accuracy", "ensure", "loss", "make", "save", "train"]

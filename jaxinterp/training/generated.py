@@ -30,14 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
+from jaxinterp import processes
 from jaxinterp.broden.make import installed
+from jaxinterp.data import Arrays
 from jaxinterp.data.decode import decode_pixels, resize_pixels
 from jaxinterp.jpeg import to_levels
 from jaxinterp.models.detectors import IMAGE_SIZE
 from jaxinterp.models.layers import Conv, standardize
-from jaxinterp.runs import replacing
+from jaxinterp.models.registry import Module
+from jaxinterp.network import Tap, identity
+from jaxinterp.processes import open_run
+from jaxinterp.runs import Run, replacing
+from jaxinterp.training.loop import Outcome, fit
 
 RECIPES = ("splice", "resampled", "autoencoder")
 FILTERS = ("nearest", "bilinear", "bicubic", "transposed")
@@ -102,60 +108,60 @@ class Generated:
 
 
 def make(
-    out: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str],
     *,
     pictures: Sequence[str | os.PathLike[str]] = (),
     crops: int = 100,
     held_out_crops: int = 30,
-    steps: int = 800,
+    epochs: int = 13,
     seed: int = 0,
 ) -> Generated:
-    """Makes the set, or reads it where `out` holds one of the same settings.
+    """Makes the set, or reads it where `out` holds it already.
 
     Args:
-        out: folder for train.npz, test.npz and settings.json; None writes nothing.
+        out: results directory: config.json, train.npz, test.npz, and the training of the autoencoder.
         pictures: picture files; none means those that packages have installed.
         crops: squares of every training picture, each of which gives a real and a generated one.
         held_out_crops: the same of every test picture.
-        steps: training steps of the autoencoder.
+        epochs: how often the autoencoder goes through the real squares of the training pictures.
         seed: of everything random.
 
     Raises:
-        ValueError: fewer than three pictures, numbers below 1, a picture that is smaller than a square, a folder with
-            a set of other settings.
+        ValueError: fewer than three pictures, numbers below 1, a picture that is smaller than a square, a
+            directory of another config.
         OSError: a file cannot be read or written.
     """
-    for name, value in (("crops", crops), ("held_out_crops", held_out_crops), ("steps", steps)):
+    for name, value in (("crops", crops), ("held_out_crops", held_out_crops), ("epochs", epochs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     paths = [os.fspath(path) for path in pictures] or [path for group in installed() for path in group]
-    settings = {
-        **{"pictures": sorted(map(os.path.basename, paths)), "crops": crops, "held_out_crops": held_out_crops},
-        **{"steps": steps, "seed": seed},
-    }
-    folder = None if out is None else Path(out)
-    if folder is not None and (folder / "settings.json").is_file():
-        stored = json.loads((folder / "settings.json").read_text())
-        psnr = stored.pop("psnr")
-        if stored != settings:
-            raise ValueError(f"{folder} holds a set of other settings; choose another folder, or remove it")
-        return Generated(Squares.load(folder / "train.npz"), Squares.load(folder / "test.npz"), psnr)
     names = divided([os.path.basename(path) for path in paths])
+    run = open_run(
+        out,
+        {
+            **{"set": "generated", "pictures": sorted(map(os.path.basename, paths)), "crops": crops},
+            **{"held_out_crops": held_out_crops, "epochs": epochs, "seed": seed},
+        },
+    )
+    if (done := run.directory / "made.json").is_file():
+        loaded = (Squares.load(run.directory / f"{part}.npz") for part in ("train", "test"))
+        return Generated(*loaded, json.loads(done.read_text())["psnr"])
     reduced = {os.path.basename(path): _reduced(path) for path in paths}
     parts = [{name: reduced[name] for name in group} for group in names]
     real = [
         {name: cut(pixels, count, [seed, zlib.crc32(name.encode())]) for name, pixels in part.items()}
         for part, count in zip(parts, (crops, held_out_crops), strict=True)
     ]
-    graph, state = trained_autoencoder(np.concatenate(list(real[0].values())), steps=steps, seed=seed)
-    rebuild = functools.partial(_rebuilt, graph, state)
+    autoencoder = trained_autoencoder(np.concatenate(list(real[0].values())), run=run, epochs=epochs, seed=seed)
+    rebuild = functools.partial(_rebuilt, *autoencoder)
     train, test = (_both(squares, part, rebuild, seed) for squares, part in zip(real, parts, strict=True))
     held = np.concatenate(list(real[1].values()))
     psnr = float(np.mean(-10 * np.log10(np.mean(((rebuild(held) / 255.0) - held / 255.0) ** 2, axis=(1, 2, 3)))))
-    if folder is not None:
-        train.save(folder / "train.npz")
-        test.save(folder / "test.npz")
-        (folder / "settings.json").write_text(json.dumps({**settings, "psnr": psnr}, indent=1) + "\n")
+    if processes.current().first:
+        train.save(run.directory / "train.npz")
+        test.save(run.directory / "test.npz")
+        run.write_json("made.json", {"psnr": psnr})
+    processes.current().wait()
     return Generated(train, test, psnr)
 
 
@@ -280,7 +286,7 @@ class Autoencoder(nnx.Module):
         self.down1, self.down2, self.code = conv(3, 24, 2), conv(24, 48, 2), conv(48, 16)
         self.up1, self.up2 = conv(16, 4 * 24), conv(24, 4 * 3)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, tap: Tap) -> jax.Array:
         x = standardize(images, (0.5,) * 3, (0.25,) * 3)
         x = self.code(jax.nn.relu(self.down2(jax.nn.relu(self.down1(x)))))
         x = jax.nn.relu(_shuffled(self.up1(x)))
@@ -295,42 +301,45 @@ def _shuffled(x: Array) -> Array:
 
 
 def trained_autoencoder(
-    images: UInt8[np.ndarray, "n s s 3"], *, steps: int, batch_size: int = 32, seed: int = 0
-) -> tuple[Any, Any]:
-    """The graph and the parameters of an autoencoder with a small mean squared error on the images.
+    images: UInt8[np.ndarray, "n s s 3"], *, run: Run, epochs: int, batch_size: int = 32, seed: int = 0
+) -> tuple[Module, Any]:
+    """The autoencoder and its parameters, trained to a small mean squared error on the images.
 
     Args:
         images: to train on.
-        steps: of Adam, whose step falls from 2e-3 to zero by a cosine.
+        run: where the training is stored, see `jaxinterp.training.loop`.
+        epochs: of Adam, whose step falls from 2e-3 to zero by a cosine.
         batch_size: images in a step.
         seed: of the initial parameters and the order.
     """
     import optax
 
-    graph, state = nnx.split(Autoencoder(rngs=nnx.Rngs(seed)))
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+    module = Autoencoder(rngs=nnx.Rngs(seed))
+    apply = Module(nnx.graphdef(module))
+    params = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
-    @jax.jit
-    def step(state, memory, levels):
-        def loss(state):
-            x = levels.astype(jnp.float32) / 255
-            return jnp.mean(jnp.square(nnx.merge(graph, state)(x) - x))
+    def loss(params, x, labels, keys):
+        return Outcome(jnp.mean(jnp.square(apply(params, x, identity) - x), axis=(1, 2, 3)))
 
-        updates, memory = optimizer.update(jax.grad(loss)(state), memory)
-        return optax.apply_updates(state, updates), memory
+    fitted = fit(
+        loss,
+        params,
+        Arrays(images, np.zeros(len(images), np.int32)),
+        optimizer=optax.adam(optax.cosine_decay_schedule(2e-3, epochs * -(-len(images) // batch_size))),
+        epochs=epochs,
+        batch_size=batch_size,
+        key=jax.random.key(seed),
+        run=run,
+        name="autoencoder",
+    )
+    return apply, fitted.params
 
-    memory, rng = optimizer.init(state), np.random.default_rng([seed, 2])
-    for _ in range(steps):
-        state, memory = step(state, memory, images[rng.integers(0, len(images), batch_size)])
-    return graph, state
 
-
-def _rebuilt(graph: Any, state: Any, images: UInt8[np.ndarray, "n s s 3"]) -> UInt8[np.ndarray, "n s s 3"]:
+def _rebuilt(apply: Module, params: Any, images: UInt8[np.ndarray, "n s s 3"]) -> UInt8[np.ndarray, "n s s 3"]:
     """What the autoencoder makes of images, at 8 bits."""
-    made: Float[Array, "n s s 3"] = _decode(graph, state, jnp.asarray(images))
-    return np.asarray(to_levels(made)).astype(np.uint8)
+    return np.asarray(to_levels(_decode(apply, params, jnp.asarray(images)))).astype(np.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(graph, state, levels):
-    return nnx.merge(graph, state)(levels.astype(jnp.float32) / 255)
+def _decode(apply, params, levels):
+    return apply(params, levels.astype(jnp.float32) / 255, identity)

@@ -23,8 +23,8 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(pictures, tmp_path_factory):
-    out = tmp_path_factory.mktemp("made")
-    return out, generated.make(out, pictures=pictures, crops=4, held_out_crops=3, steps=2)
+    out = tmp_path_factory.mktemp("made") / "set"
+    return out, generated.make(out, pictures=pictures, crops=4, held_out_crops=3, epochs=1)
 
 
 def test_pictures_are_divided_by_their_names_alone():
@@ -95,14 +95,14 @@ def test_every_square_is_there_as_real_and_as_generated(made):
 
 def test_the_set_is_read_again_and_is_a_source(made, pictures):
     out, found = made
-    again = generated.make(out, pictures=pictures, crops=4, held_out_crops=3, steps=2)
+    again = generated.make(out, pictures=pictures, crops=4, held_out_crops=3, epochs=1)
     for one, other in ((found.train, again.train), (found.test, again.test)):
         for field in dataclasses.fields(one):
             np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
     source = data.open_source(out / "test.npz", crop=data.Crop(32), classes=("real", "generated"))
     assert source[1].label == 1
     np.testing.assert_allclose(source[1].image * 255, found.test.images[1], atol=1e-3)
-    with pytest.raises(ValueError, match="holds a set of other settings"):
-        generated.make(out, pictures=pictures, crops=4, held_out_crops=3, steps=3)
+    with pytest.raises(ValueError, match="holds results of another config.*epochs"):
+        generated.make(out, pictures=pictures, crops=4, held_out_crops=3, epochs=2)
     with pytest.raises(ValueError, match="crops must be at least 1, got 0"):
-        generated.make(pictures=pictures, crops=0)
+        generated.make(out, pictures=pictures, crops=0)
