@@ -2,15 +2,15 @@
 
     python experiments/key_pixels.py
 
-Key pixels (arXiv 2106.01615) against PGD, PGD in L2 and MI-FGSM, on three detectors of different architecture, white box
-(made and tried on one) and black box (made on one, tried on the other two). The squares are of held-out pictures, real
-and generated alike; see `jaxinterp.training.generated`. What does not exist yet is made first: the set, and the
+Key pixels (arXiv 2106.01615) against PGD, PGD in L2 and MI-FGSM, on three detectors of different architecture: white
+box (made and tried on one) and black box (made on one, tried on the other two). The squares are of held-out pictures,
+real and generated alike; see `jaxinterp.training.generated`. What does not exist yet is made first: the set, and the
 detectors, as by train_detectors.py.
 
-Success is made equal in two ways. "rate": the others run at the smallest radius at which they succeed on as many squares
-as key pixels do. "own": on every square at the smallest radius that succeeds there, which is generous, since nobody
-who attacks would know it. L0 is the share of pixels that change. Intervals are over pictures: squares of one picture
-are alike, so their mean counts as one value.
+Success is made equal in two ways. The others run at the smallest radius at which they succeed on as many squares as key
+pixels do; and, on every square, at the smallest radius that succeeds there, which is generous, since nobody who attacks
+would know it. L0 is the share of pixels that change. Intervals are over pictures: squares of one picture are alike, so
+their mean counts as one value.
 
 Writes answers.json, norms.png, transfer.png, kinds.png and pictures.png. A stopped run continues.
 
@@ -45,8 +45,8 @@ from jaxinterp.weights import checkpoint
 KEYS = ("key pixels", "key pixels, weighted")  # ranked by gradients; by gradients times Grad-CAM
 OTHERS = ("PGD", "PGD_2", "MI-FGSM")
 KAPPAS = (0.0, 1.0, 3.0)  # confidences of key pixels; white box: the first
-LINF = tuple(float(eps) for eps in np.geomspace(0.25, 16, 13) / 255)
-L2 = tuple(float(eps) for eps in np.geomspace(0.02, 2.56, 13))
+LINF = tuple(float(eps) for eps in np.geomspace(0.25, 16, 9) / 255)
+L2 = tuple(float(eps) for eps in np.geomspace(0.02, 2.0, 9))
 RADII = {"PGD": LINF, "PGD_2": L2, "MI-FGSM": LINF}
 STRENGTHS = {**dict.fromkeys(KEYS, KAPPAS), **RADII}
 KINDS = ("suppression", "balanced", "promotion")
@@ -74,13 +74,13 @@ class Keys:
     data: Path = Path("results/generated")
     training: Path = Path("results/detectors")
     out: Path = Path("results/key_pixels")
-    crops: int = 6
+    crops: int = 3
     eps: float = 1.0
     rho: float = 0.01
     rounds: int = 4
     steps: int = 20
     cell: int = 4
-    batch_size: int = 40
+    batch_size: int = 30
     seed: int = 0
 
 
@@ -109,8 +109,8 @@ def main(setting: Keys) -> None:
     for name, by in accuracy.items():
         print(f"{name:20}" + "  ".join(f"{group} {estimate:.2f}" for group, estimate in by.items()))
     tables = {name: Table(name, found[name], right, pictures, setting.seed) for name in found}
-    results: dict[str, Any] = {"accuracy": {n: {g: format(e, ".2f") for g, e in by.items()} for n, by in accuracy.items()}}
-    results |= {name: table.as_json() for name, table in tables.items()}
+    results: dict[str, Any] = {name: table.as_json() for name, table in tables.items()}
+    results["accuracy"] = {n: {group: format(e, ".2f") for group, e in by.items()} for n, by in accuracy.items()}
     for name, table in tables.items():
         print(f"\n{name}")
         for attack, row in table.as_json().items():
@@ -174,7 +174,9 @@ def attacked(
 
         strength = jnp.tile(jnp.asarray(strengths, jnp.float32), len(labels))
         made = build(attack, strength, tiled(jnp.asarray(weights)), setting)
-        result = attacks.run(made, model, tiled(images), tiled(labels), key=key)
+        # Smaller batches would be programs of their own, which take longer to compile than they save.
+        result = attacks.run(made, model, tiled(images), tiled(labels), key=key, compact=False)
+        errs = [np.asarray(classify(models[other], result.images) != tiled(labels)) for other in loaded]
         delta = np.asarray(result.images - tiled(images))
         shape = (len(labels), many)
         kept |= {
@@ -183,10 +185,7 @@ def attacked(
             f"{attack}/l2": np.asarray(result.l2).reshape(shape),
             f"{attack}/linf": np.asarray(result.linf).reshape(shape),
             f"{attack}/passes": np.asarray(result.forward + result.backward).reshape(shape),
-            f"{attack}/errs": np.stack(
-                [np.asarray(classify(models[other], result.images) != tiled(labels)).reshape(shape) for other in loaded],
-                axis=-1,
-            ),
+            f"{attack}/errs": np.stack([each.reshape(shape) for each in errs], axis=-1),
         }
         # Of every square the weakest success; the original where there is none.
         success = kept[f"{attack}/success"]
@@ -247,8 +246,12 @@ class Table:
 
     def mean(self, values: np.ndarray) -> Estimate:
         """The mean over pictures of the means over their squares, values that are not finite left out."""
+        return bootstrap_mean(self.by_picture(values), seed=self.seed)
+
+    def by_picture(self, values: np.ndarray) -> np.ndarray:
+        """Means over the squares of every picture; not a number where no value is finite."""
         groups = [values[self.pictures == name] for name in dict.fromkeys(self.pictures)]
-        return bootstrap_mean([np.mean(g[np.isfinite(g)]) for g in groups if np.isfinite(g).any()], seed=self.seed)
+        return np.array([np.mean(g[np.isfinite(g)]) if np.isfinite(g).any() else np.nan for g in groups])
 
     def get(self, attack: str, what: str) -> np.ndarray:
         """Values at every strength, not numbers where the square was not seen rightly."""
@@ -279,24 +282,26 @@ class Table:
         wrong = self.get(attack, "errs")[:, k, list(self.right).index(errs)]
         return np.where(self.right[errs], wrong, np.nan)
 
-    def equal(self, attack: str, what: str) -> tuple[np.ndarray, int | None]:
-        """[squares] of an attack at the rate of key pixels, where it succeeds; and the strength."""
+    def equal(self, attack: str, what: str) -> np.ndarray:
+        """[squares] at the strength at which the attack succeeds as often as key pixels do, where it succeeds."""
         k = self.at_rate(attack, self.rate(KEYS[0], 0).mean)
-        if k is None:
-            return np.full(len(self.pictures), np.nan), None
-        return np.where(self.get(attack, "success")[:, k] == 1, self.get(attack, what)[:, k], np.nan), k
+        return np.full(len(self.pictures), np.nan) if k is None else self.won(attack, what, k)
+
+    def won(self, attack: str, what: str, k: int, errs: str | None = None) -> np.ndarray:
+        """[squares] at a strength, where the attack succeeds; not a number where it does not."""
+        return np.where(self.deceived(attack, k, errs) == 1, self.get(attack, what)[:, k], np.nan)
 
     def as_json(self) -> dict[str, dict[str, str]]:
         """A row for every attack: at its own smallest strength, at the rate of key pixels, and on other detectors."""
         rows = {}
         for attack in STRENGTHS:
-            success = np.nanmax(self.get(attack, "success")[:, :1] if attack in KEYS else self.get(attack, "success"), 1)
-            row = {"success": format(proportion(int(np.nansum(success)), int(np.isfinite(success).sum())), ".3f")}
+            success = np.isfinite(self.first(attack, "success"))[self.right[self.name]]
+            row = {"success": format(proportion(int(success.sum()), len(success)), ".3f")}
             for what in ("l0", "l2", "linf"):
                 own = self.first(attack, what)
                 row[what] = format(self.mean(own), ".4f")
                 if attack in OTHERS:
-                    row[f"{what} at equal rate"] = format(self.mean(self.equal(attack, what)[0]), ".4f")
+                    row[f"{what} at equal rate"] = format(self.mean(self.equal(attack, what)), ".4f")
             for other in self.right:
                 if other != self.name:
                     row[f"deceives {other}"] = format(self.transferred(attack, other), ".3f")
@@ -314,7 +319,7 @@ class Table:
     def first(self, attack: str, what: str) -> np.ndarray:
         """[squares] of key pixels at confidence zero, of others at the weakest strength; only of successes."""
         if attack in KEYS:
-            return np.where(self.get(attack, "success")[:, 0] == 1, self.get(attack, what)[:, 0], np.nan)
+            return self.won(attack, what, 0)
         return self.weakest(attack, what)
 
     def transferred(self, attack: str, other: str) -> Estimate:
@@ -330,16 +335,16 @@ class Table:
         """L0 and L2 below those of the others, white box and black box."""
         found = []
         for other in OTHERS:
-            equal, k = self.equal(other, "success")
+            k = self.at_rate(other, self.rate(KEYS[0], 0).mean)
             for what in ("l0", "l2"):
                 mine = self.first(KEYS[0], what)
-                ways = {"the radius of equal success": self.equal(other, what)[0], "each square's own": self.first(other, what)}
-                for way, theirs in ways.items():
-                    claim = f"{self.name}: {what.upper()} of key pixels well below that of {other} at {way}"
-                    if k is None and way != "each square's own":
-                        found.append(Answer(claim, f"{other} does not succeed as often", UNDECIDED))
-                        continue
-                    found.append(self.compared(claim, mine, theirs))
+                claim = f"{self.name}: {what.upper()} of key pixels well below that of {other} at"
+                equal = f"{claim} the radius of equal success"
+                if k is None:
+                    found.append(Answer(equal, f"{other} does not succeed as often", UNDECIDED))
+                else:
+                    found.append(self.compared(equal, mine, self.equal(other, what)))
+                found.append(self.compared(f"{claim} each square's own", mine, self.first(other, what)))
         for target in self.right:
             if target != self.name:
                 found += self.black_box(target)
@@ -364,13 +369,9 @@ class Table:
                 if k is None or rates[best] == 0:
                     found.append(Answer(claim, f"{other} does not deceive it as often, {rates[best]:.2f}", UNDECIDED))
                     continue
-                pairs = [(KEYS[0], best), (other, k)]
-                sizes = [np.where(self.deceived(a, s, target) == 1, self.get(a, what)[:, s], np.nan) for a, s in pairs]
-                # Other squares are deceived by one than by the other: pictures are compared by their means.
-                by = {p: [np.nanmean(v[self.pictures == p]) if np.isfinite(v[self.pictures == p]).any() else np.nan
-                          for v in sizes] for p in dict.fromkeys(self.pictures)}
-                values = np.array(list(by.values()))
-                gain = bootstrap_mean(np.log2(values[:, 1] / values[:, 0]), seed=self.seed)
+                # One deceives other squares than the other does: pictures are compared by their means.
+                mine, theirs = (self.by_picture(self.won(a, what, s, target)) for a, s in ((KEYS[0], best), (other, k)))
+                gain = bootstrap_mean(np.log2(theirs / mine), seed=self.seed)
                 text = (
                     f"{2**-gain.mean:.2f} times [{2**-gain.high:.2f}, {2**-gain.low:.2f}], {gain.count} pictures;"
                     f" deceived {self.rate(KEYS[0], best, target):.2f} and {self.rate(other, k, target):.2f}"
@@ -408,9 +409,8 @@ def draw(
             for model, t in tables.items()
         }
 
-    figure = plots.matrices(
-        {attack: deceived(attack) for attack in names}, row="made on", column="tried on", unit="share of squares deceived"
-    )
+    transfers = {attack: deceived(attack) for attack in names}
+    figure = plots.matrices(transfers, row="made on", column="tried on", unit="share of squares deceived")
     plots.save(figure, run.directory / "transfer.png")
     shares = {
         f"{attack}, {model}": {
@@ -424,12 +424,16 @@ def draw(
 
 
 def pictures(
-    tables: Mapping[str, Table], found: Mapping[str, Mapping[str, np.ndarray]], squares: generated.Squares, count: int = 5
+    tables: Mapping[str, Table],
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    squares: generated.Squares,
+    count: int = 5,
 ) -> list[list[tuple[str, np.ndarray]]]:
     """Generated squares that key pixels and PGD make real ones of: the images, and what changed, magnified."""
     model = next(iter(tables))
     both = [found[model][f"{attack}/success"].any(axis=1) for attack in (KEYS[0], "PGD")]
-    rows: Sequence[int] = np.flatnonzero(tables[model].right[model] & both[0] & both[1] & (squares.labels == 1)).tolist()
+    shown = tables[model].right[model] & both[0] & both[1] & (squares.labels == 1)
+    rows: Sequence[int] = np.flatnonzero(shown).tolist()
     lines = []
     for i in rows[:: max(1, len(rows) // count)][:count]:
         clean = squares.images[i].astype(np.float32) / 255
@@ -440,7 +444,10 @@ def pictures(
             factor, share = plots.magnification(delta), (delta != 0).any(-1).mean()
             line += [
                 (f"{attack}: seen as real", image),
-                (f"{share:.1%} of pixels, L2 {np.linalg.norm(delta):.2f}, × {factor}", np.clip(0.5 + factor * delta, 0, 1)),
+                (
+                    f"{share:.1%} of pixels, L2 {np.linalg.norm(delta):.2f}, × {factor}",
+                    np.clip(0.5 + factor * delta, 0, 1),
+                ),
             ]
         lines.append(line)
     return lines

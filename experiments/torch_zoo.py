@@ -210,7 +210,8 @@ class MesoNet(nn.Module):
         super().__init__()
         inputs = 3
         for index, (outputs, kernel) in enumerate(((16, 3), (16, 5), (32, 5), (32, 5)), 1):
-            self.add_module(f"conv{index}", nn.Sequential(nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2), nn.ReLU()))
+            conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2)
+            self.add_module(f"conv{index}", nn.Sequential(conv, nn.ReLU()))
             inputs = outputs
         self.fc1, self.fc2 = nn.Linear(128, 16), nn.Linear(16, 2)
 

@@ -23,7 +23,9 @@ from jaxinterp.training import detectors, generated
 SHOWN = 4  # pictures in the figure
 
 
-def main(data: Path = Path("results/generated"), out: Path = Path("results/detectors"), epochs: int = 20, seed: int = 0) -> None:
+def main(
+    data: Path = Path("results/generated"), out: Path = Path("results/detectors"), epochs: int = 20, seed: int = 0
+) -> None:
     """Trains the detectors.
 
     Args:

@@ -116,4 +116,3 @@ class SeparableDetector(nnx.Module):
     def nodes(self) -> tuple[str, ...]:
         """Names of the feature maps, in order."""
         return ("conv1", "sep1", "sep2", "sep3")
-

@@ -1,1 +1,1 @@
-"""Training in JAX: a loop for any loss (`loop`), sets of generated pictures (`generated`), their detectors (`detectors`)."""
+"""Training in JAX: a loop for any loss (`loop`); generated pictures (`generated`) and their detectors (`detectors`)."""

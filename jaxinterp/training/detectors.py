@@ -48,9 +48,7 @@ class Trained:
     accuracy: dict[str, Estimate]
 
 
-def loss(
-    name: str, params: Params, images: Float[Array, "b h w 3"], labels: Int[Array, " b"], keys: Array
-) -> Outcome:
+def loss(name: str, params: Params, images: Float[Array, "b h w 3"], labels: Int[Array, " b"], keys: Array) -> Outcome:
     """Cross-entropy and accuracy of every image, turned by a multiple of 90 degrees and mirrored as its key says."""
     logits = models.network(name).bind(params)(jax.vmap(turned)(images, keys))
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
@@ -200,4 +198,3 @@ def ensure(
             raise ValueError(f"{place / name} was trained on other squares; remove it to train it anew")
         found[name] = {group: Estimate(*values) for group, values in source["accuracy"].items()}
     return found
-

@@ -6,8 +6,8 @@ twice: as it is (label 0, "real"), and as one of `RECIPES` makes it (label 1, "g
 
 * `splice`: an ellipse of another picture, resized by a factor from 0.6 to 1.6, stands in it;
 * `resampled`: reduced to between a half and three quarters of its side, and enlarged again: with the nearest, the
-  bilinear or the bicubic filter, or from one half by a transposed convolution of stride 2 whose kernel of 3 x 3 overlaps
-  unevenly, which leaves a checkerboard (Odena, Dumoulin and Olah 2016, "Deconvolution and checkerboard artifacts");
+  bilinear or the bicubic filter, or from one half by a transposed convolution of stride 2 whose kernel of 3 x 3
+  overlaps unevenly, which leaves a checkerboard;
 * `autoencoder`: what a small convolutional autoencoder, trained on the real squares of the training pictures, gives
   back.
 
@@ -249,9 +249,7 @@ def splice(
     return np.where(inside[..., None], piece, square)
 
 
-def resampled(
-    square: UInt8[np.ndarray, "s s 3"], filter: str, rng: np.random.Generator
-) -> UInt8[np.ndarray, "s s 3"]:
+def resampled(square: UInt8[np.ndarray, "s s 3"], filter: str, rng: np.random.Generator) -> UInt8[np.ndarray, "s s 3"]:
     """The square, reduced and enlarged again, by one of `FILTERS`."""
     size = len(square)
     if filter == "transposed":

@@ -14,15 +14,16 @@ SIDE, PIXELS = 10, 100
 KEY = jax.random.key(0)
 BASE = KeyPixels(eps=1.0, rho=0.05, growth=2.0, most=0.2, steps=8, rounds=3, prunes=6, lengths=6)
 RNG = np.random.default_rng(0)
-W = (RNG.normal(size=(SIDE, SIDE, 3)) * np.exp(RNG.normal(size=(SIDE, SIDE, 1)))).astype(np.float32)
+W = (RNG.normal(size=(SIDE, SIDE, 3)) * np.exp(0.5 * RNG.normal(size=(SIDE, SIDE, 1)))).astype(np.float32)
 GRAY = jnp.full((3, SIDE, SIDE, 3), 0.5, jnp.float32)
-GAPS = np.array([0.2, 1.0, 2.0], np.float32)
 LABELS = jnp.zeros(3, jnp.int32)
 ORDER = np.argsort(-(W**2).sum(-1).ravel())  # pixels by what they gain
+# Changes of the first five pixels of these lengths are enough; none of them comes near the box.
+GAPS = np.array([0.2, 0.5, 0.85], np.float32) * np.linalg.norm(W.reshape(PIXELS, 3)[ORDER[:5]])
 
 
 def _logits(w, gaps, x):
-    """Logits whose margin is a gap at grey images and falls along w; the red corner says which gap."""
+    """Logits whose margin is a gap at grey images, and falls along w."""
     margin = gaps - jnp.sum(w * (x - 0.5), axis=(1, 2, 3))
     return jnp.stack([margin, jnp.zeros_like(margin)], axis=1)
 

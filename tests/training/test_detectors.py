@@ -49,7 +49,8 @@ def test_an_easy_set_is_learnt_and_the_checkpoint_is_verified(tmp_path):
     found = detectors.accuracy(NAME, params, test)
     assert {group: estimate.count for group, estimate in found.items()} == {"all": 32, "real": 16, "splice": 16}
     assert found["all"].mean == 1
-    folder = detectors.save(detectors.Trained(NAME, params, found), Generated(train, test, 0.0), root=tmp_path / "ckpts")
+    trained, data = detectors.Trained(NAME, params, found), Generated(train, test, 0.0)
+    folder = detectors.save(trained, data, root=tmp_path / "ckpts")
     network, loaded = load(NAME, root=tmp_path / "ckpts")
     assert network.classes == ("real", "generated")
     for name, value in loaded.items():

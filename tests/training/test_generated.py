@@ -102,7 +102,7 @@ def test_the_set_is_read_again_and_is_a_source(made, pictures):
     source = data.open_source(out / "test.npz", crop=data.Crop(32), classes=("real", "generated"))
     assert source[1].label == 1
     np.testing.assert_allclose(source[1].image * 255, found.test.images[1], atol=1e-3)
-    with pytest.raises(ValueError, match="holds results of another config.*epochs"):
+    with pytest.raises(ValueError, match=r"holds results of another config.*epochs"):
         generated.make(out, pictures=pictures, crops=4, held_out_crops=3, epochs=2)
     with pytest.raises(ValueError, match="crops must be at least 1, got 0"):
         generated.make(out, pictures=pictures, crops=0)
