@@ -92,7 +92,7 @@ class KeyPixels:
     rho: Real = 0.01
     growth: Real = 2.0
     most: Real = 0.1
-    weights: Float[Array, "b h w 1"] | None = None
+    weights: Float[Array, "b h w c"] | None = None
     norm: Literal["l2", "linf"] = static(default="l2")
     steps: int = static(default=20)
     rounds: int = static(default=4)

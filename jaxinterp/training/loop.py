@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,9 @@ class Outcome(NamedTuple):
     statistics: Mapping[str, Array] = {}
 
 
+@runtime_checkable
 class Loss(Protocol):
-    """`loss(params, images, labels, keys) -> Outcome`: images [B,H,W,C] in [0, 1], labels [B], a random key for each."""
+    """`loss(params, images, labels, keys) -> Outcome`: images [B,H,W,C] in [0, 1], labels [B], a key for each."""
 
     def __call__(
         self, params: Params, images: Float[Array, "b h w c"], labels: Int[Array, " b"], keys: Any, /
@@ -147,8 +148,8 @@ def fit(
     stored = run.read_state(name, first)
     if stored is not None and not np.array_equal(stored["identity"], identity):
         raise ValueError(
-            f"{run.directory}: the stored state of {name} belongs to {list(stored['identity'][:3])} examples, batch size "
-            f"and epochs, expected {list(identity[:3])} and the same key; choose another directory"
+            f"{run.directory}: the stored state of {name} belongs to {list(stored['identity'][:3])} examples, batch "
+            f"size and epochs, expected {list(identity[:3])} and the same key; choose another directory"
         )
     done, state = (0, first["state"]) if stored is None else (int(stored["done"]), stored["state"])
     total, written = epochs * per_epoch, time.monotonic()

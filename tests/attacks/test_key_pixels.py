@@ -103,6 +103,6 @@ def test_bad_weights_are_named():
         with pytest.raises(ValueError, match=r"KeyPixels.weights must have shape \(3, 10, 10, 1\)"):
             attack_on(dataclasses.replace(BASE, weights=jnp.ones(shape)))
     with pytest.raises(ValueError, match=r"KeyPixels.weights must be finite and not negative"):
-        attack_on(dataclasses.replace(BASE, weights=-np.ones((3, SIDE, SIDE, 1))))
+        attack_on(dataclasses.replace(BASE, weights=-jnp.ones((3, SIDE, SIDE, 1))))
     with pytest.raises(ValueError, match=r"KeyPixels.norm must be one of l2, linf"):
         attack_on(dataclasses.replace(BASE, norm="l1"))
