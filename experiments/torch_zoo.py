@@ -259,8 +259,8 @@ class SeparableDetector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU())
-        for index, (inputs, outputs) in enumerate(((16, 32), (32, 64), (64, 64)), 1):
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU())
+        for index, (inputs, outputs) in enumerate(((24, 32), (32, 64), (64, 64)), 1):
             depthwise = nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False)
             self.add_module(f"sep{index}", nn.Sequential(depthwise, nn.Conv2d(inputs, outputs, 1), nn.ReLU()))
         self.fc = nn.Linear(64, 2)

@@ -102,8 +102,8 @@ class SeparableDetector(nnx.Module):
                 ]
             )
 
-        self.conv1 = Sequential([Conv(3, 16, 3, padding=1, bias=True, rngs=rngs), jax.nn.relu])
-        self.sep1, self.sep2, self.sep3 = separable(16, 32), separable(32, 64), separable(64, 64)
+        self.conv1 = Sequential([Conv(3, 24, 3, stride=2, padding=1, bias=True, rngs=rngs), jax.nn.relu])
+        self.sep1, self.sep2, self.sep3 = separable(24, 32), separable(32, 64), separable(64, 64)
         self.fc = Linear(64, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, tap: Tap) -> jax.Array:
