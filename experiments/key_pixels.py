@@ -354,8 +354,7 @@ class Table:
         """Whether mine is less than half of theirs; the ratio says whether it is less at all."""
         with np.errstate(divide="ignore", invalid="ignore"):
             gain = self.mean(np.log2(theirs / mine))
-        times = f"{2**-gain.mean:.2f} times [{2**-gain.high:.2f}, {2**-gain.low:.2f}], {gain.count} pictures"
-        return Answer(claim, times, verdict(gain, -np.log2(WELL_BELOW)))
+        return Answer(claim, times(gain), verdict(gain, -np.log2(WELL_BELOW)))
 
     def black_box(self, target: str) -> list[Answer]:
         """On another detector, at the radius at which the others deceive it as often as key pixels do at their best."""
@@ -372,12 +371,21 @@ class Table:
                 # One deceives other squares than the other does: pictures are compared by their means.
                 mine, theirs = (self.by_picture(self.won(a, what, s, target)) for a, s in ((KEYS[0], best), (other, k)))
                 gain = bootstrap_mean(np.log2(theirs / mine), seed=self.seed)
-                text = (
-                    f"{2**-gain.mean:.2f} times [{2**-gain.high:.2f}, {2**-gain.low:.2f}], {gain.count} pictures;"
-                    f" deceived {self.rate(KEYS[0], best, target):.2f} and {self.rate(other, k, target):.2f}"
-                )
-                found.append(Answer(claim, text, verdict(gain, -np.log2(WELL_BELOW))))
+                rate = f"deceived {self.rate(KEYS[0], best, target):.2f} and {self.rate(other, k, target):.2f}"
+                found.append(Answer(claim, f"{times(gain)}; {rate}", verdict(gain, -np.log2(WELL_BELOW))))
         return found
+
+
+def times(gain: Estimate) -> str:
+    """The ratio that a mean of log2 stands for."""
+    if gain.count < 2:
+        return f"{gain.count} pictures on which both succeed"
+    return f"{2**-gain.mean:.2f} times [{2**-gain.high:.2f}, {2**-gain.low:.2f}], {gain.count} pictures"
+
+
+def short(model: str) -> str:
+    """A detector's name in figures."""
+    return model.removeprefix("detector_")
 
 
 # ---- Figures
@@ -395,15 +403,17 @@ def draw(
         return
     names = (*KEYS, *OTHERS)
     panels = {
-        title: {model: {attack: t.mean(t.first(attack, what)) for attack in names} for model, t in tables.items()}
+        title: {short(model): {a: t.mean(t.first(a, what)) for a in names} for model, t in tables.items()}
         for what, title in (("l0", "share of pixels that change"), ("l2", "L2 norm"))
     }
     plots.save(plots.bars(panels, ylabel="mean over pictures, at equal success"), run.directory / "norms.png")
 
     def deceived(attack: str) -> dict[str, dict[str, Estimate]]:
         return {
-            model: {
-                other: t.transferred(attack, other) if other != model else t.rate(attack, 0 if attack in KEYS else -1)
+            short(model): {
+                short(other): t.rate(attack, 0 if attack in KEYS else -1)
+                if other == model
+                else t.transferred(attack, other)
                 for other in tables
             }
             for model, t in tables.items()
@@ -413,7 +423,7 @@ def draw(
     figure = plots.matrices(transfers, row="made on", column="tried on", unit="share of squares deceived")
     plots.save(figure, run.directory / "transfer.png")
     shares = {
-        f"{attack}, {model}": {
+        f"{attack}, {short(model)}": {
             kind: t.mean(found[model][f"{attack}/kinds"][:, i]).interval for i, kind in enumerate(KINDS)
         }
         for model, t in tables.items()

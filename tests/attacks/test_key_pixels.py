@@ -104,5 +104,3 @@ def test_bad_weights_are_named():
             attack_on(dataclasses.replace(BASE, weights=jnp.ones(shape)))
     with pytest.raises(ValueError, match=r"KeyPixels.weights must be finite and not negative"):
         attack_on(dataclasses.replace(BASE, weights=-jnp.ones((3, SIDE, SIDE, 1))))
-    with pytest.raises(ValueError, match=r"KeyPixels.norm must be one of l2, linf"):
-        attack_on(dataclasses.replace(BASE, norm="l1"))
