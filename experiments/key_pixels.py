@@ -164,8 +164,8 @@ def attacked(
     model, key = models[name], jax.random.key(setting.seed)
     clean_classes = [np.asarray(classify(models[other], images)) for other in loaded]
     kept: dict[str, np.ndarray] = {"right": np.asarray(clean_classes[list(loaded).index(name)] == labels)}
-    map_of = np.asarray(cam.normalised(cam.maps(network, params, images, labels, "gradcam")))
-    weights = np.asarray(cam.resize(map_of, images.shape[1]))[..., None].clip(0)
+    maps = cam.normalised(cam.maps(network, params, images, labels, "gradcam"))
+    weights = cam.resize(maps, images.shape[1])[..., None]
     for attack, strengths in STRENGTHS.items():
         many = len(strengths)
 
@@ -173,7 +173,7 @@ def attacked(
             return jnp.repeat(x, many, axis=0)
 
         strength = jnp.tile(jnp.asarray(strengths, jnp.float32), len(labels))
-        made = build(attack, strength, tiled(jnp.asarray(weights)), setting)
+        made = build(attack, strength, tiled(weights), setting)
         # Smaller batches would be programs of their own, which take longer to compile than they save.
         result = attacks.run(made, model, tiled(images), tiled(labels), key=key, compact=False)
         errs = [np.asarray(classify(models[other], result.images) != tiled(labels)) for other in loaded]

@@ -144,8 +144,8 @@ def make(
         },
     )
     if (done := run.directory / "made.json").is_file():
-        loaded = (Squares.load(run.directory / f"{part}.npz") for part in ("train", "test"))
-        return Generated(*loaded, json.loads(done.read_text())["psnr"])
+        train, test = (Squares.load(run.directory / f"{part}.npz") for part in ("train", "test"))
+        return Generated(train, test, json.loads(done.read_text())["psnr"])
     reduced = {os.path.basename(path): _reduced(path) for path in paths}
     parts = [{name: reduced[name] for name in group} for group in names]
     real = [

@@ -1,6 +1,7 @@
 """Key pixels on linear models, where every stage of the search has a closed form."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def _logits(w, gaps, x):
     return jnp.stack([margin, jnp.zeros_like(margin)], axis=1)
 
 
-def attack_on(attack=BASE, gaps=GAPS, w=W):
+def attack_on(attack=BASE, gaps: Any = GAPS, w=W):
     """The attack on grey images with these margins."""
     return run(attack, Partial(_logits, jnp.asarray(w), jnp.asarray(gaps)), GRAY, LABELS, key=KEY, compact=False)
 

@@ -54,7 +54,7 @@ DEEPER: tuple[str, ...] = ("densenet121", "googlenet", "inception_v3", "squeezen
 DEEPER += ("cifar_resnet18", "cifar_resnet56", "resnet34", "resnet50", "resnet101", "resnet152")
 DEEPER += ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 DEEPER += tuple(f"efficientnet_lite{i}" for i in range(5))
-DEEPER += ("alexnet", "squeezenet1_1")
+DEEPER += ("alexnet", "squeezenet1_1", "detector_meso", "detector_residual")
 
 
 @pytest.mark.parametrize(

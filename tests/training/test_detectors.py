@@ -11,7 +11,7 @@ from jaxinterp.training import detectors
 from jaxinterp.training.generated import Generated, Squares
 from jaxinterp.weights import seeded
 
-NAME = "detector_separable"
+NAME = "detector_residual"
 
 
 def easy(count: int, seed: int) -> Squares:
@@ -32,7 +32,7 @@ def test_a_square_is_turned_and_mirrored_in_eight_ways():
 
 def test_the_loss_is_cross_entropy():
     params = jax.tree.map(jnp.asarray, seeded.params(models.shapes(NAME)))
-    images = np.broadcast_to(np.array([0.2, 0.9], np.float32)[:, None, None, None], (2, 32, 32, 3))  # alike when turned
+    images = jnp.broadcast_to(jnp.array([0.2, 0.9])[:, None, None, None], (2, 32, 32, 3))  # alike when turned
     logits = np.asarray(models.network(NAME).bind(params)(images), np.float64)
     labels = np.array([1, 0])
     expected = np.log(np.exp(logits).sum(1)) - logits[[0, 1], labels]
