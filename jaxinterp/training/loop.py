@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 @runtime_checkable
 class Loss(Protocol):
-    """`loss(params, images, labels, keys) -> Outcome`: images [B,H,W,C] in [0, 1], labels [B], a key for each."""
+    """`loss(params, images, labels, keys) -> Outcome`: images [B,H,W,C] in [0, 1], labels [B], random keys [B]."""
 
     def __call__(
         self, params: Params, images: Float[Array, "b h w c"], labels: Int[Array, " b"], keys: Any, /
@@ -99,7 +99,7 @@ def fit(
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     frozen: Callable[[str], bool] = is_statistic,
     mesh: Mesh | None = None,
-    store_every: float = _STORED,
+    store_every: float | int = _STORED,
     quiet: bool = False,
 ) -> Fitted:
     """Minimises the mean of a loss over the examples of a source, from `params` or from the state stored in `run`.
@@ -119,7 +119,7 @@ def fit(
         name: of the training in it.
         evaluate: called with the parameters after every epoch; returns what the curves show beside the training's own.
         frozen: whether the parameter of this name (its path, joined by dots) stays as it is.
-        mesh: the devices; None means all of all processes (`parallel.global_mesh`).
+        mesh: the devices; None means all there are (`parallel.global_mesh`).
         store_every: seconds after which the state is stored.
         quiet: show no progress.
 
@@ -135,21 +135,19 @@ def fit(
     per_epoch = math.ceil(count / batch_size)
     reader = _Reader(source, batch_size, mesh)
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # the loop gives its memory away
-    trained, fixed = _divided(params, frozen)
-    step, names = _step(loss, optimizer, jax.eval_shape(lambda: reader.shapes), params, key, frozen)
+    names = metrics_of(loss, params, jax.eval_shape(lambda: reader.shapes), key, frozen)
+    step = step_of(loss, optimizer, frozen)
     identity = np.array([count, batch_size, epochs, *np.asarray(jax.random.key_data(key)).ravel()], np.int64)
     first = {
         "identity": identity,
         "done": np.zeros((), np.int64),
-        "state": shares.replicated(
-            (trained, fixed, optimizer.init(trained), {n: jnp.zeros(()) for n in (*names, "examples")}), mesh
-        ),
+        "state": shares.replicated(begin(params, optimizer, names, frozen), mesh),
     }
     stored = run.read_state(name, first)
     if stored is not None and not np.array_equal(stored["identity"], identity):
         raise ValueError(
-            f"{run.directory}: the stored state of {name} belongs to {list(stored['identity'][:3])} examples, batch "
-            f"size and epochs, expected {list(identity[:3])} and the same key; choose another directory"
+            f"{run.directory}: the stored state of {name} belongs to {stored['identity'][:3].tolist()} examples, batch "
+            f"size and epochs, expected {identity[:3].tolist()} and the same key; choose another directory"
         )
     done, state = (0, first["state"]) if stored is None else (int(stored["done"]), stored["state"])
     total, written = epochs * per_epoch, time.monotonic()
@@ -166,8 +164,7 @@ def fit(
             bar.update()
             if done % per_epoch == 0:
                 state, measured = _measured(state, name, epoch)
-                whole = _merged(state[0], state[1])
-                measured |= dict(evaluate(whole)) if evaluate is not None else {}
+                measured |= dict(evaluate(_merged(*_local(state[:2])))) if evaluate is not None else {}
                 bar.set_postfix({n: f"{v:.3g}" for n, v in measured.items()})
                 if group.first:
                     run.write_part(_epoch(name, epoch), {n: np.asarray(v, np.float64) for n, v in measured.items()})
@@ -235,7 +232,7 @@ class _Reader:
             assert self.threads is not None
             images = np.zeros((self.rows, *self.example.shape), np.float32)
             labels = np.zeros(self.rows, np.int32)
-            for row, found in enumerate(self.threads.map(self._one, numbers)):
+            for row, found in enumerate(self.threads.map(self._one, numbers.tolist())):
                 if found is None:
                     images[row], weights[row] = self.example, 0
                     continue
@@ -249,7 +246,7 @@ class _Reader:
 
     def _one(self, number: int) -> Any:
         try:
-            return self.source[int(number)]
+            return self.source[number]
         except DamagedImage as error:
             if (error.id, error.reason) not in self.damaged:
                 self.damaged.append((error.id, error.reason))
@@ -263,27 +260,27 @@ class _Reader:
         raise ValueError("source has no example that can be read")
 
 
-def _step(
-    loss: Loss, optimizer: optax.GradientTransformation, shapes: Any, params: Params, key: jax.Array, frozen: Any
-) -> tuple[Callable, list[str]]:
-    """The jitted step, and the names of what it measures."""
+def begin(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    metrics: Sequence[str],
+    frozen: Callable[[str], bool] = is_statistic,
+) -> Any:
+    """The state before the first step: trained parameters, others, the optimizer's memory, sums of what is measured."""
+    trained, fixed = _divided(params, frozen)
+    return trained, fixed, optimizer.init(trained), {name: jnp.zeros(()) for name in (*metrics, "examples")}
 
-    def outcome(params, batch, key):
-        images, labels, numbers, _ = batch
-        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-        found = loss(params, images, labels, keys)
-        if not isinstance(found, Outcome):
-            raise TypeError(f"loss must return an Outcome, got {type(found).__name__}")
-        for name, value in {"losses": found.losses, **found.metrics}.items():
-            if jnp.shape(value) != labels.shape:
-                raise TypeError(f"loss: {name} must have the shape {labels.shape}, got {jnp.shape(value)}")
-        for name in found.statistics:
-            if not isinstance(params, Mapping) or name not in params or not frozen(name):
-                raise TypeError(f"loss: statistics must be parameters that are not trained, got {name!r}")
-        return found
+
+def step_of(
+    loss: Loss, optimizer: optax.GradientTransformation, frozen: Callable[[str], bool] = is_statistic
+) -> Callable[[Any, tuple[Array, Array, Array, Array], jax.Array], Any]:
+    """The jitted `step(state, (images, labels, numbers, weights), key) -> state`; it takes the state's memory.
+
+    The arguments are those of `fit`; numbers [B] are those of the examples, weights [B] theirs in the mean.
+    """
 
     def mean(trained, fixed, batch, key):
-        found, weights = outcome(_merged(trained, fixed), batch, key), batch[3]
+        found, weights = _outcome(loss, _merged(trained, fixed), batch, key, frozen), batch[3]
         return jnp.sum(weights * found.losses) / jnp.maximum(jnp.sum(weights), 1), found
 
     def step(state, batch, key):
@@ -297,8 +294,33 @@ def _step(
         sums = {name: sums[name] + jnp.sum(batch[3] * value) for name, value in added.items()}
         return trained, fixed, memory, sums
 
-    found = jax.eval_shape(outcome, params, shapes, key)
-    return jax.jit(step, donate_argnums=0), ["loss", *found.metrics]
+    return jax.jit(step, donate_argnums=0)
+
+
+def metrics_of(
+    loss: Loss, params: Params, batch: Any, key: jax.Array, frozen: Callable[[str], bool] = is_statistic
+) -> list[str]:
+    """The names of what a loss measures, "loss" first; nothing is computed, and `batch` may be shapes.
+
+    Raises:
+        TypeError: the loss does not return what `Outcome` describes.
+    """
+    return ["loss", *jax.eval_shape(lambda p, b, k: _outcome(loss, p, b, k, frozen), params, batch, key).metrics]
+
+
+def _outcome(loss, params, batch, key, frozen):
+    images, labels, numbers, _ = batch
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    found = loss(params, images, labels, keys)
+    if not isinstance(found, Outcome):
+        raise TypeError(f"loss must return an Outcome, got {type(found).__name__}")
+    for name, value in {"losses": found.losses, **found.metrics}.items():
+        if jnp.shape(value) != labels.shape:
+            raise TypeError(f"loss: {name} must have the shape {labels.shape}, got {jnp.shape(value)}")
+    for name in found.statistics:
+        if not isinstance(params, Mapping) or name not in params or not frozen(name):
+            raise TypeError(f"loss: statistics must be parameters that are not trained, got {name!r}")
+    return found
 
 
 def _measured(state: Any, name: str, epoch: int) -> tuple[Any, dict[str, float]]:
