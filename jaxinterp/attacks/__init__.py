@@ -39,8 +39,8 @@ from jaxinterp.attacks.transparent_text import TransparentText
 from jaxinterp.attacks.watermark import Watermark
 
 FAMILIES: dict[str, tuple[type, ...]] = {
-    "at a budget": (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT, KeyPixels),
-    "the smallest change": (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB),
+    "at a budget": (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT),
+    "the smallest change": (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB, KeyPixels),
     "without gradients": (Square, SPSA, HopSkipJump, TransparentText, Watermark),
     "smooth": (SmoothPGD, SmoothBIM, SmoothCW, Smoothed),
     "several": (AutoAttack,),
