@@ -149,6 +149,7 @@ def entries(setting: Compared, side: int) -> list[Entry]:
             f"FAB {norm}": f"fab:norm={norm.lower()},candidates=4,steps={max(1, n // 4)}"
             for norm in ("L2", "Linf", "L1")
         },
+        "Key pixels": f"key-pixels:eps={l2},rounds={min(4, n)},steps={max(1, (n - 1) // 4)}",
         **{f"Square {norm}": f"square:{ball},steps={max(1, q - 1)}" for norm, ball in balls.items()},
         "SPSA": f"spsa:eps={linf},samples=9,steps={max(1, (q - 1) // 19)}",
         **{f"HopSkipJump {norm}": hop_skip_jump(norm, q) for norm in ("L2", "Linf")},

@@ -199,6 +199,79 @@ class SmallCNN(nn.Module):
         return self.fc(self.conv3(self.conv2(self.conv1(images))).mean((2, 3)))
 
 
+def _detector_input(images):
+    return (images - 0.5) / 0.25
+
+
+class MesoNet(nn.Module):
+    """Four convolutions with max-pools, two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        inputs = 3
+        for index, (outputs, kernel) in enumerate(((16, 3), (16, 5), (32, 5), (32, 5)), 1):
+            conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2)
+            self.add_module(f"conv{index}", nn.Sequential(conv, nn.ReLU()))
+            inputs = outputs
+        self.fc1, self.fc2 = nn.Linear(128, 16), nn.Linear(16, 2)
+
+    def forward(self, images):
+        """Logits [B,2] of images [B,3,32,32]."""
+        x = _detector_input(images)
+        for index in range(1, 5):
+            x = F.max_pool2d(self.get_submodule(f"conv{index}")(x), 2)
+        return self.fc2(F.leaky_relu(self.fc1(x.flatten(1)), 0.1))
+
+
+class BiasedBlock(nn.Module):
+    """Two 3x3 convolutions without batch norm, and a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+        self.shortcut = nn.Conv2d(inputs, width, 1, stride, bias=False) if inputs != width else nn.Identity()
+
+    def forward(self, x):
+        """Maps x [B,C,H,W] to the block's output."""
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+
+
+class ResidualDetector(nn.Module):
+    """Three blocks on an image and what a mean filter takes from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(6, 16, 3, 2, 1), nn.ReLU())
+        self.block1, self.block2 = BiasedBlock(16, 16, 1), BiasedBlock(16, 32, 2)
+        self.block3, self.fc = BiasedBlock(32, 64, 2), nn.Linear(64, 2)
+
+    def forward(self, images):
+        """Logits [B,2] of images [B,3,H,W]."""
+        x = _detector_input(images)
+        residual = x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        x = self.block3(self.block2(self.block1(self.conv1(torch.cat([x, 4 * residual], 1)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class SeparableDetector(nn.Module):
+    """A convolution and three separable ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU())
+        for index, (inputs, outputs) in enumerate(((24, 32), (32, 64), (64, 64)), 1):
+            depthwise = nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False)
+            self.add_module(f"sep{index}", nn.Sequential(depthwise, nn.Conv2d(inputs, outputs, 1), nn.ReLU()))
+        self.fc = nn.Linear(64, 2)
+
+    def forward(self, images):
+        """Logits [B,2] of images [B,3,H,W]."""
+        x = self.get_submodule("sep1")(self.conv1(_detector_input(images)))
+        x = self.get_submodule("sep2")(F.max_pool2d(x, 2))
+        return self.fc(self.get_submodule("sep3")(F.max_pool2d(x, 2)).mean((2, 3)))
+
+
 NORMALIZE = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what torchvision's networks expect in front
 _NORMALIZE_CIFAR = Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
@@ -209,6 +282,9 @@ NETWORKS = {
     "cifar_resnet18": lambda: CifarResNet((64, 128, 256, 512), 2, "B", _NORMALIZE_CIFAR),
     "carlini_mnist": lambda: Carlini(1, 32, 64, 1024, 200),
     "carlini_cifar": lambda: Carlini(3, 64, 128, 3200, 256),
+    "detector_meso": MesoNet,
+    "detector_residual": ResidualDetector,
+    "detector_separable": SeparableDetector,
     "small_cnn": SmallCNN,
     "caffe_squeezenet1_1": CaffeSqueezeNet,
     "cifar10_cnn": Cifar10CNN,

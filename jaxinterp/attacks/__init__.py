@@ -17,6 +17,7 @@ from jaxinterp.attacks.fgsm import FGSM
 from jaxinterp.attacks.fmn import FMN
 from jaxinterp.attacks.hopskipjump import HopSkipJump
 from jaxinterp.attacks.ifgsm import IFGSM
+from jaxinterp.attacks.key_pixels import KeyPixels
 from jaxinterp.attacks.mifgsm import MIFGSM
 from jaxinterp.attacks.pgd import PGD
 from jaxinterp.attacks.smooth_cw import SmoothCW
@@ -39,7 +40,7 @@ from jaxinterp.attacks.watermark import Watermark
 
 FAMILIES: dict[str, tuple[type, ...]] = {
     "at a budget": (FGSM, IFGSM, PGD, MIFGSM, APGD, APGDT),
-    "the smallest change": (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB),
+    "the smallest change": (CW, CWLinf, CWL0, EAD, StrAttack, DeepFool, DDN, FMN, FAB, KeyPixels),
     "without gradients": (Square, SPSA, HopSkipJump, TransparentText, Watermark),
     "smooth": (SmoothPGD, SmoothBIM, SmoothCW, Smoothed),
     "several": (AutoAttack,),
@@ -74,6 +75,7 @@ __all__ = [
     "DiverseInputs",
     "Finding",
     "HopSkipJump",
+    "KeyPixels",
     "Nesterov",
     "ScaleInvariant",
     "SmoothBIM",

@@ -19,6 +19,9 @@ from jaxinterp.models.carlini import Carlini
 from jaxinterp.models.cifar10_cnn import Cifar10CNN
 from jaxinterp.models.cifar_resnet import CifarResNet, CifarResNet18
 from jaxinterp.models.densenet import DenseNet
+from jaxinterp.models.detectors import CLASSES as REAL_OR_GENERATED
+from jaxinterp.models.detectors import IMAGE_SIZE as DETECTED
+from jaxinterp.models.detectors import MesoNet, ResidualDetector, SeparableDetector
 from jaxinterp.models.efficientnet_lite import SCALES, EfficientNetLite
 from jaxinterp.models.googlenet import GoogLeNet
 from jaxinterp.models.inception import InceptionV3
@@ -109,6 +112,20 @@ def _architectures() -> dict[str, Architecture]:
     mnist, cifar = (functools.partial(Carlini, dataset) for dataset in ("mnist", "cifar"))
     table["carlini_mnist"] = _tiny(mnist, "Carlini and Wagner 2017", 28, channels=1, class_names=_DIGITS)
     table["carlini_cifar"] = _tiny(cifar, "Carlini and Wagner 2017", class_names=_CIFAR10)
+    for name, build, reference, node in (
+        ("meso", MesoNet, "Afchar et al. 2018", None),
+        ("residual", ResidualDetector, "He et al. 2016", "block3"),
+        ("separable", SeparableDetector, "Chollet 2017", "sep3"),
+    ):
+        table[f"detector_{name}"] = Architecture(
+            build,
+            reference,
+            DETECTED,
+            cam_node=node,
+            crop_pct=1.0,
+            classes=len(REAL_OR_GENERATED),
+            class_names=REAL_OR_GENERATED,
+        )
     table["small_cnn"] = _tiny(SmallCNN, "Zhou et al. 2016", cam_node="conv3")
     return table
 

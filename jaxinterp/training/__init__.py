@@ -1,1 +1,1 @@
-"""Training in JAX: a loop for any loss (`loop`), with adversarial and consistent training (`consistent`) on it."""
+"""Training in JAX: a loop for any loss (`loop`), consistent training (`consistent`), detectors of generated pictures."""

@@ -42,6 +42,7 @@ from jaxinterp.attacks import (
     DeepFool,
     DiverseInputs,
     HopSkipJump,
+    KeyPixels,
     Nesterov,
     ScaleInvariant,
     SmoothBIM,
@@ -126,6 +127,8 @@ CASES: dict[str, Any] = {
     "sbim": SmoothBIM(eps=0.05, steps=5, cg_steps=20),
     "scw": SmoothCW(lr=0.05, initial_const=1.0, search_steps=3, steps=15, cg_steps=20),
     "smoothed": Smoothed(IFGSM(eps=0.06, steps=3), alpha=0.5, lam=10.0, tries=4, cg_steps=20),
+    "key-pixels": KeyPixels(eps=0.6, rho=0.05, most=0.5, steps=5, rounds=3, prunes=6, lengths=4),
+    "key-pixels-linf": KeyPixels(eps=0.1, rho=0.1, most=0.8, norm="linf", steps=5, rounds=3, prunes=4, lengths=3),
     "cw-linf": CWLinf(lr=0.05, initial_const=1.0, decrease=0.7, search_steps=4, steps=12),
     "cw-l0": CWL0(lr=0.02, initial_const=0.3, search_steps=8, steps=12),
     # Hues of this opacity cannot make a dark row brighter than 0.2, where the network that fails on dark ones is well.
@@ -162,6 +165,8 @@ SWEEPS = {
     "sbim": "eps",
     "scw": "initial_const",
     "smoothed": "lam",
+    "key-pixels": "eps",
+    "key-pixels-linf": "eps",
     "cw-linf": "initial_const",
     "cw-l0": "initial_const",
     "transparent-text": "opacity",
@@ -386,7 +391,7 @@ PAPER = ("ifgsm", "pgd-linf", "cw", "ead", "strattack")
 KINDS = (
     *PAPER,
     *("fgsm", "mifgsm", "apgd-linf", "spsa", "fmn-l2", "deepfool-l2", "fab-l2", "square-linf", "chain"),
-    *("hopskipjump-l2", "cw-linf", "transparent-text", "spgd", "watermark-haar"),
+    *("hopskipjump-l2", "cw-linf", "transparent-text", "spgd", "watermark-haar", "key-pixels"),
 )
 # Where an example is alone, and on many devices: one that draws in every step, too.
 SPREAD = (*PAPER, "square-linf")

@@ -54,7 +54,7 @@ DEEPER: tuple[str, ...] = ("densenet121", "googlenet", "inception_v3", "squeezen
 DEEPER += ("cifar_resnet18", "cifar_resnet56", "resnet34", "resnet50", "resnet101", "resnet152")
 DEEPER += ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 DEEPER += tuple(f"efficientnet_lite{i}" for i in range(5))
-DEEPER += ("alexnet", "squeezenet1_1")
+DEEPER += ("alexnet", "squeezenet1_1", "detector_meso", "detector_residual")
 
 
 @pytest.mark.parametrize(
@@ -161,13 +161,13 @@ def test_cam_sums_to_the_logit(name: str):
     def program(params, maps):
         head = lambda f: network.head(net, params, node, f, images)  # noqa: E731
         logits, pull_back = jax.vjp(head, maps)
-        (weights,) = pull_back(jax.nn.one_hot(jnp.asarray([1, 3]), net.num_classes))
+        (weights,) = pull_back(jax.nn.one_hot(jnp.asarray([1, 0]), net.num_classes))
         return logits, head(jnp.zeros_like(maps)), weights
 
     logits, bias, weights = map(np.asarray, program(params, maps))
     np.testing.assert_allclose(weights, np.broadcast_to(weights[:, :1, :1], shape), rtol=1e-6)
     sums = np.einsum("bhwu,bhwu->b", weights, maps)
-    expected = (logits - bias)[[0, 1], [1, 3]]
+    expected = (logits - bias)[[0, 1], [1, 0]]
     np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-5 * np.abs(logits).max())
     assert np.all(np.abs(expected) > 1e-4 * np.abs(logits).max())
 
