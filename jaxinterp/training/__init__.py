@@ -1,1 +1,1 @@
-"""Training in JAX: a loop for any loss (`loop`), consistent training (`consistent`), detectors of generated pictures."""
+"""Training in JAX: a loop for any loss, consistent training on it (`consistent`), detectors of generated pictures."""
