@@ -112,10 +112,10 @@ class KeyPixels:
             raise ValueError(f"KeyPixels.weights must have shape {shape}, one for each pixel, got {self.weights.shape}")
         zeros = jnp.zeros(images.shape[0], jnp.int32)
         search = Search(
-            weights=jnp.ones(shape) if self.weights is None else jnp.asarray(self.weights, jnp.float32),
+            weights=jnp.ones(shape, jnp.float32) if self.weights is None else jnp.asarray(self.weights, jnp.float32),
             key=jnp.zeros(shape, bool),
             base=images,
-            worth=jnp.zeros(shape),
+            worth=jnp.zeros(shape, jnp.float32),
             low=per_example(0.0, images),
             high=per_example(0.0, images),
             phase=zeros + _ATTACK,
