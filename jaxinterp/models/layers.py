@@ -266,7 +266,7 @@ def max_pool(
     where a picture is flat. Reverse-mode differentiable; forward mode (jvp) is not defined for it.
     """
     stride = kernel if stride is None else stride
-    return _max_pool(x, _Windows(x.shape[1:3], kernel, stride, padding, ceil_mode))
+    return _max_pool(x, _Windows((x.shape[1], x.shape[2]), kernel, stride, padding, ceil_mode))
 
 
 def avg_pool(
