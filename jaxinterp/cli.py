@@ -626,7 +626,7 @@ def train(
     lr: float = 3e-3,
     weight_decay: float = 0.0,
     eps: float = 0.2,
-    beta: float = 0.1,
+    beta: float = 0.003,
     node: str | None = None,
     batch_norm: Literal["batch", "frozen"] = "batch",
     begin: Literal["random", "converted"] = "random",
@@ -655,7 +655,8 @@ def train(
         lr: Highest step of Adam.
         weight_decay: Of AdamW.
         eps: Largest distance of an adversarial picture, in pixel units of [0, 1].
-        beta: Weight of the distance between feature maps.
+        beta: Weight of the distance between feature maps, a sum over all their values: larger maps want a smaller one.
+            With 0.1 small networks collapse to a constant.
         node: The feature map that is made consistent; the last one by default.
         batch_norm: By the batch's statistics, or frozen as it is everywhere else.
         begin: With random parameters, or those of `jaxinterp convert`.

@@ -51,7 +51,7 @@ class Recipe:
     lr: float = 3e-3
     weight_decay: float = 0.0
     eps: float = 0.2
-    beta: float = 0.1
+    beta: float = 0.003
     node: str | None = None
     batch_norm: str = "batch"
     seed: int = 0
