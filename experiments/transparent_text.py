@@ -204,6 +204,7 @@ def main(setting: Texts) -> None:
     run, seen, model = job.run, job.pictures, job.network.bind(job.params)
     every, size = chunks(seen, setting.batch_size), chunk_size(seen, setting.batch_size)
     equipped = job.attacks[text.name]
+    assert isinstance(equipped, attacks.TransparentText)
     mine, _ = shared_chunks(run, (text.name,), seen, setting.batch_size)
     with asked(setting) as service:
         for start in tqdm(mine, desc="overlays", unit="chunk"):

@@ -528,7 +528,7 @@ def test_a_comparison_has_a_dot_for_every_row_and_shares_of_kinds():
     )
     linear, log, kinds = figure.axes
 
-    def dots(axes):
+    def dots(axes) -> list[Any]:
         return [line for line in axes.lines if line.get_marker() == "o"]
 
     assert [tuple(dot.get_xdata()) for dot in dots(linear)] == [(0.5,), (0.0,), (1.0,)]
@@ -539,7 +539,8 @@ def test_a_comparison_has_a_dot_for_every_row_and_shares_of_kinds():
     assert (one.get_xdata()[0], two.get_xdata()[0]) == (0.5, 1.0)
     places = [dot.get_ydata()[0] for dot in dots(linear)]
     assert places[0] < places[2] < places[1]  # both of the first row above the second
-    [widths] = [[patch.get_width() for patch in kinds.patches if patch.get_width() < 1]]
+    bars: list[Any] = list(kinds.patches)
+    [widths] = [[bar.get_width() for bar in bars if bar.get_width() < 1]]
     np.testing.assert_allclose(widths, [0.25, 0.25, 0.5])
     assert {"a", "b", "first", "second", "t"} <= {text.get_text() for text in figure.texts}
     with pytest.raises(ValueError, match="at least one panel and one row"):
