@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
     def commands(self) -> list[list[str]]:
         """The arguments of the lines that begin with jaxinterp (behind a $, in a console)."""
-        lines = [line.removeprefix("$ ") for line in self.text.splitlines()]
+        lines = [line.removeprefix("$ ") for line in self.text.replace("\\\n", " ").splitlines()]
         return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("jaxinterp ")]
 
 
