@@ -37,7 +37,7 @@ LONG += ("tests/robustness/", "tests/test_canonical.py", "tests/test_pictures.py
 # `make exhaustive` optimizes everything.
 OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py", "tests/dissect/", "tests/models/")
 OPTIMIZED += ("tests/test_canonical.py", "tests/test_distributed.py", "tests/test_parallel.py")
-OPTIMIZED += ("tests/test_windowed.py", "tests/test_cam.py")
+OPTIMIZED += ("tests/test_windowed.py", "tests/test_cam.py", "tests/parity/")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
