@@ -470,6 +470,7 @@ def bench(
     node: str | None = None,
     devices: int | None = None,
     sweep: bool = False,
+    batches: tuple[int, ...] = (),
     largest: int | None = None,
     patience: float = 10.0,
     memory: float | None = None,
@@ -501,11 +502,13 @@ def bench(
             stated against the first.
         attack: Attacks to time, as in `jaxinterp attack`; may be given several times. Without it: pgd, mifgsm and cw.
         cell: Side of the cells of effects, in pixels; a fourteenth of the image by default.
-        images: Images of the dissection, a multiple of the batch; four batches by default.
+        images: Images of the dissection, at least a batch; four batches by default. Broden has 63,305.
         node: Layer that is dissected.
         devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which
             share its cores.
-        sweep: Also try batch sizes up to the memory's limit, for attacks, effect, cam and models.
+        sweep: Also try batch sizes up to the memory's limit, for attacks, effect, cam and models. Peers that attack run
+            beside each.
+        batches: The sizes to try; by default 1, 2, 4 and so on.
         largest: No larger batch than this.
         patience: No larger batch is tried after one that took longer, in seconds.
         memory: GiB that programs may take; by default what the device or the system has.
@@ -536,6 +539,7 @@ def bench(
         peers=peers,
         against=against,
         sweep=sweep,
+        batches=batches,
         largest=largest,
         patience=patience,
         memory=None if memory is None else int(memory * 2**30),

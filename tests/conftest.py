@@ -1,18 +1,24 @@
-"""Eight virtual CPU devices, and jaxtyping's shapes checked in every public signature."""
+"""Eight virtual CPU devices, and jaxtyping's shapes checked in every public signature.
+
+On another platform, as in `JAX_PLATFORMS=cuda,cpu python -m pytest tests/attacks`, products are computed in float32;
+what holds on CPUs only fails there (README, Limits).
+"""
 
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORM = os.environ.setdefault("JAX_PLATFORMS", "cpu").partition(",")[0]
+if PLATFORM != "cpu":
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Programs are compiled once for all workers, commands that tests run, and later runs: small ones, too, many of which
 # groups of tests have in common.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("jaxinterp", "beartype.beartype")
 
@@ -87,7 +93,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Optimization of what a test compiles, here and in the commands that it starts."""
-    optimized = item.config.getoption("--exhaustive") or item.nodeid.startswith(OPTIMIZED)
+    optimized = PLATFORM != "cpu" or item.config.getoption("--exhaustive") or item.nodeid.startswith(OPTIMIZED)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
 

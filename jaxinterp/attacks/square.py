@@ -265,10 +265,11 @@ def _pattern(rows, columns, side, turned):
     rows, columns = jnp.where(turned, columns, rows), jnp.where(turned, rows, columns)
     half = side // 2
     upper = rows < half
-    height = jnp.where(upper, half, side - half)
-    rows = jnp.where(upper, rows, rows - half)
-    # Every pixel is in the nested boxes k = m+1..n around the centre, and the k-th one adds 1 / k^2.
-    m = jnp.maximum(jnp.abs(rows - height // 2), jnp.abs(columns - side // 2))
+    centre = jnp.where(upper, half // 2, half + (side - half) // 2)
+    # Every pixel is in the nested boxes k = m+1..n around the centre, and the k-th one adds 1 / k^2. Distances are
+    # floats: XLA's compiler for GPUs (jax 0.11.2) makes the absolute value of these integers negative.
+    down, across = (rows - centre).astype(jnp.float32), (columns - side // 2).astype(jnp.float32)
+    m = jnp.maximum(jnp.abs(down), jnp.abs(across)).astype(jnp.int32)
     n = side // 2 + 1
     sums = jnp.asarray(np.cumsum([0, *(1 / np.arange(1, max(rows.shape) // 2 + 2) ** 2)]), jnp.float32)
     value = sums[n] - sums[jnp.minimum(m, n)]

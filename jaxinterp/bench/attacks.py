@@ -54,7 +54,7 @@ def bench(
     setting: Setting,
     specs: Sequence[str] = (),
     *,
-    peers: Mapping[str, Callable[[], Any]] | None = None,
+    peers: Callable[..., Mapping[str, Callable[[], Any]]] | None = None,
     sweeping: Mapping[str, Any] | None = None,
 ) -> Found:
     """Times attacks.
@@ -62,8 +62,10 @@ def bench(
     Args:
         setting: what they run on.
         specs: attacks as text; none means `DEFAULT`. The first is swept over batch sizes.
-        peers: PGD of other libraries, by name, on the same images and weights; each is compared with our PGD.
-        sweeping: arguments of `jaxinterp.bench.sweep.sweep`; None: no sweep.
+        peers: returns PGD of other libraries, by name, on the setting's images and weights or on as many images as it
+            is given; each is compared with our PGD.
+        sweeping: arguments of `jaxinterp.bench.sweep.sweep`; None: no sweep. With peers the sweep is of the PGD that
+            they run, too.
 
     Raises:
         ValueError: an unknown attack or parameter; not even one image fits into memory.
@@ -96,7 +98,8 @@ def bench(
 
             account = functools.partial(_account, setting, attack, model, form, lambda n=name, f=form: results[n, f])
             tasks.append(Task(f"{name} {form}", attacked, account, "image steps", form))
-    if peers:
+    theirs = {} if peers is None else peers()
+    if theirs:
         ours, same, form = f"ours, {PEER}", from_spec(PEER, attacks.ATTACKS), peer_form(setting)
         bound = setting.network.bind(setting.params)
 
@@ -106,7 +109,7 @@ def bench(
 
         counted = functools.partial(Account, setting.batch * PEER_STEPS)
         tasks.append(Task(ours, as_peers, counted, "image steps", form))
-        tasks += [Task(name, run, counted, "image steps", form, over=(ours, 1.0)) for name, run in peers.items()]
+        tasks += [Task(name, run, counted, "image steps", form, over=(ours, 1.0)) for name, run in theirs.items()]
     found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
     for row in found.rows:
         form, (name, _, _) = row["format"], row["name"].rpartition(" ")
@@ -117,8 +120,12 @@ def bench(
     found.changes = _changes(setting, chosen, results, gradients)
     if sweeping is not None:
         first = next(iter(chosen))
-        found.sweep = sweep(functools.partial(_trial, setting, chosen[first]), **sweeping)
-        found.more["swept"] = first
+        if peers is not None and theirs:
+            beside = functools.partial(_trial, setting, from_spec(PEER, attacks.ATTACKS), peer_form(setting), peers)
+            found.sweep, found.more["swept"] = sweep(beside, **sweeping), PEER
+        else:
+            alone = functools.partial(_trial, setting, chosen[first], setting.forms[0], None)
+            found.sweep, found.more["swept"] = sweep(alone, **sweeping), first
     return found
 
 
@@ -161,8 +168,7 @@ def _loop(attack: Attack, model: Model, images: Any, labels: Any, key: jax.Array
     return attacks.lowered(attack, model, jax.eval_shape(begin, model, images, labels))
 
 
-def _trial(setting: Setting, attack: Attack, batch: int) -> Trial:
-    form = setting.forms[0]
+def _trial(setting: Setting, attack: Attack, form: str, peers: Callable[..., Any] | None, batch: int) -> Trial:
     network, params = network_in(form, setting.network, setting.params)
     model, labels = network.bind(params), setting.labels_of(batch)
     _, *shape = setting.images(1).shape
@@ -176,7 +182,8 @@ def _trial(setting: Setting, attack: Attack, batch: int) -> Trial:
         with computing_in(form):
             return attacks.run(attack, model, images(), labels, key=setting.key())
 
-    return Trial(size, run, batch * attack.iterations)
+    others = dict if peers is None else functools.partial(peers, batch)
+    return Trial(size, run, batch * attack.iterations, others)
 
 
 def _changes(

@@ -1,13 +1,14 @@
 """Network dissection: feature maps, thresholds, the tally in its forms and the whole, in images a second.
 
 Images are made by rule, label maps are random regions with as many labels in an image as Broden has, so that nothing
-is read from a disk.
+is read from a disk; they repeat after a few hundred. Parts are timed on a share of them, which memory holds many times.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,12 +20,13 @@ from jaxinterp.bench import formats
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
-from jaxinterp.data import Concepts, SegmentedArrays
+from jaxinterp.data import Concepts, Segmented, SegmentedBatch
 from jaxinterp.dissect.counting import Form
 from jaxinterp.dissect.dissection import extractor
 from jaxinterp.network import capture
 
 LABELS, CATEGORIES, SIDE = 1198, 6, 112  # of Broden at 224 pixels
+_PART = 512  # images of which parts are timed, at most, unless a batch is larger
 
 
 def concepts() -> Concepts:
@@ -52,10 +54,48 @@ def label_maps(
     return planes, rng.integers(1, LABELS, (images, 2)).astype(np.int16)
 
 
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """A source of any length over few items, which it repeats in order.
+
+    Attributes:
+        images: [N,H,W,C].
+        planes: [N,channels,sh,sw].
+        scalars: [N,n].
+        concepts: what the labels mean.
+        count: its length.
+    """
+
+    images: np.ndarray
+    planes: np.ndarray
+    scalars: np.ndarray
+    concepts: Concepts
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Segmented:
+        i = range(self.count)[index] % len(self.images)
+        return Segmented(self.images[i], self.planes[i], self.scalars[i], str(index))
+
+    def walk(self, batch_size: int) -> Iterator[tuple[np.ndarray, SegmentedBatch]]:
+        """Batches as `jaxinterp.dissect.dissect` walks through them."""
+        for start in range(0, self.count, batch_size):
+            number = np.arange(start, start + batch_size, dtype=np.int32)
+            mask = number < self.count
+            number *= mask
+            first = start % len(self.images)
+            view = slice(first, first + batch_size)  # where it can be had; NumPy copies what indices choose
+            i = view if mask.all() and view.stop <= len(self.images) else number % len(self.images)
+            ids = tuple(map(str, number[mask]))
+            yield number, SegmentedBatch(self.images[i], self.planes[i], self.scalars[i], ids, mask)
+
+
 def check(setting: Setting, images: int, node: str | None) -> str:
     """The layer that is dissected. Arguments and errors are those of `bench`."""
-    if images < 1 or images % setting.batch:
-        raise ValueError(f"--images must be a multiple of --batch, {setting.batch}, got {images}")
+    if images < setting.batch:
+        raise ValueError(f"--images must be at least --batch, {setting.batch}, got {images}")
     node = node or setting.network.cam_node or setting.network.nodes[-1]
     return setting.network.check_node(node, argument="--node")
 
@@ -65,19 +105,20 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
 
     Args:
         setting: what is run.
-        images: how many images, a multiple of the batch.
+        images: how many images are dissected, at least a batch.
         node: the layer; None is the network's CAM node, or else its last.
 
     Raises:
-        ValueError: images that are no multiple of the batch, an unknown layer.
+        ValueError: fewer images than a batch, an unknown layer.
     """
     node = check(setting, images, node)
-    pictures = np.asarray(setting.images(images))
+    part = min(images // setting.batch, max(1, _PART // setting.batch)) * setting.batch
+    pictures = np.asarray(setting.images(part))
     side = SIDE if setting.network.image_size >= SIDE else 7 * max(1, setting.network.image_size // 14)
-    planes, scalars = label_maps(images, side=side)
+    planes, scalars = label_maps(part, side=side)
     names = concepts()
-    source = SegmentedArrays(pictures, planes, names, scalars=scalars)
-    batches = [jnp.asarray(pictures[i : i + setting.batch]) for i in range(0, images, setting.batch)]
+    source = Repeated(pictures, planes, scalars, names, images)
+    batches = [jnp.asarray(pictures[i : i + setting.batch]) for i in range(0, part, setting.batch)]
     tasks, results = [], {}
     ways: tuple[Form, ...] = ("gated", "dense") if jax.default_backend() == "cpu" else ("dense",)
     for form in setting.forms:
@@ -96,18 +137,25 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
                 spent, size = program(extract, params, batches[0])
                 bare = as_written(written, params, batches[0])
             times = len(batches)
-            return Account(images, spent and spent.times(times), bare and bare.times(times), size)
+            return Account(part, spent and spent.times(times), bare and bare.times(times), size)
 
         def whole(network=network, params=params, form=form):
             with computing_in(form):
                 results["whole", form] = dissect.dissect(
-                    network, params, node, source, batch_size=setting.batch, top=min(9, images)
+                    network,
+                    params,
+                    node,
+                    source,
+                    batch_size=setting.batch,
+                    top=min(9, images),
+                    walk=functools.partial(source.walk, setting.batch),
                 )
 
         passed = (f"feature maps {form}", 1.0)
-        counted = functools.partial(Account, images)
+        counted = functools.partial(Account, part)
         tasks.append(Task(f"feature maps {form}", forward, forward_account, "images", form))
-        tasks.append(Task(f"whole dissection {form}", whole, counted, "images", form, over=passed))
+        all_of_them, passes = functools.partial(Account, images), (passed[0], images / part)
+        tasks.append(Task(f"whole dissection {form}", whole, all_of_them, "images", form, over=passes))
         if form != setting.forms[0]:
             continue
         kept = functools.cache(lambda forward=forward: jnp.concatenate(forward()))  # after its own first run
@@ -124,7 +172,7 @@ def bench(setting: Setting, images: int = 64, node: str | None = None) -> Found:
 
             tasks.append(Task(f"tally, {way} {form}", tally, counted, "images", form, over=passed))
     found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
-    found.more = {"node": node, "images": images, "label maps": side}
+    found.more = {"node": node, "images": images, "images of parts": part, "label maps": side}
     if len(ways) > 1:
         counts = [dataclasses.astuple(results[way]) for way in ways]
         same = all(np.array_equal(a, b) for a, b in zip(*counts, strict=True))

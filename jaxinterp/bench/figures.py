@@ -115,7 +115,16 @@ def batches(rows: Sequence[Mapping[str, Any]], *, what: str, unit: str, limit: i
     seconds = {key: np.array([row["seconds"][key] for row in rows]) for key in ("median", "low", "high")}
     work = np.array([row["per_second"] for row in rows]) * seconds["median"]
     panels[0].fill_between(size, work / seconds["high"], work / seconds["low"], color=LINES[0], alpha=0.16, linewidth=0)
-    panels[0].plot(size, work / seconds["median"], color=LINES[0], linewidth=1.8, marker="o", markersize=4)
+    names = list(dict.fromkeys(name for row in rows for name in row["others"]))
+    ours = "jaxinterp" if names else None
+    panels[0].plot(size, work / seconds["median"], color=LINES[0], linewidth=1.8, marker="o", markersize=4, label=ours)
+    for i, name in enumerate(names, 2):
+        there = [row for row in rows if row["others"].get(name)]
+        rate = [row["others"][name]["per_second"] for row in there]
+        color = LINES[i % len(LINES)]
+        panels[0].plot([row["batch"] for row in there], rate, color=color, marker="s", markersize=3.5, label=name)
+    if names:
+        panels[0].legend(frameon=False, fontsize=8)
     panels[0].set_ylabel(f"{unit} a second")
     panels[0].set_ylim(bottom=0)
     if known:

@@ -34,6 +34,7 @@ class Options:
         peers: compare with other libraries.
         against: the PyTorch original that peers run.
         sweep: try batch sizes up to the memory's limit.
+        batches: the sizes to try; none: from 1 on, doubling.
         largest: no larger batch.
         patience: seconds that a batch may take before the sweep ends.
         memory: bytes that programs may take; None asks the device.
@@ -47,6 +48,7 @@ class Options:
     peers: bool = False
     against: str = "torchvision"
     sweep: bool = False
+    batches: tuple[int, ...] = ()
     largest: int | None = None
     patience: float = 10.0
     memory: int | None = None
@@ -123,6 +125,10 @@ def _check(subjects: Sequence[str], setting: Setting, options: Options) -> None:
             raise ValueError(f"unknown subject {subject!r}{suggest(subject, SUBJECTS)}")
     if options.largest is not None and options.largest < 1:
         raise ValueError(f"--largest must be at least 1, got {options.largest}")
+    if any(batch < 1 for batch in options.batches):
+        raise ValueError(f"--batches must be at least 1, got {' '.join(map(str, options.batches))}")
+    if options.batches and not options.sweep:
+        raise ValueError("--batches goes with --sweep")
     if not options.patience > 0:
         raise ValueError(f"--patience must be positive, got {options.patience} seconds")
     if options.memory is not None and options.memory < 1:
@@ -157,12 +163,13 @@ def _peers(setting: Setting, options: Options, say: Callable[[str], None]) -> pe
 
 
 def _subject(subject: str, setting: Setting, options: Options, compared: peers.Peers | None) -> Found:
-    sweeping: Mapping[str, Any] | None = None
+    sweeping: dict[str, Any] | None = None
     if options.sweep and subject in SWEPT:
         limit = device.memory_limit() if options.memory is None else options.memory
         sweeping = {"limit": limit, "largest": options.largest, "seconds": options.patience, "rounds": setting.rounds}
+        sweeping["batches"] = options.batches
     if subject == "attacks":
-        theirs = None if compared is None else compared.attacks()
+        theirs = None if compared is None else compared.attacks
         return attacks.bench(setting, options.specs, peers=theirs, sweeping=sweeping)
     if subject == "effect":
         return effect.bench(setting, options.cell, sweeping=sweeping)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxinterp.bench import device
 from jaxinterp.bench.cost import Cost, cost, position, program_bytes
@@ -88,8 +89,17 @@ def program(function: Callable[..., Any], *args: Any) -> tuple[Cost | None, int 
 
 
 def as_written(function: Callable[..., Any], *args: Any) -> Cost | None:
-    """The cost of a function before the compiler changes it; nothing is compiled."""
-    return cost(jax.jit(function).lower(*args))
+    """The cost of a function before the compiler changes it, as CPUs would compute it; nothing is compiled.
+
+    Other backends do not tell. None where there is no CPU (`JAX_PLATFORMS=cuda` without it).
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), args)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+    with jax.default_device(cpu):
+        return cost(jax.jit(function).lower(*shapes))
 
 
 def measure(tasks: Sequence[Task], *, rounds: int, peak: Callable[[str], Peak]) -> list[dict[str, Any]]:

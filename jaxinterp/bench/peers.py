@@ -67,8 +67,7 @@ class Peers:
         network = dataclasses.replace(original.network, image_size=setting.network.image_size)
         self.setting = dataclasses.replace(setting, network=network, params=params, weights=against)
         self.module = original.module.to(self._device)
-        images = np.asarray(self.setting.images()).transpose(0, 3, 1, 2).copy()
-        self._images = torch.from_numpy(images).to(self._device)
+        self._images = self._on_device(self.setting.images())
         self._labels = torch.tensor(np.asarray(self.setting.labels).tolist()).to(self._device)
 
     def difference(self) -> float:
@@ -78,20 +77,27 @@ class Peers:
         ours = np.asarray(self.setting.network.bind(self.setting.params)(self.setting.images()))
         return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
-    def attacks(self) -> Mapping[str, Callable[[], Any]]:
+    def attacks(self, batch: int | None = None) -> Mapping[str, Callable[[], Any]]:
         """PGD of the libraries that are installed, each a function that runs it to its end.
+
+        Args:
+            batch: another number of images.
 
         Raises:
             ValueError: one is installed but does not import.
         """
         found: dict[str, Callable[[], Any]] = {}
+        images, labels = self._images, self._labels
+        if batch is not None:
+            images = self._on_device(self.setting.images(batch))
+            labels = self._torch.tensor(np.asarray(self.setting.labels_of(batch)).tolist()).to(self._device)
         if torchattacks := _imported("torchattacks"):
             theirs = torchattacks.PGD(self.module, eps=EPS, alpha=STEP_SIZE, steps=PEER_STEPS, random_start=True)
-            found["torchattacks PGD"] = lambda: self._waited(theirs(self._images, self._labels))
+            found["torchattacks PGD"] = lambda: self._waited(theirs(images, labels))
         if foolbox := _imported("foolbox"):
             model = foolbox.PyTorchModel(self.module, bounds=(0, 1), device=self._device)
             attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP_SIZE, steps=PEER_STEPS, random_start=True)
-            found["foolbox LinfPGD"] = lambda: self._waited(attack(model, self._images, self._labels, epsilons=EPS)[1])
+            found["foolbox LinfPGD"] = lambda: self._waited(attack(model, images, labels, epsilons=EPS)[1])
         return found
 
     def maps(self) -> Mapping[str, Callable[[], Any]]:
@@ -111,6 +117,10 @@ class Peers:
         targets = [wanted(int(label)) for label in self._labels]
         images = self._images.clone().requires_grad_()  # without it, and with frozen parameters, there is no gradient
         return {"pytorch-grad-cam GradCAM": lambda: method(input_tensor=images, targets=targets)}
+
+    def _on_device(self, images: jax.Array) -> Any:
+        """Images [B,C,H,W] as PyTorch has them."""
+        return self._torch.from_numpy(np.asarray(images).transpose(0, 3, 1, 2).copy()).to(self._device)
 
     def _waited(self, images: Any) -> Any:
         if self._device == "cuda":

@@ -2,18 +2,19 @@
 
 Before a batch runs, its program is compiled and the compiler asked what memory it takes: a program that would not fit
 is not run. Where memory gives out in spite of that, the batch counts as too large. Sizes double; between the last that
-fits and the first that does not, halving finds the limit to within an eighth.
+fits and the first that does not, halving finds the limit to within an eighth. Or the sizes are given. Other libraries
+may run beside each, in turn.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from jaxinterp.bench.timing import interleaved, middle, warmed
+from jaxinterp.bench.timing import interleaved, middle, ratios, warmed
 
 _USABLE = 0.9  # of the memory's limit
 
@@ -26,11 +27,13 @@ class Trial:
         program: bytes that it takes by the compiler's account; None: not told, so it is tried.
         run: runs it once and returns its arrays.
         work: units of work in a run.
+        others: prepares what else does the same work, by name; called when it is clear that the batch fits.
     """
 
     program: int | None
     run: Callable[[], Any]
     work: float | int
+    others: Callable[[], Mapping[str, Callable[[], Any]]] = dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Sweep:
     """What a sweep found.
 
     Attributes:
-        rows: for every size that was timed: "batch", "seconds", "per_second", "program".
-        largest: the largest batch that fits; None where the sweep ended before.
+        rows: for every size that was timed: "batch", "seconds", "per_second", "program", and "others": by name,
+            "per_second" and "over" (their time over ours), or None where their memory gave out.
+        largest: the largest batch that fits; None where the sweep ended before, or sizes were given.
         predicted: where it ended before, what program sizes, which grow in proportion, say it would be.
         ended: why it ended: "memory", "time" or "largest".
         limit: bytes that programs may take.
@@ -59,8 +63,9 @@ def sweep(
     largest: int | None = None,
     seconds: float | int = 10.0,
     rounds: int = 3,
+    batches: Sequence[int] = (),
 ) -> Sweep:
-    """Times doubling batches until memory or patience ends.
+    """Times batches until memory or patience ends.
 
     Args:
         make: prepares a batch size without allocating what a run takes.
@@ -68,13 +73,16 @@ def sweep(
         largest: the largest batch to try.
         seconds: no larger batch is timed once a run took longer.
         rounds: how often each is timed.
+        batches: the sizes to try; none: from 1 on, doubling.
 
     Raises:
-        ValueError: not even a batch of one fits.
+        ValueError: not even the smallest batch fits.
     """
     usable, rows = int(limit * _USABLE), []
-    batch, failed, ended = 1, None, "largest"
-    while largest is None or batch <= largest:
+    failed, ended = None, "largest"
+    for batch in sorted(batches) or (1 << i for i in itertools.count()):
+        if largest is not None and batch > largest:
+            break
         row = _tried(make(batch), batch, usable, rounds)
         if row is None:
             failed, ended = batch, "memory"
@@ -83,10 +91,11 @@ def sweep(
         if row["seconds"]["median"] > seconds:
             ended = "time"
             break
-        batch *= 2
     if not rows:
-        raise ValueError(f"--memory: not even a batch of one fits into {limit} bytes")
-    if failed is None:
+        smallest = min(batches, default=1)
+        fewest = "one" if smallest == 1 else str(smallest)
+        raise ValueError(f"--memory: not even a batch of {fewest} fits into {limit} bytes")
+    if failed is None or batches:
         return Sweep(rows, None, _predicted(rows, usable), ended, limit)
     fits = rows[-1]["batch"]
     while failed - fits > max(1, fits // 8):
@@ -104,14 +113,35 @@ def _tried(trial: Trial, batch: int, usable: int, rounds: int) -> dict[str, Any]
     """A row, or None where the batch does not fit."""
     if trial.program is not None and trial.program > usable:
         return None
+    if _exhausted(trial.run):
+        return None
+    others = dict(trial.others())
+    without = [name for name, run in others.items() if _exhausted(run)]
+    runs = {"": trial.run, **{name: run for name, run in others.items() if name not in without}}
+    times = interleaved(runs, rounds)
+    seconds = middle(times[""])
+    row = {"batch": batch, "seconds": seconds, "per_second": trial.work / seconds["median"], "program": trial.program}
+    row["others"] = {
+        name: None
+        if name in without
+        else {
+            "per_second": trial.work / middle(times[name])["median"],
+            "over": middle(ratios(times[name], times[""])),
+        }
+        for name in others
+    }
+    return row
+
+
+def _exhausted(run: Callable[[], Any]) -> bool:
+    """Runs it, and tells whether memory gave out."""
     try:
-        warmed({"run": trial.run})
-        seconds = middle(interleaved({"run": trial.run}, rounds)["run"])
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            return None
+        warmed({"run": run})
+    except (RuntimeError, MemoryError) as error:  # XLA's and PyTorch's are RuntimeErrors
+        if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|out of memory", str(error)):
+            return True
         raise
-    return {"batch": batch, "seconds": seconds, "per_second": trial.work / seconds["median"], "program": trial.program}
+    return False
 
 
 def _predicted(rows: list[dict[str, Any]], usable: int) -> int | None:
@@ -129,6 +159,9 @@ def lines(found: Sweep, unit: str) -> list[str]:
     for row in sorted(found.rows, key=lambda row: row["batch"]):
         program = "" if row["program"] is None else f"{row['program'] / 2**20:10.1f} MiB"
         text.append(f"batch {row['batch']:6}  {row['per_second']:12,.1f} {unit} a second  {program}")
+        for name, other in row["others"].items():
+            told = "out of memory" if other is None else f"{other['over']['median']:.2f} times our time"
+            text.append(f"{'':14}{name}: {told}")
     unit_of = ("GiB", 2**30) if found.limit >= 2**30 else ("MiB", 2**20)
     memory = f"{_USABLE:.0%} of {found.limit / unit_of[1]:.1f} {unit_of[0]}"
     if found.largest is not None:

@@ -155,21 +155,23 @@ def of_kept(
 
 @functools.cache
 def _select(mesh: Mesh | None) -> Any:
+    block = _BLOCK if jax.default_backend() == "cpu" else None
     if mesh is None:
-        return jax.jit(_selected)
+        return jax.jit(functools.partial(_selected, block=block))
     axis = mesh.axis_names[0]
     share, whole = PartitionSpec(axis), PartitionSpec()
-    select = functools.partial(_selected, axis=axis)
+    select = functools.partial(_selected, block=block, axis=axis)
     return jax.jit(jax.shard_map(select, mesh=mesh, in_specs=(share, share, whole), out_specs=whole, check_vma=False))
 
 
-_BLOCK = 1 << 16  # keys that are compared at once: they and the counts stay in a core's cache
+_BLOCK = 1 << 16  # keys that a CPU compares at once: they and the counts stay in a core's cache
 
 
-def _selected(features, valid, rank, axis: str | None = None):
+def _selected(features, valid, rank, block: int | None, axis: str | None = None):
     """The values of `rank` and of the next one in every unit, and whether the unit has a NaN.
 
-    With `axis`, of the features of all devices along it.
+    Keys are compared in blocks of about `block`, one after the other, or all at once: an accelerator reads them faster
+    than it starts a program for each of many blocks. With `axis`, of the features of all devices along it.
     """
 
     def total(counts):
@@ -180,8 +182,8 @@ def _selected(features, valid, rank, axis: str | None = None):
     if valid is not None:
         absent = ~valid[:, None, None, None]
         keys, nan = jnp.where(absent, jnp.uint32(_LAST), keys), nan & ~absent
-    rows = max(1, _BLOCK // units)
     keys = keys.reshape(-1, units)
+    rows = len(keys) if block is None else max(1, block // units)
     keys = jnp.pad(keys, [(0, -len(keys) % rows), (0, 0)], constant_values=np.uint32(_LAST)).reshape(-1, rows, units)
 
     def count(limit):  # positions up to `limit`, [U]

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxinterp import attacks, models, parallel
 from jaxinterp.bench import cost
-from jaxinterp.bench.cost import Communication, Cost, collectives
+from jaxinterp.bench.cost import Communication, Cost, collectives, library_calls
 from jaxinterp.bench.device import Peak
 from jaxinterp.weights import seeded
 
@@ -136,3 +136,59 @@ def test_attacks_exchange_nothing_in_their_loops(mesh):
     assert one_device is not None
     assert share is not None
     assert 0.4 * one_device.flops < share.flops < one_device.flops  # small shares are padded
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "padding", "dilation", "groups"),
+    [(9, 3, 1, 1, 1, 1), (14, 7, 2, 3, 1, 1), (8, 3, 2, 0, 1, 1), (10, 3, 1, 2, 2, 1), (6, 3, 1, 1, 1, 4)],
+)
+def test_calls_of_cudnn_cost_what_the_convolution_costs(side, kernel, stride, padding, dilation, groups):
+    """Forward and backward, by the compiler's account of the same convolution where it is no library's."""
+    images, weights = jnp.zeros((2, side, side + 1, 4)), jnp.zeros((kernel, kernel, 4 // groups, 8))
+
+    def run(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), [(padding, padding)] * 2, rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups,
+        )  # fmt: skip
+
+    expected = jax.jit(run).lower(images, weights).cost_analysis()["flops"]
+    maps = run(images, weights)
+    shapes = {
+        "x": images.shape, "w": (8, kernel, kernel, 4 // groups), "y": maps.shape,
+    }  # fmt: skip
+    typed = {name: f"f32[{','.join(map(str, shape))}]{{3,2,1,0}}" for name, shape in shapes.items()}
+    more = "" if dilation == 1 else f" rhs_dilate={dilation}x{dilation}"
+    window = f"size={kernel}x{kernel} stride={stride}x{stride} pad={padding}_{padding}x{padding}_{padding}{more}"
+    for target, result, operands in (
+        ("Forward", "y", "xw"),
+        ("BiasActivationForward", "y", "xw"),
+        ("BackwardInput", "x", "yw"),
+        ("BackwardFilter", "w", "xy"),
+    ):
+        text = "\n".join(
+            [
+                "ENTRY %main (x: f32[1]) -> f32[1] {",
+                *(f"  %{name} = {typed[name]} parameter({i})" for i, name in enumerate(operands)),
+                f"  %conv.1 = ({typed[result]}, u8[4096]{{0}}) custom-call(%{operands[0]}, %{operands[1]}), "
+                f"window={{{window}}}, dim_labels=b01f_o01i->b01f, feature_group_count={groups}, "
+                f'custom_call_target="__cudnn$conv{target}", backend_config={{}}',
+                "}",
+            ]
+        )
+        found = library_calls(text)
+        assert found.flops == expected, target
+        assert found.bytes == 4 * sum(math.prod(shapes[name]) for name in "xwy")
+
+
+def test_calls_of_cublas():
+    text = """
+  %a.1 = bf16[5,300,20]{2,1,0} parameter(0)
+  %b = bf16[5,300,70]{2,1,0} parameter(1)
+  ROOT %gemm = (bf16[5,20,70]{2,1,0}, s8[33554432]{0}) custom-call(%a.1, bf16[5,300,70]{2,1,0} %b), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}
+  %other = f32[9]{0} custom-call(%b), custom_call_target="something"
+"""  # noqa: E501
+    found = library_calls(text)
+    assert found.flops == 2 * 5 * 20 * 70 * 300
+    assert found.bytes == 2 * (5 * 300 * 20 + 5 * 300 * 70 + 5 * 20 * 70)
+    assert library_calls("no program at all").flops == 0

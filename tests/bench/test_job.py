@@ -105,7 +105,7 @@ def test_train(tmp_path):
 
 
 def test_effect_cam_and_dissect(tmp_path, capsys):
-    found = bench(tmp_path, "effect", "cam", "dissect", "--cell", "4", "--images", "4", "--node", "conv3")
+    found = bench(tmp_path, "effect", "cam", "dissect", "--cell", "4", "--images", "5", "--node", "conv3")
     effects, maps, units = ({row["name"]: row for row in record["results"]} for record in found)
     assert found[0]["cells"] == 4
     assert set(effects) == {"forward float32", "effects, whole passes float32", "effects, windows float32"}
@@ -120,9 +120,10 @@ def test_effect_cam_and_dissect(tmp_path, capsys):
     assert set(units) == {
         f"{what} float32" for what in ("feature maps", "whole dissection", "thresholds", "tally, gated", "tally, dense")
     }
+    assert units.pop("whole dissection float32")["work"] == 5  # the last batch is not full
     assert {row["work"] for row in units.values()} == {4}
     printed = capsys.readouterr().out
-    assert "windows and whole passes give the same kinds: True" in printed
+    assert "windows and whole passes give 100.00% of the cells the same kind" in printed
     assert "gated and dense tallies are equal integers: True" in printed
 
 
@@ -172,12 +173,14 @@ def test_comparing(tmp_path, capsys):
         (["models", "--sweep", "--largest", "0"], "--largest must be at least 1"),
         (["models", "--sweep", "--memory", "0"], "--memory must be positive"),
         (["models", "--patience", "nan"], "--patience must be positive, got nan"),
-        (["models", "dissect", "--images", "0"], "--images must be a multiple of --batch, 8, got 0"),
+        (["models", "dissect", "--images", "0"], "--images must be at least --batch, 8, got 0"),
         (["dissect", "--sweep"], "--sweep goes with attacks, effect, cam, models, not with dissect"),
         (["attacks", "--attack", "pdg"], "unknown attack 'pdg'; did you mean 'pgd'"),
         (["attacks", "--attack", "pgd:eps=-1"], "PGD.eps must be finite and not negative"),
         (["effect", "--cell", "40"], "from 1 pixel to the image's 32 x 32 pixels, got 40 x 40"),
-        (["dissect", "--batch", "2", "--images", "3"], "--images must be a multiple of --batch, 2, got 3"),
+        (["dissect", "--batch", "2", "--images", "1"], "--images must be at least --batch, 2, got 1"),
+        (["models", "--sweep", "--batches", "0"], "--batches must be at least 1"),
+        (["models", "--batches", "4"], "--batches goes with --sweep"),
         (["dissect", "--node", "conv9"], "--node: small_cnn has no node 'conv9'"),
         (["scaling", "--devices", "99"], "--devices: there are 8, got 99"),
         (["scaling", "--devices", "0"], "--devices must be at least 1, got 0"),

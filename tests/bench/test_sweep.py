@@ -63,6 +63,39 @@ def test_throughput():
     assert 30 < row["per_second"] <= 60
 
 
+def test_given_sizes_are_tried_in_order():
+    ran = []
+    found = sweep(machine(ran, each=10), limit=1000, rounds=1, batches=(64, 8, 256, 512))
+    assert [row["batch"] for row in found.rows] == [8, 64]
+    assert (found.ended, found.largest) == ("memory", None)
+    assert set(ran) == {8, 64}
+    with pytest.raises(ValueError, match="not even a batch of 8 fits"):
+        sweep(machine([], each=10), limit=10, batches=(16, 8))
+
+
+def test_others_run_beside_each():
+    def make(batch):
+        def other():
+            if batch > 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 bytes")
+            time.sleep(0.06)
+
+        return Trial(batch, lambda: time.sleep(0.02), batch, lambda: {"a peer": other})
+
+    found = sweep(make, limit=10**6, rounds=1, batches=(2, 4))
+    first, second = (row["others"]["a peer"] for row in found.rows)
+    assert 2 < first["over"]["median"] < 4
+    assert first["per_second"] == pytest.approx(found.rows[0]["per_second"] / first["over"]["median"])
+    assert second is None
+    assert "a peer: out of memory" in lines(found, "images")[3]
+
+    def fails(batch):
+        return Trial(1, lambda: None, 1.0, lambda: {"a peer": lambda: 1 / 0})
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(fails, limit=10, batches=(1,))
+
+
 def test_not_even_one():
     with pytest.raises(ValueError, match="--memory: not even a batch of one fits into 10 bytes"):
         sweep(machine([], each=10), limit=10)

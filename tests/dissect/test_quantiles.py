@@ -1,5 +1,7 @@
 """Exact thresholds against NumPy's quantiles in 64 bits, for features at hand, in batches and on several devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,6 +165,20 @@ def test_half_precision_and_images_that_do_not_count():
     np.testing.assert_array_equal(bits(found), expected)
     batches = [(filled[:4], valid[:4]), (filled[4:], valid[4:])]
     np.testing.assert_array_equal(bits(quantiles.streamed(lambda: batches, 0.1)), expected)
+
+
+@pytest.mark.parametrize("block", [None, 1, 7 * 64, 1 << 20])
+def test_blocks_change_no_bit(block):
+    """One block of everything is what accelerators have."""
+    valid = jnp.asarray([True, False, True, True, False, True, True, False])
+    select = jax.jit(functools.partial(quantiles._selected, block=block))
+    for rank in (0, 17, 5 * FEATURES.shape[1] * FEATURES.shape[2] - 1):
+        lower, upper, nan = select(jnp.asarray(FEATURES), valid, np.int32(rank))
+        ordered = np.sort(FEATURES[np.asarray(valid)].reshape(-1, FEATURES.shape[-1]), axis=0)
+        ordered += 0.0  # -0 counts as 0
+        np.testing.assert_array_equal(bits(lower), bits(ordered[rank]))
+        np.testing.assert_array_equal(bits(upper), bits(ordered[min(rank + 1, len(ordered) - 1)]))
+        assert not nan.any()
 
 
 def test_keys_have_the_order_of_floats_and_lead_back():
