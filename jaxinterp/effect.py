@@ -206,8 +206,8 @@ def pse(
             effects below is of kind NONE.
         chunk: cells in one forward pass; None chooses by backend.
         windows: compute only what a cell can reach, see `jaxinterp.windowed`: the same effects from less arithmetic, by
-            a program of its own for each set of cells. None chooses: on CPU, where that saves more than it costs
-            to compile.
+            a program of its own for each set of cells. None chooses: on CPUs and GPUs, where that saves more than it
+            costs to compile. (On GPUs the same to rounding.)
 
     Raises:
         ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label,
@@ -264,20 +264,21 @@ def boxes(numbers: Int[np.ndarray, "n h w"], cells: int) -> tuple[tuple[int, int
     return tuple(map(tuple, np.concatenate([lows, np.maximum(highs, 1)], axis=1).tolist()))
 
 
-# What must be saved in one call, in multiplications and relative to all: compiling takes some seconds more. The last
-# is the work, in pixels, below which no network saves as much.
-_SAVED, _SAVING, _PIXELS = 3e11, 1.2, 1e6
+# What must be saved in one call, in multiplications by backend and relative to all: compiling takes some seconds more.
+# The last is the work, in pixels, below which no network saves as much.
+_SAVED, _SAVING, _PIXELS = {"cpu": 3e11, "gpu": 3e12}, 1.2, 1e6
 
 
 def _pays(model: Model, clean: Array, boxes: tuple[tuple[int, int, int, int], ...]) -> bool:
     batch, height, width, _ = clean.shape
-    if jax.default_backend() != "cpu" or batch * len(boxes) * height * width < _PIXELS:
+    enough = _SAVED.get(jax.default_backend())
+    if enough is None or batch * len(boxes) * height * width < _PIXELS:
         return False
     leaves, treedef = jax.tree.flatten(model)
     specs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     cost = _cost(treedef, specs, clean.shape[1:], boxes)
     saved = (cost.whole - cost.windowed) * len(boxes) * clean.shape[0]
-    return cost.saving >= _SAVING and saved >= _SAVED
+    return cost.saving >= _SAVING and saved >= enough
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
 """Eight virtual CPU devices, and jaxtyping's shapes checked in every public signature.
 
 On another platform, as in `JAX_PLATFORMS=cuda,cpu python -m pytest tests/attacks`, products are computed in float32;
-what holds on CPUs only fails there (README, Limits).
+what holds on CPUs only fails there (README, Measured).
 """
 
 import os

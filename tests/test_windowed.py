@@ -245,7 +245,7 @@ def test_windows_are_chosen_where_they_pay(monkeypatch):
     model, images = Partial(plain, params()), pairs()
     seen = []
     monkeypatch.setattr(effect, "_through_windows", lambda *args: seen.append(1) or effect._all_together(*args))
-    monkeypatch.setattr(effect, "_SAVED", 1.0)
+    monkeypatch.setitem(effect._SAVED, "cpu", 1.0)
     effect._one_at_a_time.cache_clear()
     effect.pse(model, *images, LABELS, TARGETS, 5)
     assert not seen  # too little work to look at

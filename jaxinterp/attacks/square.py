@@ -267,7 +267,7 @@ def _pattern(rows, columns, side, turned):
     upper = rows < half
     centre = jnp.where(upper, half // 2, half + (side - half) // 2)
     # Every pixel is in the nested boxes k = m+1..n around the centre, and the k-th one adds 1 / k^2. Distances are
-    # floats: XLA's compiler for GPUs (jax 0.11.2) makes the absolute value of these integers negative.
+    # floats: XLA for GPUs (jax 0.11.2) loses the absolute value of these integers.
     down, across = (rows - centre).astype(jnp.float32), (columns - side // 2).astype(jnp.float32)
     m = jnp.maximum(jnp.abs(down), jnp.abs(across)).astype(jnp.int32)
     n = side // 2 + 1

@@ -24,7 +24,7 @@ from jaxinterp.bench.cost import cost, program_bytes
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
-from jaxinterp.bench.sweep import Trial, sweep
+from jaxinterp.bench.sweep import Trial
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model
 
@@ -55,7 +55,6 @@ def bench(
     specs: Sequence[str] = (),
     *,
     peers: Callable[..., Mapping[str, Callable[[], Any]]] | None = None,
-    sweeping: Mapping[str, Any] | None = None,
 ) -> Found:
     """Times attacks.
 
@@ -63,12 +62,10 @@ def bench(
         setting: what they run on.
         specs: attacks as text; none means `DEFAULT`. The first is swept over batch sizes.
         peers: returns PGD of other libraries, by name, on the setting's images and weights or on as many images as it
-            is given; each is compared with our PGD.
-        sweeping: arguments of `jaxinterp.bench.sweep.sweep`; None: no sweep. With peers the sweep is of the PGD that
-            they run, too.
+            is given; each is compared with our PGD, and a sweep is of that.
 
     Raises:
-        ValueError: an unknown attack or parameter; not even one image fits into memory.
+        ValueError: an unknown attack or parameter.
     """
     chosen, images, labels = choose(specs), setting.images(), setting.labels
     tasks: list[Task] = []
@@ -118,14 +115,11 @@ def bench(
             row["over gradients"] = row["seconds"]["median"] / bare["seconds"]["median"] * setting.batch / row["work"]
             row["success"] = float(np.mean(results[name, form].success))
     found.changes = _changes(setting, chosen, results, gradients)
-    if sweeping is not None:
-        first = next(iter(chosen))
-        if peers is not None and theirs:
-            beside = functools.partial(_trial, setting, from_spec(PEER, attacks.ATTACKS), peer_form(setting), peers)
-            found.sweep, found.more["swept"] = sweep(beside, **sweeping), PEER
-        else:
-            alone = functools.partial(_trial, setting, chosen[first], setting.forms[0], None)
-            found.sweep, found.more["swept"] = sweep(alone, **sweeping), first
+    first = next(iter(chosen))
+    found.swept, swept, form, beside = first, chosen[first], setting.forms[0], None
+    if theirs:
+        found.swept, swept, form, beside = PEER, from_spec(PEER, attacks.ATTACKS), peer_form(setting), peers
+    found.trial = functools.partial(_trial, setting, swept, form, beside)
     return found
 
 

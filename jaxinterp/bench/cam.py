@@ -15,7 +15,7 @@ from jaxinterp.bench import formats, forward
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, measure, program
 from jaxinterp.bench.setting import Setting
-from jaxinterp.bench.sweep import Trial, sweep
+from jaxinterp.bench.sweep import Trial
 
 QUICK = tuple(method for method in cam.METHODS if method not in ("scorecam", "ablationcam"))
 """Methods that do not take a pass for every unit."""
@@ -26,7 +26,6 @@ def bench(
     methods: tuple[str, ...] = (),
     *,
     peers: Mapping[str, Callable[[], Any]] | None = None,
-    sweeping: Mapping[str, Any] | None = None,
 ) -> Found:
     """Times maps of the network's own predictions.
 
@@ -34,10 +33,9 @@ def bench(
         setting: what is run.
         methods: some of `jaxinterp.cam.METHODS`; none means `QUICK`, without "cam" where the network has none.
         peers: Grad-CAM of other libraries, by name, on the same images and weights; compared with ours.
-        sweeping: arguments of `jaxinterp.bench.sweep.sweep`, for the first method; None: no sweep.
 
     Raises:
-        ValueError: not even one image fits into memory; an unknown method, or one that the network does not have.
+        ValueError: an unknown method, or one that the network does not have.
     """
     methods = methods or tuple(m for m in QUICK if m != "cam" or setting.network.cam_node is not None)
     if peers and "gradcam" not in methods:
@@ -80,9 +78,7 @@ def bench(
                 "largest difference over largest": formats.difference(here, there),
                 "highest positions that agree": formats.agreement(flat[0].argmax(1), flat[1].argmax(1)),
             }
-    if sweeping is not None:
-        found.sweep = sweep(functools.partial(_trial, setting, methods[0]), **sweeping)
-        found.more["swept"] = methods[0]
+    found.swept, found.trial = methods[0], functools.partial(_trial, setting, methods[0])
     return found
 
 

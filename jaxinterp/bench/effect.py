@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ from jaxinterp.bench import formats, forward
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
-from jaxinterp.bench.sweep import Trial, sweep
+from jaxinterp.bench.sweep import Trial
 
 _KINDS = [kind.label for kind in list(effect.Kind)[1:]]
 
@@ -28,19 +26,17 @@ def grid(setting: Setting, cell: int | None) -> tuple[int, int]:
     return cell, math.prod(effect.grid(side, side, cell))
 
 
-def bench(setting: Setting, cell: int | None = None, *, sweeping: Mapping[str, Any] | None = None) -> Found:
+def bench(setting: Setting, cell: int | None = None) -> Found:
     """Times the effects of all cells of a batch.
 
-    The perturbation is noise, and every cell has some. Windows are timed everywhere, though they are chosen by
-    themselves only where the backend is a CPU.
+    The perturbation is noise, and every cell has some.
 
     Args:
         setting: what is run.
         cell: side of a cell in pixels; None: a fourteenth of the image's, rounded up.
-        sweeping: arguments of `jaxinterp.bench.sweep.sweep`, for the way that is chosen by itself; None: no sweep.
 
     Raises:
-        ValueError: a cell beyond the image; not even one image fits into memory.
+        ValueError: a cell beyond the image.
     """
     cell, cells = grid(setting, cell)
     clean, labels = setting.images(), setting.labels
@@ -82,9 +78,7 @@ def bench(setting: Setting, cell: int | None = None, *, sweeping: Mapping[str, A
             "shares of kinds": _shares(here),
             f"shares of kinds in {first}": _shares(reference),
         }
-    if sweeping is not None:
-        found.sweep = sweep(functools.partial(_trial, setting, cell), **sweeping)
-        found.more["swept"] = f"effects of {cells} cells"
+    found.swept, found.trial = f"effects of {cells} cells", functools.partial(_trial, setting, cell)
     return found
 
 

@@ -69,15 +69,16 @@ def run(
         subjects: some of `SUBJECTS`.
         setting: the network, and how it is measured.
         options: see `Options`.
-        out: a folder: bench.jsonl gets a line for every subject, SUBJECT-*.png are drawn anew. None writes nothing.
+        out: a folder: bench.jsonl gets a line for every subject and every sweep, SUBJECT-*.png are drawn anew. None
+            writes nothing.
         command: goes into the records, so that they can be made again.
         say: is told what was found, line by line.
 
     Returns:
-        What the records hold of each subject.
+        What the records hold of each subject and sweep.
 
     Raises:
-        ValueError: an unknown subject, an argument out of range.
+        ValueError: an unknown subject, an argument out of range; on the way, a sweep whose first batch does not fit.
         OSError: the results cannot be written.
     """
     _check(subjects, setting, options)
@@ -103,7 +104,6 @@ def run(
             **asked.record(),
             "results": found.rows,
             "changes": found.changes,
-            "sweep": None if found.sweep is None else dataclasses.asdict(found.sweep),
             "notes": found.notes,
             **found.more,
         }
@@ -115,7 +115,44 @@ def run(
             records.append(out / "bench.jsonl", f"bench {subject}", record)
             for path in _draw(subject, found, asked, out):
                 say(f"drew {path}")
+        if options.sweep and found.trial is not None:
+            written.append(_sweep(subject, found, asked, options, out, command, say))
     return written
+
+
+def _sweep(
+    subject: str,
+    found: Found,
+    setting: Setting,
+    options: Options,
+    out: Path | None,
+    command: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """A record of its own, so that what was measured before is written when a sweep, which takes long, is stopped."""
+    assert found.trial is not None
+    say(f"  batch sizes, {found.swept}:")
+    unit = found.rows[0]["unit"]
+    swept = sweeps.sweep(
+        found.trial,
+        limit=device.memory_limit() if options.memory is None else options.memory,
+        largest=options.largest,
+        seconds=options.patience,
+        rounds=setting.rounds,
+        batches=options.batches,
+        told=lambda row: [say(f"    {line}") for line in sweeps.lines(row, unit)],
+    )
+    say(f"    {sweeps.ending(swept)}")
+    record = {"command": command, **setting.record(), "swept": found.swept, "sweep": dataclasses.asdict(swept)}
+    if out is not None:
+        from jaxinterp import plots
+        from jaxinterp.bench import figures
+
+        records.append(out / "bench.jsonl", f"bench {subject}, batches", record)
+        what = f"{found.swept}, {setting.network.name} at {setting.network.image_size} px, {setting.forms[0]}"
+        figure = figures.batches(swept.rows, what=what, unit=unit, limit=swept.limit)
+        say(f"drew {plots.save(figure, out / f'{subject}-batches.png', bits=8)}")
+    return record
 
 
 def _check(subjects: Sequence[str], setting: Setting, options: Options) -> None:
@@ -163,24 +200,19 @@ def _peers(setting: Setting, options: Options, say: Callable[[str], None]) -> pe
 
 
 def _subject(subject: str, setting: Setting, options: Options, compared: peers.Peers | None) -> Found:
-    sweeping: dict[str, Any] | None = None
-    if options.sweep and subject in SWEPT:
-        limit = device.memory_limit() if options.memory is None else options.memory
-        sweeping = {"limit": limit, "largest": options.largest, "seconds": options.patience, "rounds": setting.rounds}
-        sweeping["batches"] = options.batches
     if subject == "attacks":
         theirs = None if compared is None else compared.attacks
-        return attacks.bench(setting, options.specs, peers=theirs, sweeping=sweeping)
+        return attacks.bench(setting, options.specs, peers=theirs)
     if subject == "effect":
-        return effect.bench(setting, options.cell, sweeping=sweeping)
+        return effect.bench(setting, options.cell)
     if subject == "cam":
-        return cam.bench(setting, peers=None if compared is None else compared.maps(), sweeping=sweeping)
+        return cam.bench(setting, peers=None if compared is None else compared.maps())
     if subject == "dissect":
         return dissect.bench(setting, _images(setting, options), options.node)
     if subject == "train":
         return train.bench(setting)
     if subject == "models":
-        return models.bench(setting, sweeping=sweeping)
+        return models.bench(setting)
     return scaling.bench(setting, options.specs, options.devices)
 
 
@@ -225,10 +257,6 @@ def _lines(subject: str, found: Found) -> list[str]:
     for form, change in found.changes.items():
         lines.append(f"  what {form} changes, compared with {change['than']}:")
         lines += [f"    {line}" for line in _change_lines(change)]
-    if found.sweep is not None:
-        unit = next(row["unit"] for row in found.rows)
-        lines.append(f"  batch sizes, {found.more['swept']}:")
-        lines += [f"    {line}" for line in sweeps.lines(found.sweep, unit)]
     return [*lines, *(f"  note: {note}" for note in found.notes)]
 
 
@@ -260,10 +288,6 @@ def _draw(subject: str, found: Found, setting: Setting, out: Path) -> list[Path]
     roof = None if subject == "scaling" else figures.roofline(found.rows, peaks, device=kind)
     if roof is not None:
         drawn["roofline"] = roof
-    if found.sweep is not None:
-        what = f"{found.more['swept']}, {setting.network.name} at {setting.network.image_size} px, {setting.forms[0]}"
-        unit = next(row["unit"] for row in found.rows)
-        drawn["batches"] = figures.batches(found.sweep.rows, what=what, unit=unit, limit=found.sweep.limit)
     if subject == "scaling":
         what = f"{found.more['attack']}, {setting.network.name} at {setting.network.image_size} px, {setting.forms[0]}"
         drawn["devices"] = figures.scaling(found.rows, what=what, device=kind)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxinterp.bench import device
 from jaxinterp.bench.cost import Cost, cost, position, program_bytes
 from jaxinterp.bench.device import Peak
-from jaxinterp.bench.sweep import Sweep
+from jaxinterp.bench.sweep import Trial
 from jaxinterp.bench.timing import interleaved, middle, ratios, warmed
 
 _ENERGY = 2.0  # seconds of repetition, since counters of energy are read a few times a second only
@@ -70,14 +70,16 @@ class Found:
     Attributes:
         rows: see `measure`.
         changes: for every format but the first, what it changes in results, by name.
-        sweep: of batch sizes, where it was asked for.
+        trial: prepares a batch size, where the subject can be swept over them.
+        swept: what is swept.
         notes: what a person should know.
         more: further entries of the record.
     """
 
     rows: list[dict[str, Any]]
     changes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    sweep: Sweep | None = None
+    trial: Callable[[int], Trial] | None = None
+    swept: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 

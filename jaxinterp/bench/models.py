@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxinterp.bench.attacks import by_image, gradient
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
-from jaxinterp.bench.sweep import Trial, sweep
+from jaxinterp.bench.sweep import Trial
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model
 
@@ -29,12 +28,11 @@ _PROGRAMS = {"forward": jax.jit(canonical(_logits)), "gradient": gradient}
 _PLAIN = {what: jax.jit(function) for what, function in _WRITTEN.items()}
 
 
-def bench(setting: Setting, *, sweeping: Mapping[str, Any] | None = None) -> Found:
+def bench(setting: Setting) -> Found:
     """Times a network.
 
     Args:
         setting: what is run.
-        sweeping: arguments of `jaxinterp.bench.sweep.sweep`, for the gradient; None: no sweep.
     """
     images, labels = setting.images(), setting.labels
     tasks, results = [], {}
@@ -70,9 +68,7 @@ def bench(setting: Setting, *, sweeping: Mapping[str, Any] | None = None) -> Fou
             "predictions that agree": formats.agreement(jnp.argmax(logits, -1), jnp.argmax(reference, -1)),
             "gradient signs that agree": formats.sign_agreement(*gradients),
         }
-    if sweeping is not None:
-        found.sweep = sweep(functools.partial(_trial, setting), **sweeping)
-        found.more["swept"] = "gradient"
+    found.swept, found.trial = "gradient", functools.partial(_trial, setting)
     return found
 
 

@@ -125,7 +125,9 @@ def _last(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _rows(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The measurements of a record of `jaxinterp bench` by name."""
+    """The measurements of a record of `jaxinterp bench` by name; those of a sweep are called after the batch."""
+    if isinstance(swept := record.get("sweep"), dict):
+        return {f"batch {row['batch']}": row for row in swept.get("rows", [])}
     results = record.get("results")
     rows = results if isinstance(results, list) else []
     return {row["name"]: row for row in rows if isinstance(row, dict) and "name" in row and "seconds" in row}

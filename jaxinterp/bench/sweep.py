@@ -64,6 +64,7 @@ def sweep(
     seconds: float | int = 10.0,
     rounds: int = 3,
     batches: Sequence[int] = (),
+    told: Callable[[Mapping[str, Any]], Any] = lambda row: None,
 ) -> Sweep:
     """Times batches until memory or patience ends.
 
@@ -74,6 +75,7 @@ def sweep(
         seconds: no larger batch is timed once a run took longer.
         rounds: how often each is timed.
         batches: the sizes to try; none: from 1 on, doubling.
+        told: is given every row as soon as it is there.
 
     Raises:
         ValueError: not even the smallest batch fits.
@@ -88,6 +90,7 @@ def sweep(
             failed, ended = batch, "memory"
             break
         rows.append(row)
+        told(row)
         if row["seconds"]["median"] > seconds:
             ended = "time"
             break
@@ -106,6 +109,7 @@ def sweep(
         else:
             fits = middle_batch
             rows.append(row)
+            told(row)
     return Sweep(rows, fits, None, ended, limit)
 
 
@@ -153,19 +157,22 @@ def _predicted(rows: list[dict[str, Any]], usable: int) -> int | None:
     return max(b1, int(b1 + (usable - m1) / each)) if each > 0 else None
 
 
-def lines(found: Sweep, unit: str) -> list[str]:
-    """A sweep as text."""
-    text = []
-    for row in sorted(found.rows, key=lambda row: row["batch"]):
-        program = "" if row["program"] is None else f"{row['program'] / 2**20:10.1f} MiB"
-        text.append(f"batch {row['batch']:6}  {row['per_second']:12,.1f} {unit} a second  {program}")
-        for name, other in row["others"].items():
-            told = "out of memory" if other is None else f"{other['over']['median']:.2f} times our time"
-            text.append(f"{'':14}{name}: {told}")
+def lines(row: Mapping[str, Any], unit: str) -> list[str]:
+    """A row as text."""
+    program = "" if row["program"] is None else f"{row['program'] / 2**20:10.1f} MiB"
+    text = [f"batch {row['batch']:6}  {row['per_second']:12,.1f} {unit} a second  {program}".rstrip()]
+    for name, other in row["others"].items():
+        told = "out of memory" if other is None else f"{other['over']['median']:.2f} times our time"
+        text.append(f"{'':14}{name}: {told}")
+    return text
+
+
+def ending(found: Sweep) -> str:
+    """How a sweep ended, as text."""
     unit_of = ("GiB", 2**30) if found.limit >= 2**30 else ("MiB", 2**20)
     memory = f"{_USABLE:.0%} of {found.limit / unit_of[1]:.1f} {unit_of[0]}"
     if found.largest is not None:
-        return [*text, f"the largest batch that fits into {memory}: {found.largest} (to within an eighth)"]
-    why = "its time limit" if found.ended == "time" else "the largest batch asked for"
+        return f"the largest batch that fits into {memory}: {found.largest} (to within an eighth)"
     guess = "" if found.predicted is None else f"; {found.predicted:,} would fit into {memory}, as programs grow"
-    return [*text, f"ended by {why}{guess}"]
+    why = {"time": "its time limit", "memory": f"memory: the next does not fit into {memory}"}
+    return f"ended by {why.get(found.ended, 'the largest batch asked for')}{guess}"

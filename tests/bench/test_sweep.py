@@ -5,7 +5,7 @@ import time
 import jax
 import pytest
 
-from jaxinterp.bench.sweep import Trial, lines, sweep
+from jaxinterp.bench.sweep import Trial, ending, lines, sweep
 
 
 def machine(ran, *, fixed=0, each: int | None = 10, fails=None, seconds=0.0):
@@ -30,7 +30,7 @@ def test_the_limit_is_found_without_running_beyond_it():
     assert found.largest in range(78, 91)
     assert max(ran) == found.largest
     assert [row["batch"] for row in found.rows][:7] == [1, 2, 4, 8, 16, 32, 64]
-    assert f"0.0 MiB: {found.largest} (to within an eighth)" in lines(found, "images")[-1]
+    assert f"0.0 MiB: {found.largest} (to within an eighth)" in ending(found)
 
 
 def test_memory_that_gives_out_while_running():
@@ -51,7 +51,7 @@ def test_ending_before_the_limit_predicts_it():
     found = sweep(machine([], fixed=500, each=10), limit=10_000, largest=8, rounds=1)
     assert (found.ended, found.largest, found.predicted) == ("largest", None, 850)
     assert [row["batch"] for row in found.rows] == [1, 2, 4, 8]
-    assert "850 would fit" in lines(found, "images")[-1]
+    assert "850 would fit" in ending(found)
     slow = sweep(machine([], seconds=0.005), limit=10**6, seconds=0.015, rounds=1)
     assert slow.ended == "time"
     assert slow.rows[-1]["batch"] == 4
@@ -65,7 +65,10 @@ def test_throughput():
 
 def test_given_sizes_are_tried_in_order():
     ran = []
-    found = sweep(machine(ran, each=10), limit=1000, rounds=1, batches=(64, 8, 256, 512))
+    told = []
+    found = sweep(machine(ran, each=10), limit=1000, rounds=1, batches=(64, 8, 256, 512), told=told.append)
+    assert told == found.rows
+    assert "memory: the next does not fit" in ending(found)
     assert [row["batch"] for row in found.rows] == [8, 64]
     assert (found.ended, found.largest) == ("memory", None)
     assert set(ran) == {8, 64}
@@ -87,7 +90,8 @@ def test_others_run_beside_each():
     assert 2 < first["over"]["median"] < 4
     assert first["per_second"] == pytest.approx(found.rows[0]["per_second"] / first["over"]["median"])
     assert second is None
-    assert "a peer: out of memory" in lines(found, "images")[3]
+    assert lines(found.rows[1], "images")[1].strip() == "a peer: out of memory"
+    assert "times our time" in lines(found.rows[0], "images")[1]
 
     def fails(batch):
         return Trial(1, lambda: None, 1.0, lambda: {"a peer": lambda: 1 / 0})
