@@ -693,11 +693,22 @@ def curves(
         axes.set_title(title, size=10.5)
         axes.set_xlabel(xlabel)
         quiet(axes)
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
+    _legend_below(
+        figure,
+        {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        },
+    )
     return figure
+
+
+def _legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """A legend under all panels, in as many columns as the figure is wide enough for."""
+    widest = 0.07 * max(map(len, handles), default=0) + 0.6  # inches, with its handle
+    columns = max(1, min(5, len(handles), int(figure.get_figwidth() / widest)))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", frameon=False, ncols=columns)
 
 
 @style.context(STYLE)
@@ -739,8 +750,7 @@ def bars(
         axes.set_title(title, size=10.5)
         axes.set_ylabel(ylabel)
         quiet(axes)
-    handles = [Patch(facecolor=colour, edgecolor="#333333", label=name) for name, colour in chosen.items()]
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=min(5, len(handles)))
+    _legend_below(figure, {name: Patch(facecolor=colour, edgecolor="#333333") for name, colour in chosen.items()})
     return figure
 
 
