@@ -74,8 +74,8 @@ def maps(
         raise ValueError(f"classes must be integers [B] or [B,n], got {classes.dtype} of shape {classes.shape}")
     model = network.bind(params)
     several = classes if classes.ndim == 2 else classes[:, None]
-    for column in range(several.shape[1]):
-        images, _, _, _ = check(model, images, several[:, column], names=("images", "classes"))
+    for extreme in (jnp.max, jnp.min)[: several.shape[1]]:
+        images, _, _, _ = check(model, images, extreme(several, axis=1), names=("images", "classes"))
     if node is None:
         node = network.cam_node or _last_map(network, params, images)
     result = _program(network, method, node)(params, images, several)

@@ -41,7 +41,7 @@ LONG += ("tests/robustness/", "tests/test_canonical.py", "tests/test_pictures.py
 # Compiled as users have it, because whether a result depends on the batch or the number of devices is up to what the
 # compiler does with loops; beside PyTorch, too, since many steps magnify rounding. Everything else asks for values, and
 # is compiled in half the time without optimization. `make exhaustive` optimizes everything.
-OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py", "tests/dissect/", "tests/models/")
+OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py", "tests/models/")
 OPTIMIZED += ("tests/test_canonical.py", "tests/test_distributed.py", "tests/test_parallel.py")
 OPTIMIZED += ("tests/test_windowed.py", "tests/test_cam.py", "tests/parity/")
 

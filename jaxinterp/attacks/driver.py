@@ -409,7 +409,7 @@ def check(
     if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
         raise ValueError(f"{name} must be finite and in [0, 1], got values from {np.min(known):g} to {np.max(known):g}")
     images = images.astype(jnp.float32)
-    logits = jax.eval_shape(model, images)
+    logits = _logits(model, images)
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != images.shape[0]:
         raise ValueError(
             f"model must map images {images.shape} to logits [{images.shape[0]},K], got "
@@ -440,6 +440,23 @@ def check(
                 f"support must broadcast to the images' shape {images.shape}, got {support.shape}"
             ) from None
     return images, labels, targets, support
+
+
+def _logits(model: Model, images: Array) -> Any:
+    """What the model returns, as shapes. Tracing it takes as long as running it, so it is traced once for a structure.
+
+    JAX remembers that of the same object only, and a bound network is a new one wherever it is bound.
+    """
+    leaves, treedef = jax.tree.flatten((model, images))
+    if not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+        return jax.eval_shape(model, images)
+    return _logits_of(treedef, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+@functools.lru_cache(maxsize=256)
+def _logits_of(treedef: Any, specs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    model, images = jax.tree.unflatten(treedef, specs)
+    return jax.eval_shape(lambda model, images: model(images), model, images)
 
 
 def _array(value: Any, name: str) -> Array:

@@ -137,8 +137,24 @@ def feature_shapes(network: Network, params: Params, nodes: Sequence[str]) -> di
     """
     if not nodes or len(set(nodes)) != len(nodes):
         raise ValueError(f"nodes: expected different layers, got {list(nodes)}")
-    image = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
-    _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, image)
+    return dict(_shapes(network, tuple(nodes), *_described(params)))
+
+
+def _described(params: Params) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The structure of parameters, and shape and type of every leaf: what tracing depends on, and can be looked up."""
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _image(network: Network) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
+
+
+# Tracing a network takes as long as some batches, and jobs ask several times.
+@functools.lru_cache(maxsize=64)
+def _shapes(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> dict[str, tuple[int, int, int]]:
+    params = jax.tree.unflatten(treedef, specs)
+    _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, _image(network))
     found = {}
     for node, leaf in maps.items():
         if leaf.ndim not in (2, 4) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -191,9 +207,6 @@ def plan(
     units = sum(u for _, _, u in shapes.values())
     counts = 8 * units * (labels + 2 * categories + 1)
     keep = features <= budget
-    one = jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
-    cost = jax.jit(functools.partial(_maps, network, tuple(nodes))).lower(params, one).cost_analysis()
-    flops = (cost or {}).get("flops")
     return Plan(
         shapes,
         images,
@@ -202,8 +215,16 @@ def plan(
         counts + (0 if keep else 4 * units * (1 << 16)),
         keep,
         budget,
-        float(flops) if flops else None,
+        _flops(network, tuple(nodes), *_described(params)),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _flops(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> float | None:
+    """Operations for one image; None where the backend does not tell."""
+    params = jax.tree.unflatten(treedef, specs)
+    cost = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network)).cost_analysis()
+    return float((cost or {}).get("flops") or 0) or None
 
 
 def _free(mesh: Mesh | None) -> int:
