@@ -49,7 +49,7 @@ def cost(program: Any) -> Cost | None:
     except NotImplementedError:
         return None
     found = found[0] if isinstance(found, list | tuple) and found else found
-    calls = library_calls(program.as_text()) if isinstance(program, jax.stages.Compiled) else Cost(0, 0)
+    calls = library_calls(program.as_text() or "") if isinstance(program, jax.stages.Compiled) else Cost(0, 0)
     if not found or found.get("flops", 0) + calls.flops <= 0:
         return None
     return Cost(float(found.get("flops", 0) + calls.flops), float(found.get("bytes accessed", 0) + calls.bytes))

@@ -152,7 +152,7 @@ def test_calls_of_cudnn_cost_what_the_convolution_costs(side, kernel, stride, pa
             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups,
         )  # fmt: skip
 
-    expected = jax.jit(run).lower(images, weights).cost_analysis()["flops"]
+    expected = (jax.jit(run).lower(images, weights).cost_analysis() or {})["flops"]
     maps = run(images, weights)
     shapes = {
         "x": images.shape, "w": (8, kernel, kernel, 4 // groups), "y": maps.shape,
