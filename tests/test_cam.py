@@ -332,3 +332,21 @@ def test_a_network_without_pooling_and_linear_layer_is_refused():
     without = Network(name="bare", apply=lambda params, images: images.mean((1, 2)) @ params, classes=6)
     with pytest.raises(ValueError, match="bare has no nodes"):
         cam.maps(without, jnp.ones((3, 6)), IMAGES, classes, "gradcam")
+
+
+@pytest.mark.parametrize("method", ["cam", "gradcam"])
+def test_a_second_call_traces_nothing(method):
+    """Tracing a network takes longer than a forward pass of it."""
+    traced = []
+
+    def counted(params, images, tap):
+        traced.append(1)
+        return apply(params, images, tap)
+
+    network, params = Network("counted", counted, tuple(PADDING), classes=6, cam_node="conv3"), random_params()
+    first = cam.maps(network, params, IMAGES, np.array([[0, 1, 2]] * 4), method)
+    before = len(traced)
+    assert before > 0
+    again = cam.maps(network, params, IMAGES, np.array([[0, 1, 5]] * 4), method)
+    assert len(traced) == before
+    np.testing.assert_array_equal(again[:, :2], first[:, :2])

@@ -1,6 +1,7 @@
 """Whole dissections: equal to the parts, to another program, and to themselves however the work is spread."""
 
 import csv
+import dataclasses
 import os
 import runpy
 import socket
@@ -433,6 +434,21 @@ def test_free_memory_is_that_of_the_devices(meshes, monkeypatch):
 
 def test_feature_shapes():
     assert dissect.feature_shapes(NETWORK, PARAMS, ["mean", "a"]) == {"mean": (1, 1, 7), "a": (8, 8, 5)}
+
+
+def test_a_second_dissection_traces_nothing():
+    traced = []
+
+    def counted(params, images, tap):
+        traced.append(1)
+        return NETWORK.apply(params, images, tap)
+
+    network = dataclasses.replace(NETWORK, name="counted", apply=counted)
+    first = dissect.dissect(network, PARAMS, "b", DATA, batch_size=8)
+    before = len(traced)
+    again = dissect.dissect(network, PARAMS, "b", DATA, batch_size=8)
+    assert len(traced) == before > 0
+    np.testing.assert_array_equal(again.tally.intersection, first.tally.intersection)
 
 
 # Errors
