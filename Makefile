@@ -33,7 +33,7 @@ demo: weights
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/jaxinterp explain --model efficientnet_lite0 --attack ifgsm --attack cw --cell 14 $(DEMO_ARGS) --out $(DEMO_OUT)
 
 test: weights
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 30
 
 exhaustive: weights
 	$(BIN)/python -m pytest --exhaustive --numprocesses $(WORKERS) --dist loadgroup
