@@ -120,6 +120,7 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
     limit = iterations if steps is None else min(steps, iterations)
     own, common = apart(by_example(coerce(attack), batch))
     shared, mesh = (common, as_model(model)), mesh_of(state)
+    state = _beside(shared[1], state)
     if not compact or not _addressable(state):
         return _advance(mesh)(own, shared, state, _counts(limit, mesh), np.int32(0))[1]
 
@@ -162,6 +163,20 @@ def _smaller_batch(size: int, devices: int) -> int:
 def _counts(steps: int, mesh: Mesh | None) -> np.ndarray:
     """A number of steps for each device."""
     return np.full(1 if mesh is None else mesh.size, steps, np.int32)
+
+
+def _beside(model: Model, state: S) -> S:
+    """The state committed to a device where the model's parameters are, as those of a loaded checkpoint.
+
+    What a step returns is, too; a state that is not, as at the start, would have a program compiled for its first step.
+    """
+    if not _addressable(state):
+        return state
+    for leaf in jax.tree.leaves(model):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
+            alone = len(leaf.devices()) == 1 and mesh_of(state) is None
+            return jax.device_put(state, leaf.sharding) if alone else state
+    return state
 
 
 def _addressable(state: Any) -> bool:

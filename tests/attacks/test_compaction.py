@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from jaxinterp.attacks import CW, Square, advance, driver, finish, finished, run, start
+from jaxinterp.attacks import CW, IFGSM, Square, advance, driver, finish, finished, run, start
+from jaxinterp.bench.timing import watching_compiler
 
 BATCH, KEY = 9, jax.random.key(0)
 ATTACK = CW(lr=0.05, initial_const=0.3, search_steps=5, steps=40)
@@ -149,3 +150,14 @@ def test_gathered_states_give_their_memory_up_and_nobody_else_s_does(monkeypatch
     assert all(state.done.shape[0] == BATCH for state in whole)
     assert all(leaf.is_deleted() for state in parts for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in (*jax.tree.leaves((first, model)), images, labels))
+
+
+def test_weights_on_a_device_of_their_own_cost_no_second_program():
+    """Those of a loaded checkpoint are committed to a device; what a step returns is, too, and the start must be."""
+    model, images, labels = problem()
+    model = jax.device_put(model, jax.devices()[0])
+    attack = IFGSM(steps=3)
+    state = advance(attack, model, start(attack, model, images, labels, key=KEY), 1)
+    with watching_compiler() as seen:
+        state = jax.block_until_ready(advance(attack, model, state, 1))
+    assert seen.programs == 0
