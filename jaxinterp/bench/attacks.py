@@ -119,7 +119,7 @@ def bench(
     found.swept, swept, form, beside = first, chosen[first], setting.forms[0], None
     if theirs:
         found.swept, swept, form, beside = PEER, from_spec(PEER, attacks.ATTACKS), peer_form(setting), peers
-    found.trial = functools.partial(_trial, setting, swept, form, beside)
+    found.form, found.trial = form, functools.partial(_trial, setting, swept, form, beside)
     return found
 
 

@@ -143,13 +143,15 @@ def _sweep(
         told=lambda row: [say(f"    {line}") for line in sweeps.lines(row, unit)],
     )
     say(f"    {sweeps.ending(swept)}")
-    record = {"command": command, **setting.record(), "swept": found.swept, "sweep": dataclasses.asdict(swept)}
+    form = found.form or setting.forms[0]
+    record = {"command": command, **setting.record(), "swept": found.swept, "swept format": form}
+    record["sweep"] = dataclasses.asdict(swept)
     if out is not None:
         from jaxinterp import plots
         from jaxinterp.bench import figures
 
         records.append(out / "bench.jsonl", f"bench {subject}, batches", record)
-        what = f"{found.swept}, {setting.network.name} at {setting.network.image_size} px, {setting.forms[0]}"
+        what = f"{found.swept}, {setting.network.name} at {setting.network.image_size} px, {form}"
         figure = figures.batches(swept.rows, what=what, unit=unit, limit=swept.limit)
         say(f"drew {plots.save(figure, out / f'{subject}-batches.png', bits=8)}")
     return record

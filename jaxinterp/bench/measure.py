@@ -71,7 +71,8 @@ class Found:
         rows: see `measure`.
         changes: for every format but the first, what it changes in results, by name.
         trial: prepares a batch size, where the subject can be swept over them.
-        swept: what is swept.
+        swept: what is swept,
+        form: in which format; "" is the first of the setting.
         notes: what a person should know.
         more: further entries of the record.
     """
@@ -80,6 +81,7 @@ class Found:
     changes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     trial: Callable[[int], Trial] | None = None
     swept: str = ""
+    form: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 

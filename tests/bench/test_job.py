@@ -83,6 +83,7 @@ def test_attacks_and_models(tmp_path, capsys):
     assert change["ifgsm:steps=2,eps=1"]["success in float32"] == attack["success"]
     assert 0 < found[1]["changes"]["bf16"]["logits, largest difference over largest"] < 0.05
     assert [record["swept"] for record in sweeps] == ["ifgsm:steps=2,eps=1", "gradient"]
+    assert {record["swept format"] for record in sweeps} == {"float32"}
     for record in sweeps:
         assert [row["batch"] for row in record["sweep"]["rows"]] == [1, 2]
         assert record["sweep"]["ended"] == "largest"
