@@ -63,7 +63,8 @@ def load(
             "efficientnet_lite0+efficientnet_lite1".
         root: folder of checkpoints; None means `checkpoint.default_root()`.
         placement: where the parameters go: a sharding for all of them (replicated over a mesh, for instance), or a
-            function from a parameter's name and shape to its sharding; None means the first device.
+            function from a parameter's name and shape to its sharding; None means the default device, without
+            being committed to it.
 
     Raises:
         ValueError: unknown network (with the closest names), no checkpoint (with what to run), or a damaged one

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 FORMAT = 1
@@ -169,7 +170,8 @@ def load(
         folder: such as ckpts/NAME.
         expected: name, shape and dtype of every parameter of the network.
         name: the network.
-        placement: where the parameters go; None means the first device.
+        placement: where the parameters go; None means the default device, to which they are not committed: what is
+            computed from them and other arrays stays as free as those, and has no programs of its own.
 
     Raises:
         ValueError: no checkpoint, a missing, unexpected, misshapen or damaged tensor (by name), an unreadable file.
@@ -184,12 +186,9 @@ def load(
     ]
     if wrong:
         raise ValueError(f"checkpoint {folder} does not fit {name}: {', '.join(wrong[:8])}; {remedy}")
-    if placement is None:
-        placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = placement or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
-        key: jax.ShapeDtypeStruct(
-            spec.shape, spec.dtype, sharding=placement(key, spec.shape) if callable(placement) else placement
-        )
+        key: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place(key, spec.shape) if callable(place) else place)
         for key, spec in expected.items()
     }
     try:
@@ -200,7 +199,7 @@ def load(
     for key, value in params.items():
         if tensor_digest(_whole(value)) != tensors[key]["sha256"]:
             raise ValueError(f"checkpoint {folder} is damaged: tensor {key} does not match its sha256; {remedy}")
-    return params
+    return params if placement is not None else {key: jnp.asarray(np.asarray(x)) for key, x in params.items()}
 
 
 def _whole(value: jax.Array) -> np.ndarray:

@@ -198,6 +198,13 @@ checkpoint.save({"a": numpy.zeros(3, numpy.float32)}, pathlib.Path(sys.argv[1]),
     assert_holds(folder, params)
 
 
+def test_without_a_placement_parameters_are_free(folder, params):
+    """What is computed from them and from other arrays has one program, not one for each place it may come from."""
+    loaded = checkpoint.load(folder, shapes(params), name="net")
+    assert not any(value.committed for value in loaded.values())
+    assert_holds(folder, params)
+
+
 def test_any_placement(folder, params):
     """Sharded or replicated over eight devices: the same bits, verified all the same."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
