@@ -89,7 +89,7 @@ class Plan:
         counts: bytes of thresholds' histograms (where features are computed again) and tallies, on each device.
         keep: whether feature maps stay on the devices; otherwise they are computed three times.
         budget: bytes that feature maps may take on all devices together.
-        flops: of one forward pass of an image, to the last of the layers; None where the compiler does not say.
+        flops: of one forward pass of an image, to the last of the layers; None where there is no CPU to ask for.
     """
 
     shapes: dict[str, tuple[int, int, int]]
@@ -221,9 +221,14 @@ def plan(
 
 @functools.lru_cache(maxsize=64)
 def _flops(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> float | None:
-    """Operations for one image; None where the backend does not tell."""
+    """Operations for one image, as a CPU computes it (GPUs do not tell); None where there is none."""
     params = jax.tree.unflatten(treedef, specs)
-    cost = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network)).cost_analysis()
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+    with jax.default_device(cpu):
+        cost = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network)).cost_analysis()
     return float((cost or {}).get("flops") or 0) or None
 
 
