@@ -807,7 +807,7 @@ def _left(status: int, reason: str) -> int:
     return status
 
 
-_SHARED = ("explain", "attack", "dissect")
+_SHARED = ("explain", "attack", "dissect", "train")
 _DESCRIPTION = """What adversarial perturbations do to a network: which cells of a perturbation suppress the true \
 class, which promote the target, and where they lie on the class activation maps.
 

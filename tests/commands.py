@@ -24,6 +24,8 @@ def main(words: list[str]) -> None:
         cli.explain((str(folder / "pictures"),), cell=16, out=out / "explain", **attacked)
     if "attack" in words:
         cli.attack((str(folder / "pictures"),), out=out / "attack", **attacked)
+    if "train" in words:
+        train(folder, out)
     if "dissect" in words:
         cli.dissect(
             data=f"broden:{folder / 'broden'}",
@@ -36,6 +38,13 @@ def main(words: list[str]) -> None:
             batch_size=8,
             form="gated",
         )
+
+
+def train(folder: Path, out: Path) -> None:
+    """Two epochs of two batches; one picture is damaged."""
+    faces = (str(folder / "faces"),)
+    given = {"model": "small_cnn", "method": "standard", "epochs": 2, "batch_size": 8}
+    cli.train(data=faces, held_out=faces, out=out / "train", **given)
 
 
 def crash() -> None:

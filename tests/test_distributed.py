@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import broden, models
+from jaxinterp import broden, models, weights
 from jaxinterp.weights import checkpoint, seeded
+
+from . import commands
 
 TESTS = Path(__file__).parent
 PROGRAM = TESTS / "commands.py"
@@ -183,6 +185,37 @@ def test_the_death_of_process_0_and_a_full_disk(folder, expected, tmp_path):
     first, second = run_together(folder, out, 2, command)
     assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
     assert_same(out / "dissect", Files({n.removeprefix("dissect/"): x for n, x in expected.items() if n[0] == "d"}))
+
+
+def test_training_is_shared(folder, tmp_path, monkeypatch):
+    """Two processes train as one does, but for rounding, and leave a checkpoint; more devices find nothing to do."""
+    rng = np.random.default_rng(1)
+    for face in range(10):
+        (folder / "faces" / f"{face}").mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / "faces" / f"{face}" / "a.png")
+    (folder / "faces" / "3" / "b.png").write_bytes(b"no picture")
+    first, second = run_together(folder, tmp_path / "two", 1, ["train"])
+    assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
+    assert "b.png: could not be read" in first.out
+    monkeypatch.setenv("JAXINTERP_CKPTS", "")
+    commands.train(folder, tmp_path / "one")
+    two, one = (
+        np.genfromtxt(tmp_path / n / "train" / "training.csv", delimiter=",", names=True) for n in ("two", "one")
+    )
+    assert two.dtype.names == one.dtype.names
+    assert two.dtype.names is not None
+    for name in two.dtype.names:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-3, err_msg=name)
+    left = results(tmp_path / "two")
+    (a, b) = (weights.load("small_cnn", root=tmp_path / n / "train" / "ckpts")[1] for n in ("two", "one"))
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=1e-3, err_msg=name)
+    commands.train(folder, tmp_path / "two")
+    same = results(tmp_path / "two")
+    assert same["train/training.csv"] == left["train/training.csv"]
+    assert all(
+        np.array_equal(x, a[n]) for n, x in weights.load("small_cnn", root=tmp_path / "two/train/ckpts")[1].items()
+    )
 
 
 # What is refused, in programs that compute nothing

@@ -165,8 +165,8 @@ def train(
     for name, reason in fitted.damaged:
         say(f"  {name}: could not be read: {reason}")
     folder = out / "ckpts" / model
+    save(fitted.params, folder, network, model, {"trained": run.config["source"]})
     if processes.current().first:
-        save(fitted.params, folder, network, model, {"trained": run.config["source"]})
         run.write_json("summary.json", fitted.history[-1])
     processes.current().wait()
     return Trained(run, network, fitted, folder)
@@ -183,21 +183,22 @@ def save(params: Params, folder: Path, network: Network, model: str, origin: dic
 
 def accuracies(network: Network, source: Any, eps: float, batch_size: int) -> Callable[[Params], dict[str, float]]:
     """A function from parameters to "held-out accuracy" and "held-out adversarial accuracy" (FGSM at `eps`)."""
-    program = _correct(network)
+    program, group = _correct(network), processes.current()
 
     def measure(params: Params) -> dict[str, float]:
         mesh = parallel.data_mesh()
         unit = parallel.multiple(mesh)
         size = -(-min(batch_size, len(source)) // unit) * unit
-        placed, counts = parallel.replicate(params, mesh), np.zeros(3)
-        for batch in batches(source, size):
+        placed, counts = parallel.replicate(params, mesh), np.zeros(3, int)
+        for batch in batches(source, size, shard=(group.index, group.count)):
             images, labels = parallel.shard((batch.images, batch.labels), mesh)
             clean, attacked = program(placed, images, labels, jnp.float32(eps))
             kept = batch.mask
             counts += [np.sum(kept), np.sum(np.asarray(clean)[kept]), np.sum(np.asarray(attacked)[kept])]
+        seen, *right = group.settle(counts.tolist(), lambda found: np.sum(found, axis=0).tolist())
         return {
-            "held-out accuracy": counts[1] / max(counts[0], 1),
-            "held-out adversarial accuracy": counts[2] / max(counts[0], 1),
+            "held-out accuracy": right[0] / max(seen, 1),
+            "held-out adversarial accuracy": right[1] / max(seen, 1),
         }
 
     return measure

@@ -72,7 +72,7 @@ class Fitted:
         params: the parameters, on the default device.
         history: what was measured in each epoch: means over the training examples as they were trained on, and what
             `evaluate` returned.
-        damaged: (id, reason) of examples that could not be read, found since this process began.
+        damaged: (id, reason) of examples that could not be read, found since the processes began.
     """
 
     params: Params
@@ -150,6 +150,10 @@ def fit(
             f"size and epochs, expected {identity[:3].tolist()} and the same key; choose another directory"
         )
     done, state = (0, first["state"]) if stored is None else (int(stored["done"]), stored["state"])
+    if len(seen := group.settle(done, lambda values: sorted(set(values)))) > 1:
+        raise ValueError(
+            f"{run.directory}: the processes see different states of {name}, after {seen} steps; try again"
+        )
     total, written = epochs * per_epoch, time.monotonic()
 
     def store() -> None:
@@ -171,11 +175,15 @@ def fit(
             if time.monotonic() - written >= store_every or done == total:
                 store()
                 written = time.monotonic()
-    group.wait()
+    damaged = group.settle(
+        reader.damaged, lambda found: sorted({tuple(entry) for entries in found for entry in entries})
+    )
     history = [{n: float(v) for n, v in read_part(run, _epoch(name, e)).items()} for e in range(epochs)]
     if group.first:
         _curves(run, name, history)
-    return Fitted(_merged(*jax.tree.map(jnp.asarray, _local(state[:2]))), history, tuple(reader.damaged))
+    return Fitted(
+        _merged(*jax.tree.map(jnp.asarray, _local(state[:2]))), history, tuple((id, reason) for id, reason in damaged)
+    )
 
 
 def _check(source: Source, epochs: int, batch_size: int, mesh: Mesh | None) -> None:

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinterp import processes
+
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _WRITTEN_AT_ONCE = 64 << 20  # bytes, beyond the parameters themselves
@@ -78,6 +80,8 @@ def save(
 ) -> None:
     """Writes a checkpoint and its manifest, replacing an older one only when the new one is complete.
 
+    Of several processes all must call this, with the same arrays; they share the folder, and the first writes.
+
     Args:
         params: name -> float32 array.
         folder: where to, such as ckpts/NAME.
@@ -91,14 +95,20 @@ def save(
     """
     from orbax.checkpoint import v1 as ocp
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    group = processes.current()
+    made = ""
+    if group.first:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    temporary = Path(group.told(made))
     try:
         # The writer works while nobody changes the parameters, so it needs no copy of them.
         context = ocp.Context()
         context.memory.write_concurrent_bytes, context.memory.deepcopy_host_arrays = _WRITTEN_AT_ONCE, False
         with context:
             ocp.save(str(temporary.resolve() / "params"), dict(params))
+        if not group.first:
+            return
         manifest = {
             "format": FORMAT,
             "network": name,
@@ -126,7 +136,8 @@ def save(
         else:
             os.rename(temporary, folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if group.first:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
