@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxinterp.attacks.driver import check, example_keys
+from jaxinterp.attacks.driver import check_several, example_keys, whole
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
@@ -55,16 +57,12 @@ def integrated_gradients(
         steps: gradients that are averaged, each at the middle of its step.
 
     Raises:
-        ValueError, TypeError: as `jaxinterp.attacks.run`; a baseline that does not broadcast; steps below 1.
+        ValueError, TypeError: as `jaxinterp.attacks.run`; a baseline that does not broadcast or is not in
+            [0, 1]; steps below 1 or not whole.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = whole(steps, "steps")
     model, images, several, squeeze = _problem(model, images, classes)
-    try:
-        baseline = jnp.broadcast_to(jnp.asarray(baseline, jnp.float32), images.shape)
-    except ValueError:
-        raise ValueError(f"baseline {jnp.shape(baseline)} must broadcast to the images {images.shape}") from None
-    return squeeze(_integrated(mesh_of(images))(model, images, several, baseline, jnp.int32(steps)))
+    return squeeze(_integrated(mesh_of(images))(model, images, several, over(images, baseline), jnp.int32(steps)))
 
 
 def smoothgrad(
@@ -89,10 +87,10 @@ def smoothgrad(
         ids: as in `jaxinterp.attacks.run`.
 
     Raises:
-        ValueError, TypeError: as `jaxinterp.attacks.run`; samples below 1; a sigma that is negative or not finite.
+        ValueError, TypeError: as `jaxinterp.attacks.run`; samples below 1 or not whole; a sigma that is
+            negative or not finite.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    samples = whole(samples, "samples")
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be finite and not negative, got {sigma}")
     model, images, several, squeeze = _problem(model, images, classes)
@@ -107,13 +105,22 @@ def heat(attribution: Float[Array, "*n H W C"]) -> Float[Array, "*n H W"]:
 
 
 def _problem(model: Model, images: Any, classes: Any):
-    model, classes = as_model(model), jnp.asarray(classes)
-    if classes.ndim not in (1, 2) or 0 in classes.shape[1:] or not jnp.issubdtype(classes.dtype, jnp.integer):
-        raise ValueError(f"classes must be integers [B] or [B,n], got {classes.dtype} of shape {classes.shape}")
-    several = classes if classes.ndim == 2 else classes[:, None]
-    for extreme in (jnp.max, jnp.min)[: several.shape[1]]:
-        images, _, _, _ = check(model, images, extreme(several, axis=1), names=("images", "classes"))
-    return model, images, several, lambda result: result if classes.ndim == 2 else result[:, 0]
+    model = as_model(model)
+    images, several = check_several(model, images, classes)
+    return model, images, several, lambda result: result if jnp.ndim(classes) == 2 else result[:, 0]
+
+
+def over(images: Float[Array, "b H W C"], baseline: Any) -> Float[Array, "b H W C"]:
+    """A baseline, of the images' shape. Raises ValueError where it does not broadcast or is not in [0, 1]."""
+    try:
+        spread = jnp.broadcast_to(jnp.asarray(baseline, jnp.float32), images.shape)
+    except ValueError:
+        raise ValueError(f"baseline {jnp.shape(baseline)} must broadcast to the images {images.shape}") from None
+    if not isinstance(spread, Tracer):
+        known = np.asarray(baseline)
+        if known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
+            raise ValueError(f"baseline must be finite and in [0, 1], got {np.min(known):g} to {np.max(known):g}")
+    return spread
 
 
 def _gradients(model: Model, x: Float[Array, "b H W C"], classes: Int[Array, "b n"]) -> Float[Array, "b n H W C"]:

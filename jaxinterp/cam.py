@@ -30,10 +30,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxinterp.attacks.driver import check
+from jaxinterp.attacks.driver import check_several
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Network, Params, capture, features, head, suggest
 
@@ -69,17 +70,11 @@ def maps(
             linear layer; a network without nodes; classes out of range; images as in `jaxinterp.attacks.run`.
     """
     check_method(network, method, node)
-    classes = jnp.asarray(classes)
-    if classes.ndim not in (1, 2) or 0 in classes.shape[1:] or not jnp.issubdtype(classes.dtype, jnp.integer):
-        raise ValueError(f"classes must be integers [B] or [B,n], got {classes.dtype} of shape {classes.shape}")
-    model = network.bind(params)
-    several = classes if classes.ndim == 2 else classes[:, None]
-    for extreme in (jnp.max, jnp.min)[: several.shape[1]]:
-        images, _, _, _ = check(model, images, extreme(several, axis=1), names=("images", "classes"))
+    images, several = check_several(network.bind(params), images, classes)
     if node is None:
         node = network.cam_node or _last_map(network, params, images)
     result = _program(network, method, node)(params, images, several)
-    return result if classes.ndim == 2 else result[:, 0]
+    return result if jnp.ndim(classes) == 2 else result[:, 0]
 
 
 def check_method(network: Network, method: str, node: str | None = None) -> None:
@@ -237,5 +232,5 @@ def normalised(maps: Float[Array, "*n h w"]) -> Float[Array, "*n h w"]:
 
 def resize(maps: Float[Array, "*n h w"], size: int | tuple[int, int]) -> Float[Array, "*n H W"]:
     """Maps at `size` pixels (a side, or height and width) by half-pixel bilinear interpolation."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int | np.integer) else size
     return jax.image.resize(maps, (*maps.shape[:-2], height, width), method="bilinear", antialias=False)

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp import windowed
-from jaxinterp.attacks.driver import check
+from jaxinterp.attacks.driver import check, whole
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model, suggest
 from jaxinterp.pytree import pytree
@@ -100,7 +100,10 @@ class Effect:
 
 def _sides(cell: Cell) -> tuple[int, int]:
     try:
-        height, width = cell if isinstance(cell, tuple | list) else (cell, cell)
+        given: Any = cell
+        height, width = given if np.shape(given) == (2,) else (given, given)
+        if any(isinstance(side, bool | np.bool_) for side in (height, width)):
+            raise TypeError
         return operator.index(height), operator.index(width)
     except (TypeError, ValueError):
         raise TypeError(f"cells must be a whole number of pixels, or a height and a width, got {cell!r}") from None
@@ -212,25 +215,35 @@ def pse(
     Raises:
         ValueError: shapes that differ, images outside [0, 1], classes out of range, a target equal to its label,
             cells as in `partition`, an unknown method or scale, a tolerance that is negative or not finite, a chunk
-            below 1.
+            below 1, windows of an estimate of first order.
         TypeError: as `jaxinterp.attacks.run` and `partition`.
     """
     model = as_model(model)
     method, scale = _choice("method", method, METHODS), _choice("scale", scale, SCALES)
+    if jnp.shape(adversarial) != jnp.shape(clean):
+        raise ValueError(f"adversarial images {jnp.shape(adversarial)} and clean images {jnp.shape(clean)} must match")
     clean, labels, targets, _ = check(model, clean, labels, targets, names=("clean", "labels"))
     adversarial = check(model, adversarial, labels, names=("adversarial", "labels"))[0]
-    if adversarial.shape != clean.shape:
-        raise ValueError(f"adversarial images {adversarial.shape} and clean images {clean.shape} must match")
+    if not clean.size:
+        raise ValueError(f"clean: expected at least one image of at least one pixel, got shape {clean.shape}")
     if targets is None:
         raise ValueError("targets are needed: the classes that the perturbation promotes")
     batch, height, width, _ = clean.shape
     where, shape = partition(cells, batch, height, width)
-    if not isinstance(tolerance, Tracer) and not 0 <= tolerance < float("inf"):
-        raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
+    if not isinstance(tolerance, Tracer):
+        try:
+            known = float(tolerance)
+        except (TypeError, ValueError):
+            raise TypeError(f"tolerance must be one number, got {tolerance!r}") from None
+        if not 0 <= known < float("inf"):
+            raise ValueError(f"tolerance must be finite and not negative, got {tolerance}")
     if chunk is None:
         chunk = _CHUNK.get(jax.default_backend(), _CHUNK_ACCELERATOR)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    chunk = whole(chunk, "chunk")
+    if windows is not None and not isinstance(windows, bool):
+        raise TypeError(f"windows must be True, False or None, got {windows!r}")
+    if windows and method == "first_order":
+        raise ValueError("windows: an estimate of first order has none")
     if method == "first_order":
         program = _first_order(mesh_of(clean), scale, where.shape[0] > 1)
     else:
@@ -292,7 +305,7 @@ def _call(model: Model, images: Array) -> Array:
 
 
 def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
-    if (chosen := given.replace("-", "_")) not in known:
+    if (chosen := str(given).replace("-", "_")) not in known:
         raise ValueError(f"unknown {name} {given!r}{suggest(given, known)}")
     return chosen
 

@@ -20,7 +20,8 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxinterp.attacks.driver import check
+from jaxinterp.attacks.driver import check, whole
+from jaxinterp.attribution import over
 from jaxinterp.cam import normalised, resize
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model
@@ -52,11 +53,12 @@ def deletion(
         images: [B,H,W,C] float in [0, 1].
         classes: [B].
         maps: at any resolution; they are resized. Ties are broken by the order of pixels.
-        baseline: a number, or an array that broadcasts to the images: gray, or a blurred copy.
+        baseline: a number, or an array that broadcasts to the images, in [0, 1]: gray, or a blurred copy.
         steps: n; every step takes the same number of pixels, but for rounding.
 
     Raises:
-        ValueError, TypeError: as `jaxinterp.attacks.run`; maps of another batch or not finite; steps below 1.
+        ValueError, TypeError: as `jaxinterp.attacks.run`; maps that are not [B,h,w] or not finite; a baseline that
+            does not broadcast or is not in [0, 1]; steps below 1 or not whole.
     """
     return _curve(model, images, classes, maps, baseline, steps, "deletion")
 
@@ -77,10 +79,13 @@ def average_drop(model: Model, images: Any, classes: Any, maps: Float[Array, "b 
         classes: [B].
         maps: at any resolution; what is negative counts as zero.
 
+    Returns:
+        [B]; 0 where P(c) is 0.
+
     Raises:
         ValueError, TypeError: as `deletion`.
     """
-    model, images, classes = _problem(model, images, classes, maps)
+    model, images, classes, maps = _problem(model, images, classes, maps)
     return _average_drop(model, images, classes, maps)
 
 
@@ -88,7 +93,16 @@ def pointing(maps: Float[Array, "b h w"], objects: Bool[Array, "b H W"]) -> Bool
     """Whether the largest value of each map, resized to the masks of objects, lies on the object.
 
     The null is the share of the image that the object covers, `objects.mean((1, 2))`.
+
+    Raises:
+        ValueError: not one mask for each map, maps that are not finite.
+        TypeError: masks that are not boolean.
     """
+    maps, objects = _maps(maps, objects.shape[0]), jnp.asarray(objects)
+    if objects.ndim != 3:
+        raise ValueError(f"objects must be [B,H,W], a mask for every map, got {objects.shape}")
+    if objects.dtype != bool:
+        raise TypeError(f"objects must be boolean, got {objects.dtype}")
     large = resize(maps, (objects.shape[1], objects.shape[2])).reshape(maps.shape[0], -1)
     return jnp.take_along_axis(objects.reshape(maps.shape[0], -1), jnp.argmax(large, axis=1)[:, None], axis=1)[:, 0]
 
@@ -96,22 +110,22 @@ def pointing(maps: Float[Array, "b h w"], objects: Bool[Array, "b H W"]) -> Bool
 def _problem(model: Model, images: Any, classes: Any, maps: Array):
     model = as_model(model)
     images, classes, _, _ = check(model, images, classes, names=("images", "classes"))
-    if maps.shape[0] != images.shape[0]:
-        raise ValueError(f"maps must be [{images.shape[0]},h,w], one for every image, got {maps.shape}")
+    return model, images, classes, _maps(maps, images.shape[0])
+
+
+def _maps(maps: Any, batch: int) -> Array:
+    maps = jnp.asarray(maps)
+    if maps.ndim != 3 or maps.shape[0] != batch:
+        raise ValueError(f"maps must be [{batch},h,w], one for every image, got {maps.shape}")
     if not isinstance(maps, Tracer) and not bool(jnp.all(jnp.isfinite(maps))):
         raise ValueError("maps must be finite")
-    return model, images, classes
+    return maps
 
 
 def _curve(model, images, classes, maps, baseline, steps, kind: Literal["deletion", "insertion"]) -> Curve:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    model, images, classes = _problem(model, images, classes, maps)
-    try:
-        baseline = jnp.broadcast_to(jnp.asarray(baseline, jnp.float32), images.shape)
-    except ValueError:
-        raise ValueError(f"baseline {jnp.shape(baseline)} must broadcast to the images {images.shape}") from None
-    return _run(model, images, classes, maps, baseline, steps, kind)
+    steps = whole(steps, "steps")
+    model, images, classes, maps = _problem(model, images, classes, maps)
+    return _run(model, images, classes, maps, over(images, baseline), steps, kind)
 
 
 def _probability(model, images, classes):
@@ -145,4 +159,4 @@ def _average_drop(model, images, classes, maps):
     shown = normalised(resize(jnp.maximum(maps, 0), (images.shape[1], images.shape[2])))
     whole = _probability(model, images, classes)
     part = _probability(model, images * shown[..., None], classes)
-    return jnp.maximum(whole - part, 0) / whole
+    return jnp.where(whole > 0, jnp.maximum(whole - part, 0) / whole, 0)

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from jaxinterp import cam
@@ -73,11 +74,26 @@ def four_maps(
     method: str = "cam",
     node: str | None = None,
 ) -> FourMaps:
-    """The four maps of a perturbation, raw. Arguments and errors are those of `cam.maps`."""
+    """The four maps of a perturbation, raw.
+
+    Arguments are those of `cam.maps`, for two images and two classes of each.
+
+    Raises:
+        ValueError, TypeError: as `cam.maps`; images of different shapes, a target equal to its label.
+    """
+    _same_shape(clean, adversarial)
+    clean, labels, targets, _ = driver.check(network.bind(params), clean, labels, targets, names=("clean", "labels"))
     both = jnp.stack([jnp.asarray(labels), jnp.asarray(targets)], axis=1)
     before = cam.maps(network, params, clean, both, method, node)
     after = cam.maps(network, params, adversarial, both, method, node)
     return FourMaps(before[:, 0], after[:, 0], before[:, 1], after[:, 1])
+
+
+def _same_shape(clean: Any, adversarial: Any) -> None:
+    if jnp.shape(clean) != jnp.shape(adversarial):
+        raise ValueError(
+            f"adversarial images {jnp.shape(adversarial)} and clean images {jnp.shape(clean)} must have the same shape"
+        )
 
 
 def salient(
@@ -88,8 +104,6 @@ def salient(
     return large >= jnp.percentile(large, percentile, axis=(1, 2), keepdims=True)
 
 
-@functools.partial(jax.jit)
-@canonical
 def interpretability_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
@@ -103,24 +117,48 @@ def interpretability_score(
         percentile: of the map's values, from which on a pixel is salient.
 
     Returns:
-        [B] in [0, 1]; NaN where the perturbation is zero.
+        [B] in [0, 1]; NaN where the perturbation is zero or the map is not finite.
+
+    Raises:
+        ValueError: not one map for each perturbation, a percentile outside [0, 100].
     """
-    return _score(delta, salient(maps, _size(delta), percentile))
+    _check_score(delta, maps, percentile)
+    return _interpretability_score(delta, maps, percentile)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 @canonical
+def _interpretability_score(delta, maps, percentile):
+    return _score(delta, maps, salient(maps, _size(delta), percentile))
+
+
+def _check_score(delta: Array, maps: Array, percentile: Any) -> None:
+    if delta.ndim != 4 or maps.ndim != 3 or delta.shape[0] != maps.shape[0]:
+        raise ValueError(f"expected perturbations [B,H,W,C] and a map [B,h,w] of each, got {delta.shape}, {maps.shape}")
+    if not isinstance(percentile, Tracer) and not 0 <= np.min(percentile) <= np.max(percentile) <= 100:
+        raise ValueError(f"percentile must be from 0 to 100, got {percentile}")
+
+
 def null_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
     percentile: float | Real[Array, ""] = 70.0,
 ) -> Float[Array, " b"]:
-    """The score of a perturbation spread evenly: the root of the salient share of the image, nominally sqrt(0.3)."""
+    """The score of a perturbation spread evenly: the root of the salient share of the image, nominally sqrt(0.3).
+
+    Arguments and errors are those of `interpretability_score`.
+    """
+    _check_score(delta, maps, percentile)
+    return _null_score(delta, maps, percentile)
+
+
+@jax.jit
+@canonical
+def _null_score(delta, maps, percentile):
     mask = salient(maps, _size(delta), percentile)
-    return jnp.sqrt(jnp.mean(mask.astype(jnp.float32), axis=(1, 2)))
+    return _finite(maps, jnp.sqrt(jnp.mean(mask.astype(jnp.float32), axis=(1, 2))))
 
 
-@functools.partial(jax.jit, static_argnames=("repeats",))
 def shuffled_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
@@ -137,8 +175,16 @@ def shuffled_score(
         keys: [B] random keys, one for each example.
         percentile: as in `interpretability_score`.
         repeats: number of shuffles.
-    """
 
+    Raises:
+        ValueError: as `interpretability_score`.
+    """
+    _check_score(delta, maps, percentile)
+    return _shuffled_score(delta, maps, keys, percentile, repeats)
+
+
+@functools.partial(jax.jit, static_argnames=("repeats",))
+def _shuffled_score(delta, maps, keys, percentile, repeats):
     @canonical
     def scores(delta, maps, keys, percentile):
         mask = salient(maps, _size(delta), percentile)
@@ -149,7 +195,7 @@ def shuffled_score(
 
         def once(i):
             moved = jax.vmap(shuffled)(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), pixels)
-            return _score(moved.reshape(delta.shape), mask)
+            return _score(moved.reshape(delta.shape), maps, mask)
 
         return jax.lax.map(once, jnp.arange(repeats)).T
 
@@ -168,10 +214,14 @@ def score_curve(
 
     Returns:
         Scores and nulls, [B,p] each, as `interpretability_score` and `null_score` give them.
+
+    Raises:
+        ValueError: as `interpretability_score`.
     """
     levels = jnp.asarray(percentiles, jnp.float32)
-    scores = jax.vmap(lambda p: interpretability_score(delta, maps, p), out_axes=1)
-    nulls = jax.vmap(lambda p: null_score(delta, maps, p), out_axes=1)
+    _check_score(delta, maps, levels)
+    scores = jax.vmap(lambda p: _interpretability_score(delta, maps, p), out_axes=1)
+    nulls = jax.vmap(lambda p: _null_score(delta, maps, p), out_axes=1)
     return scores(levels), nulls(levels)
 
 
@@ -223,10 +273,17 @@ def mean_by_kind(
         [B,3], means over pixels, in the order of `Kind`; NaN where an image has no cell of that kind.
 
     Raises:
-        ValueError, TypeError: as `jaxinterp.effect.partition`.
+        ValueError, TypeError: as `jaxinterp.effect.partition`; kinds that are not those of these cells.
     """
-    where, _ = partition(cells, maps.shape[0], *size)
+    where = _partition_of(kind, "kind", cells, maps.shape[0], size)
     return _means(maps, _of_cells(kind, where), (int(size[0]), int(size[1])))
+
+
+def _partition_of(values: Array, name: str, cells: Any, batch: int, size: tuple[int, int]) -> Int[np.ndarray, "n h w"]:
+    where, shape = partition(cells, batch, *size)
+    if values.shape != (batch, *shape):
+        raise ValueError(f"{name} must have the shape {(batch, *shape)} with these cells, got {values.shape}")
+    return where
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
@@ -261,17 +318,22 @@ def top_cells(
         overall: s + p of every cell.
         cells: as they were given to `jaxinterp.effect.pse`.
         size: height and width of the images.
-        fraction: the part of all cells that is kept, rounded up; of equal cells the first ones.
+        fraction: the part of an image's cells that is kept, rounded up; of equal cells the first ones. Numbers of a
+            partition that no pixel of the image has do not count.
 
     Raises:
-        ValueError: a fraction outside (0, 1]; cells as in `jaxinterp.effect.partition`.
+        ValueError: a fraction outside (0, 1]; effects that are not those of these cells; cells as in
+            `jaxinterp.effect.partition`.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-    where, _ = partition(cells, overall.shape[0], *size)
+    where = _partition_of(overall, "overall", cells, overall.shape[0], size)
     flat = overall.reshape(overall.shape[0], -1)
-    rank = jnp.argsort(jnp.argsort(-flat, axis=1, stable=True), axis=1)
-    return _of_cells(rank < math.ceil(round(flat.shape[1] * fraction, 6)), where)
+    there = np.zeros((len(where), flat.shape[1]), bool)
+    np.put_along_axis(there, where.reshape(len(where), -1), True, axis=1)
+    kept = np.array([[math.ceil(round(float(n) * fraction, 6))] for n in there.sum(axis=1)])
+    rank = jnp.argsort(jnp.argsort(jnp.where(there, -flat, jnp.inf), axis=1, stable=True), axis=1)
+    return _of_cells(rank < kept, where)
 
 
 def refine(
@@ -303,8 +365,9 @@ def refine(
         ids: likewise.
 
     Raises:
-        ValueError, TypeError: as `jaxinterp.attacks.run`.
+        ValueError, TypeError: as `jaxinterp.attacks.run`; images of different shapes.
     """
+    _same_shape(clean, adversarial)
     return driver.run(
         attack,
         model,
@@ -318,10 +381,15 @@ def refine(
     )
 
 
-def _score(delta, mask):
+def _score(delta, maps, mask):
     energy = jnp.sum(jnp.square(delta), axis=-1)
     inside = jnp.sum(jnp.where(mask, energy, 0), axis=(1, 2))
-    return jnp.sqrt(inside / jnp.sum(energy, axis=(1, 2)))
+    return _finite(maps, jnp.sqrt(inside / jnp.sum(energy, axis=(1, 2))))
+
+
+def _finite(maps, scores):
+    """NaN where a map says nothing."""
+    return jnp.where(jnp.all(jnp.isfinite(maps), axis=(1, 2)), scores, jnp.nan)
 
 
 def _size(delta):

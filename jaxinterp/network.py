@@ -152,7 +152,7 @@ def _takes_tap(function: Callable, nodes: bool) -> bool:
 def suggest(given: str, known: Iterable[str]) -> str:
     """The tail of an error message about an unknown name: the closest known ones, or all of them if few."""
     known = list(known)
-    close = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(given), known, n=3, cutoff=0.5)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     shown = ", ".join(known[:24]) + (f", ... ({len(known)} in all)" if len(known) > 24 else "")

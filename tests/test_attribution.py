@@ -1,6 +1,7 @@
 """Pixel attributions: completeness, closed forms of linear and quadratic models, finite differences, independence."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -142,10 +143,13 @@ def test_heat_is_the_sum_of_absolute_values_over_channels():
         ("input_x_gradient", {"images": IMAGES * np.nan}, ValueError, r"images must be finite and in \[0, 1\]"),
         ("integrated_gradients", {"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ("integrated_gradients", {"baseline": np.zeros((5, 5, 3))}, ValueError, r"baseline \(5, 5, 3\) must broadcast"),
+        ("integrated_gradients", {"baseline": np.inf}, ValueError, r"baseline must be finite and in \[0, 1\], got inf"),
+        ("integrated_gradients", {"steps": 2.5}, TypeError, "steps must be a whole number, got 2.5"),
+        ("input_x_gradient", {"classes": [[0, 1], [1]] * 4}, ValueError, "as many for every image"),
         ("smoothgrad", {"samples": 0}, ValueError, "samples must be at least 1"),
         ("smoothgrad", {"sigma": -0.1}, ValueError, "sigma must be finite and not negative"),
     ],
 )
 def test_bad_input_is_refused_by_name(method, change, error, message):
     with pytest.raises(error, match=message):
-        METHODS[method](**{"model": net(), "images": IMAGES, "classes": CHOSEN, **change})
+        inspect.unwrap(METHODS[method])(**{"model": net(), "images": IMAGES, "classes": CHOSEN, **change})

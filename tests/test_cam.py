@@ -293,6 +293,8 @@ def test_resize_by_hand_and_with_leading_axes():
         ({"classes": np.array(1)}, ValueError, r"classes must be integers \[B\] or \[B,n\], got .* shape \(\)"),
         ({"classes": np.zeros(3, int)}, ValueError, r"classes must have shape \[4\].*\(3,\)"),
         ({"classes": np.zeros((4, 0), int)}, ValueError, r"classes must be .*\(4, 0\)"),
+        ({"classes": [[0, 1], [1], [2], [3]]}, ValueError, "as many for every image"),
+        ({"classes": ["cat"] * 4}, ValueError, r"classes must be integers \[B\] or \[B,n\]"),
         ({"images": IMAGES + 1}, ValueError, r"images must be finite and in \[0, 1\]"),
         ({"images": IMAGES[0]}, ValueError, r"images must be \[B,H,W,C\]"),
     ],

@@ -1,6 +1,7 @@
 """The promotion-suppression effect against closed forms of linear models and a slow loop over cells in NumPy."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -532,6 +533,12 @@ def test_under_jit():
         ({"method": "leave_one_in"}, ValueError, "unknown method 'leave_one_in'; did you mean 'leave_one_out'"),
         ({"scale": "logits"}, ValueError, "unknown scale 'logits'; did you mean 'logit'"),
         ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, "model must map"),
+        ({"adversarial": pairs()[1][:2]}, ValueError, r"adversarial images \(2, .* and clean images"),
+        ({"chunk": 2.5}, TypeError, "chunk must be a whole number, got 2.5"),
+        ({"tolerance": None}, TypeError, "tolerance must be one number, got None"),
+        ({"cells": True}, TypeError, "cells must be a whole number of pixels"),
+        ({"windows": "yes"}, TypeError, "windows must be True, False or None"),
+        ({"windows": True, "method": "first_order"}, ValueError, "an estimate of first order has none"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, error, message):
@@ -542,4 +549,4 @@ def test_bad_input_is_refused_by_name(change, error, message):
     clean, adversarial = pairs()
     arguments = {"model": model, "clean": clean, "adversarial": adversarial, "labels": LABELS, "targets": TARGETS}
     with pytest.raises(error, match=f"(?s){message}"):
-        effect.pse(**{**arguments, "cells": 4, **change})
+        inspect.unwrap(effect.pse)(**{**arguments, "cells": 4, **change})

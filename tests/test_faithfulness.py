@@ -1,5 +1,7 @@
 """Deletion, insertion, average drop and pointing against slow loops and by hand."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,8 @@ def test_an_images_curve_is_its_own():
         ({"maps": jnp.asarray(MAPS * np.nan)}, "maps must be finite"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"baseline": np.zeros((3, 3, 3))}, r"baseline \(3, 3, 3\) must broadcast to the images \(5, 8, 8, 3\)"),
+        ({"baseline": np.nan}, r"baseline must be finite and in \[0, 1\], got nan"),
+        ({"baseline": 7.0}, r"baseline must be finite and in \[0, 1\], got 7"),
         ({"classes": CHOSEN + 3}, "classes must be classes from 0 to 3"),
     ],
 )
@@ -129,3 +133,34 @@ def test_bad_input_is_refused_by_name(change, message):
     arguments = {"model": model, "images": IMAGES, "classes": CHOSEN, "maps": jnp.asarray(MAPS)}
     with pytest.raises(ValueError, match=message):
         faithfulness.insertion(**{**arguments, **change})
+
+
+def test_steps_are_whole():
+    with pytest.raises(TypeError, match=r"steps must be a whole number, got 2\.5"):
+        inspect.unwrap(faithfulness.deletion)(model, IMAGES, CHOSEN, jnp.asarray(MAPS), steps=2.5)
+
+
+def test_a_class_without_probability_loses_nothing():
+    """The softmax of a logit that is 300 below another underflows to zero."""
+    drop = faithfulness.average_drop(lambda x: 1e3 * model(x), IMAGES, CHOSEN, jnp.asarray(MAPS))
+    assert np.all((np.asarray(drop) >= 0) & (np.asarray(drop) <= 1))
+
+
+@pytest.mark.parametrize(
+    ("maps", "objects", "error", "message"),
+    [
+        (
+            MAPS[:3],
+            np.ones((2, 8, 8), bool),
+            ValueError,
+            r"maps must be \[2,h,w\], one for every image, got \(3, 8, 8\)",
+        ),
+        (MAPS[:1], np.ones((3, 8, 8), bool), ValueError, r"maps must be \[3,h,w\]"),
+        (MAPS[:2] * np.nan, np.ones((2, 8, 8), bool), ValueError, "maps must be finite"),
+        (MAPS[:2], np.ones((2, 8, 8), int), TypeError, "objects must be boolean, got int"),
+        (MAPS[:2], np.ones((2, 64), bool), ValueError, r"objects must be \[B,H,W\]"),
+    ],
+)
+def test_pointing_refuses_what_does_not_belong_together(maps, objects, error, message):
+    with pytest.raises(error, match=message):
+        inspect.unwrap(faithfulness.pointing)(maps, objects)

@@ -1,6 +1,7 @@
 """Scores in closed form with their nulls, the identities of the four maps, kinds on maps, refined attacks."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -415,3 +416,67 @@ def test_a_warm_start_must_be_an_image_and_the_attack_must_have_one():
         attacks.run(attacks.CW(), *arguments, key=jax.random.key(0), initial=clean[:, :9])
     with pytest.raises(ValueError, match=r"initial must be finite and in \[0, 1\]"):
         attacks.run(attacks.CW(), *arguments, key=jax.random.key(0), initial=clean + 1)
+
+
+# Bad input
+
+
+def test_of_a_partition_with_gaps_the_cells_that_are_there_count():
+    """Numbered from 5, with one number left out; and another number of cells in each image."""
+    part = np.where(np.arange(SIDE)[:, None] < 5, 5, 9) * np.ones((SIDE, SIDE), int)
+    overall = jnp.zeros((1, 10)).at[0, 9].set(1.0)
+    np.testing.assert_array_equal(localize.top_cells(overall, part, (SIDE, SIDE), 0.5)[0], part == 9)
+    quarters = (np.arange(SIDE)[:, None] // 5) * 2 + np.arange(SIDE) // 5
+    both = np.stack([part, quarters])
+    kept = localize.top_cells(jnp.zeros((2, 10)), both, (SIDE, SIDE), 0.5)
+    np.testing.assert_array_equal(kept, np.stack([part == 5, quarters < 2]))
+
+
+def test_a_map_that_is_not_finite_has_no_score():
+    maps = ramp(2)
+    maps[1, 3, 3] = np.nan
+    for scores in (score(noise(2), maps), localize.null_score(jnp.asarray(noise(2)), jnp.asarray(maps))):
+        np.testing.assert_array_equal(np.isnan(scores), [False, True])
+    keys = jax.random.split(jax.random.key(0), 2)
+    shuffled = localize.shuffled_score(jnp.asarray(noise(2)), jnp.asarray(maps), keys)
+    np.testing.assert_array_equal(np.isnan(shuffled), [[False] * 8, [True] * 8])
+
+
+@pytest.mark.parametrize("percentile", [-1.0, 100.5, float("nan")])
+def test_percentiles_lie_between_0_and_100(percentile):
+    with pytest.raises(ValueError, match="percentile must be from 0 to 100"):
+        score(noise(1), ramp(), percentile)
+    with pytest.raises(ValueError, match="percentile must be from 0 to 100"):
+        localize.score_curve(jnp.asarray(noise(1)), jnp.asarray(ramp()), [50, percentile])
+
+
+def test_maps_effects_and_images_must_belong_together():
+    """Called without the shape checks of these tests, as users do."""
+    bare = inspect.unwrap
+    delta, maps = jnp.asarray(noise(3)), jnp.asarray(ramp(2))
+    for function in (localize.interpretability_score, localize.null_score):
+        with pytest.raises(ValueError, match=r"expected perturbations \[B,H,W,C\] and a map"):
+            bare(function)(delta, maps)
+    effects = jnp.zeros((3, 2, 2))
+    with pytest.raises(ValueError, match=r"overall must have the shape \(3, 5, 5\) with these cells, got \(3, 2, 2\)"):
+        bare(localize.top_cells)(effects, 2, (SIDE, SIDE), 0.5)
+    with pytest.raises(ValueError, match=r"kind must have the shape \(3, 2, 2\) with these cells, got \(1, 2, 2\)"):
+        bare(localize.mean_by_kind)(jnp.zeros((3, 4, 4)), effects[:1].astype(int), 5, (SIDE, SIDE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adversarial": np.zeros((2, 6, 6, 3))}, r"adversarial images \(2, 6, 6, 3\) and clean images \(3, 6, 6, 3\)"),
+        ({"adversarial": np.zeros((3, 5, 6, 3))}, "must have the same shape"),
+        ({"targets": [1, 2]}, r"targets must have shape \[3\]"),
+        ({"labels": 0}, r"labels must have shape \[3\]"),
+        ({"targets": [0, 1, 1]}, "targets must differ from labels, but example 0 has both 0"),
+    ],
+)
+def test_four_maps_name_what_does_not_fit(change, message):
+    pictures = np.full((3, 6, 6, 3), 0.5, np.float32)
+    given = {"clean": pictures, "adversarial": pictures, "labels": [0, 0, 0], "targets": [1, 1, 1]} | change
+    network, params = small()
+    with pytest.raises(ValueError, match=message):
+        localize.four_maps(network, params, *given.values())

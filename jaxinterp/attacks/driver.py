@@ -90,14 +90,16 @@ def start(
     """The state before the first step. Arguments and errors are those of `run`."""
     attack, model = coerce(attack), as_model(model)
     images, labels, targets, support = check(model, images, labels, targets, support)
+    if not images.size:
+        raise ValueError(f"images: expected at least one image of at least one pixel, got shape {images.shape}")
     attack = by_example(attack, images.shape[0])
     keys = example_keys(key, images, ids)
     if initial is not None:
         if not hasattr(attack, "warm"):
             raise TypeError(f"{type(attack).__name__} cannot begin at given images: it has no warm start")
+        if jnp.shape(initial) != images.shape:
+            raise ValueError(f"initial must have the images' shape {images.shape}, got {jnp.shape(initial)}")
         initial = check(model, initial, labels, names=("initial", "labels"))[0]
-        if initial.shape != images.shape:
-            raise ValueError(f"initial must have the images' shape {images.shape}, got {initial.shape}")
     own, common = apart(attack)
     return _start(mesh_of(images))(own, (common, model), (images, labels, targets, keys, support, initial))
 
@@ -472,6 +474,33 @@ def _logits(model: Model, images: Array) -> Any:
 def _logits_of(treedef: Any, specs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     model, images = jax.tree.unflatten(treedef, specs)
     return jax.eval_shape(lambda model, images: model(images), model, images)
+
+
+def check_several(model: Model, images: Any, classes: Any) -> tuple[Array, Array]:
+    """Images as `check` gives them, and classes [B] or [B,n] as [B,n].
+
+    Raises:
+        ValueError, TypeError: as `check`; classes of another shape, or not as many for every image.
+    """
+    try:
+        several = jnp.asarray(classes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"classes must be integers [B] or [B,n], as many for every image: {error}") from None
+    if several.ndim not in (1, 2) or 0 in several.shape[1:] or not jnp.issubdtype(several.dtype, jnp.integer):
+        raise ValueError(f"classes must be integers [B] or [B,n], got {several.dtype} of shape {several.shape}")
+    several = several if several.ndim == 2 else several[:, None]
+    for extreme in (jnp.max, jnp.min)[: several.shape[1]]:
+        images, _, _, _ = check(model, images, extreme(several, axis=1), names=("images", "classes"))
+    return images, several
+
+
+def whole(value: Any, name: str) -> int:
+    """A number of steps, samples and the like. Raises TypeError where it is not whole, ValueError where below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 def _array(value: Any, name: str) -> Array:
