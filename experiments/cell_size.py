@@ -4,7 +4,7 @@
 
 The paper looks at pixels and at grids of one size (arXiv 1904.02057, section 4) and reads its three kinds as
 properties of the perturbation. If they are, the shares should not depend on the size of the cells that they are taken
-at. Effects of all sizes are taken of the same perturbations; each size is compared with the finest. Writes
+at. Effects of all sizes are taken of the same perturbations; the coarsest is compared with the finest. Writes
 cell_size/answers.json and shares.png.
 """
 
@@ -17,7 +17,7 @@ from collections import defaultdict
 import numpy as np
 import tyro
 
-from jaxinterp import effect, plots
+from jaxinterp import effect, models, plots
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.statistics import bootstrap_mean
@@ -41,6 +41,11 @@ class Sizes(Setting):
 def main(setting: Sizes) -> None:
     """Shares of kinds by size of the cells."""
     sizes = sorted(set(setting.sizes), reverse=True)
+    if len(sizes) < 2:
+        raise ValueError(f"--sizes: expected at least two sizes to compare, got {sizes}")
+    side = models.network(setting.model).image_size
+    for size in sizes:
+        effect.grid(side, side, size)
     study = begin("cell_size", setting, {"sizes": sizes})
     model = study.found.network.bind(study.found.params)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from jaxinterp import effect, plots
+from jaxinterp import effect, models, plots
 from jaxinterp.cli import guarded
 from jaxinterp.statistics import bootstrap_mean, spearman
 from jaxinterp.study import Answer, Setting, begin, problem, verdict
@@ -64,6 +64,8 @@ def compare(first: effect.Effect, other: effect.Effect) -> tuple[np.ndarray, np.
 
 def main(setting: Definitions) -> None:
     """Agreement of definitions."""
+    side = models.network(setting.model).image_size
+    effect.grid(side, side, setting.size)
     study = begin("definitions", setting, {"size": setting.size})
     model = study.found.network.bind(study.found.params)
 

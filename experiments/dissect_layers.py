@@ -23,7 +23,7 @@ from jaxinterp import models, plots
 from jaxinterp.cli import guarded
 from jaxinterp.dissect import CONVENTIONS, counts
 from jaxinterp.processes import open_run
-from jaxinterp.runs import machine
+from jaxinterp.runs import versions
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import UNDECIDED, Answer, Units, dissected, verdict
 
@@ -85,7 +85,7 @@ def main(setting: Units) -> None:
         {
             "study": "dissect_layers",
             "config": run.config,
-            "machine": machine(),
+            "versions": versions(),
             "images": first.dissection.images,
             "answers": [dataclasses.asdict(answer) for answer in answers],
             "results": results,

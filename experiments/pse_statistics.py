@@ -23,9 +23,15 @@ import tyro
 
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS, as_json, summary_lines
-from jaxinterp.study import Answer, Setting, begin, verdict
+from jaxinterp.statistics import Estimate
+from jaxinterp.study import NOT_CONFIRMED, Answer, Setting, begin, verdict
 
 RHO = 0.5
+
+
+def occurs(share: Estimate) -> str:
+    """Whether there are any: a share is never below 0, and in no picture above it where there are none."""
+    return NOT_CONFIRMED if share.count > 1 and share.high == 0 else verdict(share, 0.0)
 
 
 def answers(summary: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -34,9 +40,7 @@ def answers(summary: Sequence[Mapping[str, Any]]) -> list[Answer]:
     for row in summary:
         for key in SHARE_COLUMNS:
             kind = key.removeprefix("share_")
-            found.append(
-                Answer(f"(a) {row['attack']}: {kind} cells occur", f"share {row[key]}", verdict(row[key], 0.0))
-            )
+            found.append(Answer(f"(a) {row['attack']}: {kind} cells occur", f"share {row[key]}", occurs(row[key])))
     for row in summary:
         rho = row["rho_effect_norm"]
         claim = f"(a) {row['attack']}: s + p grows with the norm, Spearman > {RHO}"

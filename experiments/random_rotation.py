@@ -27,7 +27,7 @@ from jaxinterp.cli import guarded
 from jaxinterp.dissect import counts
 from jaxinterp.network import Network, identity
 from jaxinterp.processes import open_run
-from jaxinterp.runs import machine
+from jaxinterp.runs import versions
 from jaxinterp.statistics import Estimate
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Units, dissected
 
@@ -138,7 +138,7 @@ def main(setting: Rotations) -> None:
         {
             "study": "random_rotation",
             "config": run.config,
-            "machine": machine(),
+            "versions": versions(),
             "images": layer.dissection.images,
             "answers": [dataclasses.asdict(answer) for answer in answers],
             "results": {

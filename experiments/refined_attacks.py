@@ -36,11 +36,12 @@ class Refined(Setting):
     """What `Setting` has, the fractions, and the attacks.
 
     Attributes:
-        refine: Attacks that are refined, of those that are run; each is run again for every part of the picture.
+        refine: Attacks that are refined, of those that are run; each is run again for every part of the picture. None
+            means I-FGSM and C&W where they are run, else all.
         fractions: Parts of the picture that are kept (of the union, of each of its two maps).
     """
 
-    refine: tuple[str, ...] = ("ifgsm", "cw")
+    refine: tuple[str, ...] = ()
     fractions: tuple[float, ...] = (0.2, 0.35, 0.5)
 
 
@@ -57,18 +58,21 @@ def supports(arrays, cell: int, fraction: float, key: jax.Array) -> dict[str, ja
     return dict(zip(SUPPORTS, (of_label, of_target, of_label | of_target, top, random), strict=True))
 
 
-def _relative(refined, original) -> np.ndarray:
-    """NaN where the original attack failed, and so has no norm."""
-    return np.asarray(refined, np.float64) / np.where(original > 0, original, np.nan)
+def chosen(setting: Refined) -> tuple[list[float], list[str]]:
+    """The fractions and the attacks that are refined. Raises ValueError where they are out of range or unknown."""
+    fractions, known = sorted(set(setting.fractions)), setting.attack or PAPER
+    if not fractions or not 0 < fractions[0] <= fractions[-1] <= 1:
+        raise ValueError(f"--fractions must be above 0 and at most 1, got {fractions}")
+    if missing := [name for name in setting.refine if name not in known]:
+        raise ValueError(f"--refine names {missing[0]}, which is not among the attacks: {', '.join(known)}")
+    usual = [name for name in known if name.partition(":")[0] in ("ifgsm", "cw")]
+    return fractions, sorted(setting.refine or usual or known)
 
 
 def main(setting: Refined) -> None:
     """Refined attacks, by support and fraction."""
-    fractions = sorted(set(setting.fractions))
-    known = setting.attack or PAPER
-    if missing := [name for name in setting.refine if name not in known]:
-        raise ValueError(f"--refine names {missing[0]}, which is not among the attacks: {', '.join(known)}")
-    study = begin("refined_attacks", setting, {"fractions": fractions, "refine": sorted(setting.refine)})
+    fractions, refine = chosen(setting)
+    study = begin("refined_attacks", setting, {"fractions": fractions, "refine": refine, "norms": "absolute"})
     model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)
 
     def analyse(attack, arrays):
@@ -76,25 +80,35 @@ def main(setting: Refined) -> None:
         for fraction in fractions:
             for support in supports(arrays, setting.cell, fraction, key).values():
                 result = localize.refine(attack, model, *problem(arrays), support, key=key)
-                norms = [_relative(getattr(result, norm), arrays[norm]) for norm in NORMS]
+                norms = [getattr(result, norm) for norm in NORMS] + [arrays[norm] for norm in NORMS]
                 made.append(
                     np.stack([np.asarray(result.success, np.float64), np.mean(support, (1, 2)), *norms], axis=1)
                 )
-        shape = (len(fractions), len(SUPPORTS), len(arrays["labels"]), 2 + len(NORMS))
+        shape = (len(fractions), len(SUPPORTS), len(arrays["labels"]), 2 + 2 * len(NORMS))
         return {"refined": np.array(made).reshape(shape).transpose(2, 0, 1, 3)}
 
     parts = defaultdict(list)
-    for attack, arrays, extra in study.analysed(analyse, setting.refine):
+    for attack, arrays, extra in study.analysed(analyse, refine):
         parts[attack].append(extra["refined"][arrays["success"]])
     found = {attack: np.concatenate(each) for attack, each in parts.items()}  # [pictures, fractions, supports, columns]
 
     def mean(values):
         return bootstrap_mean(values, seed=setting.seed)
 
-    def ratio(values, f, s, norm):
-        """Of the pictures whose refined attack succeeded, the mean norm relative to the original one's."""
-        of = values[:, f, s]
-        return mean(of[of[:, 0] > 0, 2 + NORMS.index(norm)])
+    def norms(values, norm):
+        """Of pictures (rows with the columns last) the norms of the refined and of the original perturbation."""
+        place = 2 + NORMS.index(norm)
+        return values[..., place], values[..., place + len(NORMS)]
+
+    def ratio(values, norm):
+        refined, original = norms(values, norm)
+        return refined / original
+
+    def successful(values, f, s):
+        return values[values[:, f, s, 0] > 0, f, s]
+
+    def told(values):
+        return format(mean(values))
 
     answers, middle = [], len(fractions) // 2
     for attack, values in found.items():
@@ -107,7 +121,7 @@ def main(setting: Refined) -> None:
         claim = f"{attack}: they succeed more often there than on as many random cells"
         answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
         both = values[(values[:, middle, TOP, 0] > 0) & (values[:, middle, RANDOM, 0] > 0), middle]
-        less = mean(both[:, RANDOM, 2 + NORMS.index("l2")] - both[:, TOP, 2 + NORMS.index("l2")])
+        less = mean(ratio(both[:, RANDOM], "l2") - ratio(both[:, TOP], "l2"))
         claim = f"{attack}: and need a smaller L2 than there"
         answers.append(Answer(claim, f"by {less} of the original's, {less.count} pictures", verdict(less, 0.0)))
     panels = {}
@@ -117,7 +131,8 @@ def main(setting: Refined) -> None:
         }
         for norm in ("l2", "l0"):
             panels[f"{attack}: {norm.upper()}, refined / original"] = {
-                name: [ratio(values, f, s, norm) for f in range(len(fractions))] for s, name in enumerate(SUPPORTS)
+                name: [mean(ratio(successful(values, f, s), norm)) for f in range(len(fractions))]
+                for s, name in enumerate(SUPPORTS)
             }
     plots.save(plots.curves(panels, fractions, xlabel="fraction kept"), study.run.directory / "refined.png")
     study.conclude(
@@ -128,9 +143,16 @@ def main(setting: Refined) -> None:
                     name: {
                         "part of the picture": format(mean(values[:, f, s, 1])),
                         "success": f"{int(np.sum(values[:, f, s, 0]))} of {len(values)}",
-                        **{norm: format(ratio(values, f, s, norm)) for norm in NORMS},
+                        "of these": {
+                            norm: {
+                                **dict(zip(("refined", "original"), map(told, norms(won, norm)), strict=True)),
+                                "refined / original": told(ratio(won, norm)),
+                            }
+                            for norm in NORMS
+                        },
                     }
                     for s, name in enumerate(SUPPORTS)
+                    for won in [successful(values, f, s)]
                 }
                 for f, fraction in enumerate(fractions)
             }

@@ -110,13 +110,16 @@ def main(setting: Sensitive) -> None:
             number = len(pairs["norm"])
             record: dict[str, Any] = {"pairs": number, "detectors": int(detects.sum()), "units": layer.units}
             for name in MEASURES:
+                claim = f"{attack}, {node}: the {setting.top} most sensitive units ({NAMES[name]}) hold more detectors"
                 if number == 0:
+                    answers.append(Answer(claim, "no picture was attacked with success", UNDECIDED))
                     continue
                 found = enrichment(means[name], detects, setting.top)
                 rho = Estimate(
                     *correlation(pairs[name].astype(np.float64), layer.best.score, seed=setting.seed), number
                 )
-                scale = spearman(np.nan_to_num(means[name]), means["norm"])
+                there = ~np.isnan(means[name])
+                scale = spearman(means[name][there], means["norm"][there])
                 record[name] = {
                     "enrichment": dataclasses.asdict(found),
                     "rho with best IoU": dataclasses.asdict(rho),
@@ -131,7 +134,6 @@ def main(setting: Sensitive) -> None:
                     found.expected, low, high, number
                 )
                 related.setdefault(node, {}).setdefault(attack, {})[NAMES[name]] = rho
-                claim = f"{attack}, {node}: the {setting.top} most sensitive units ({NAMES[name]}) hold more detectors"
                 measured = (
                     f"{found.found}, at random {found.expected:.1f} ({low:.0f} to {high:.0f}; p {found.more:.3g});"
                     f" rho with IoU {rho:.2f}, with scale {scale:.2f}; {number} pairs"

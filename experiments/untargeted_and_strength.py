@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tyro
 
-from jaxinterp import attacks, effect, plots
+from jaxinterp import attacks, effect, models, plots
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.pictures import classify
@@ -44,6 +44,10 @@ class Strengths(Setting):
 def main(setting: Strengths) -> None:
     """Kinds of cells against eps, targeted and untargeted."""
     strengths = sorted(set(setting.strengths))
+    if not strengths or not 0 < strengths[0] <= strengths[-1] <= 255:
+        raise ValueError(f"--strengths must be above 0 and at most 255, got {strengths}")
+    side = models.network(setting.model).image_size
+    effect.grid(side, side, setting.size)
     config = {"strengths": strengths, "size": setting.size}
     study = begin("untargeted_and_strength", setting, config)
     model, key = study.found.network.bind(study.found.params), jax.random.key(setting.seed)

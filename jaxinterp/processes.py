@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxinterp import precision
-from jaxinterp.runs import Run, differences, machine
+from jaxinterp.runs import Run, differences, machine, versions
 
 T = TypeVar("T")
 _BEAT = 1.0  # seconds
@@ -278,9 +278,8 @@ def open_run(directory: str | os.PathLike, config: Mapping[str, Any]) -> Run:
     """
     group = current()
     config = {**config, "matmul_precision": precision.current()}
-    versions = {key: value for key, value in machine().items() if key not in ("devices", "platform")}
     problem = group.settle(
-        {"name": group.name, "config": json.loads(json.dumps(config)), "versions": versions}, _disagreement
+        {"name": group.name, "config": json.loads(json.dumps(config)), "versions": versions()}, _disagreement
     )
     if problem:
         raise ValueError(problem)

@@ -88,6 +88,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def versions() -> dict[str, str]:
+    """What of `machine` every process of a job has in common, on any devices."""
+    return {key: value for key, value in machine().items() if key not in ("devices", "platform")}
+
+
 class Run:
     """A results directory that belongs to one config."""
 

@@ -5,7 +5,7 @@ A study is an `explain` run and an analysis beside it, in a directory of its own
     OUT/                    the run: attacks, effects of cells, maps, as `jaxinterp explain` leaves them
     OUT/NAME/config.json    what determines the analysis; another config is refused
     OUT/NAME/parts/         one part for each chunk of the run, so that a stopped analysis continues
-    OUT/NAME/answers.json   the claims and what was found, with versions and machine
+    OUT/NAME/answers.json   the claims and what was found, with versions; machine.json beside it tells the devices
 
 Several studies share one run, so that nothing is attacked twice.
 """
@@ -28,7 +28,7 @@ from jaxinterp.explain import Explained, explain
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import chunks, part_name
 from jaxinterp.processes import open_run, read_part
-from jaxinterp.runs import Run, file_name, machine
+from jaxinterp.runs import Run, file_name, versions
 from jaxinterp.statistics import Estimate
 
 PAPER = ("ifgsm", "cw", "ead", "strattack")
@@ -156,7 +156,7 @@ def conclude(
                 "pictures": pictures,
                 **(more or {}),
                 "config": run.config,
-                "machine": machine(),
+                "versions": versions(),
                 "answers": [dataclasses.asdict(answer) for answer in answers],
                 "results": results,
             },

@@ -1,7 +1,6 @@
 """Pixel attributions: completeness, closed forms of linear and quadratic models, finite differences, independence."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +143,6 @@ def test_heat_is_the_sum_of_absolute_values_over_channels():
         ("integrated_gradients", {"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ("integrated_gradients", {"baseline": np.zeros((5, 5, 3))}, ValueError, r"baseline \(5, 5, 3\) must broadcast"),
         ("integrated_gradients", {"baseline": np.inf}, ValueError, r"baseline must be finite and in \[0, 1\], got inf"),
-        ("integrated_gradients", {"steps": 2.5}, TypeError, "steps must be a whole number, got 2.5"),
         ("input_x_gradient", {"classes": [[0, 1], [1]] * 4}, ValueError, "as many for every image"),
         ("smoothgrad", {"samples": 0}, ValueError, "samples must be at least 1"),
         ("smoothgrad", {"sigma": -0.1}, ValueError, "sigma must be finite and not negative"),
@@ -152,4 +150,4 @@ def test_heat_is_the_sum_of_absolute_values_over_channels():
 )
 def test_bad_input_is_refused_by_name(method, change, error, message):
     with pytest.raises(error, match=message):
-        inspect.unwrap(METHODS[method])(**{"model": net(), "images": IMAGES, "classes": CHOSEN, **change})
+        METHODS[method](**{"model": net(), "images": IMAGES, "classes": CHOSEN, **change})

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxinterp.canonical import canonical
-from jaxinterp.dissect import exactsum, wide
+from jaxinterp.dissect import exactsum, shares, wide
+from jaxinterp.dissect.dissection import extractor
 from jaxinterp.dissect.exactsum import ExactSum
 from jaxinterp.dissect.wide import Wide
+from jaxinterp.network import Network, Params
 from jaxinterp.pytree import pytree
 
 MEASURES = ("plain", "relative", "squared", "shift", "mask")
@@ -145,6 +148,57 @@ def result(sensitivity: Sensitivity) -> dict[str, np.ndarray]:
         number = wide.total(sensitivity.defined[name])
         found[name] = np.where(number > 0, exactsum.total(total) / np.maximum(number, 1), np.nan)
     return found
+
+
+def measure(
+    network: Network,
+    params: Params,
+    nodes: Sequence[str],
+    pairs: Iterable[tuple[Any, Any, Any]],
+    thresholds: Sequence[Any],
+    *,
+    mesh: Mesh | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """The mean of every measure over all pairs: every device looks at its own, and exact sums are merged once.
+
+    Neither the batches nor the devices change a bit of the result.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        nodes: layers.
+        pairs: batches of natural images [B,H,W,C], the same under attack, and bool [B], which pairs count (of images
+            that were filled up, or not attacked with success). B is a multiple of the devices, at most 64 for each.
+        thresholds: [U] of every layer, see `jaxinterp.dissect.thresholds`.
+        mesh: the devices of this process; None means one.
+
+    Returns:
+        By node what `result` returns.
+
+    Raises:
+        ValueError: no pair, an unknown node, or shapes that do not fit.
+    """
+    for node in nodes:
+        network.check_node(node)
+    if len(nodes) != len(thresholds):
+        raise ValueError(f"thresholds: expected those of {len(nodes)} layers, got {len(thresholds)}")
+    run, placed = extractor(network, tuple(nodes), mesh), shares.replicated(params, mesh)
+    limits = [shares.replicated(jnp.asarray(each), mesh) for each in thresholds]
+    add = shares.step(_add, mesh, (True, True, False, True))
+    states = [shares.start(init, mesh, int(limit.shape[0])) for limit in limits]
+    seen = False
+    for natural, adversarial, valid in pairs:
+        seen = True
+        natural, adversarial, valid = shares.placed((natural, adversarial, np.asarray(valid, bool)), mesh)
+        both = zip(run(placed, natural), run(placed, adversarial), limits, strict=True)
+        states = [add(state, *maps, valid) for state, maps in zip(states, both, strict=True)]
+    if not seen:
+        raise ValueError("pairs: expected at least one batch")
+    return {node: result(shares.merged(state, merge, mesh)) for node, state in zip(nodes, states, strict=True)}
+
+
+def _add(sensitivity: Sensitivity, natural: Any, adversarial: Any, thresholds: Any, valid: Any) -> Sensitivity:
+    return update(sensitivity, change(natural, adversarial, thresholds), valid)
 
 
 # What the sensitive units are

@@ -17,9 +17,6 @@ from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify,
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run
 
-PERCENTILES = (30, 40, 50, 60, 70, 80, 90)
-"""Of maps, at which interpretability scores are stored."""
-
 
 def map_method(network: Network, asked: str) -> str:
     """The method of class activation maps that "auto" stands for: "cam" where the network has them, else "gradcam"."""
@@ -92,7 +89,6 @@ def explain_batch(
     four = localize.four_maps(network, params, clean, adversarial, labels, wanted, cam)
     delta, size = adversarial - clean, (clean.shape[1], clean.shape[2])
     shuffled = localize.shuffled_score(delta, four.label_clean, example_keys(key, clean))
-    curve, null_curve = localize.score_curve(delta, four.label_clean, PERCENTILES)
     saliency = localize.adversarial_saliency(model, clean, labels, wanted)
     result = {
         "adversarial": adversarial,
@@ -107,8 +103,6 @@ def explain_batch(
         "is_target": localize.interpretability_score(delta, four.target_adversarial),
         "is_null": localize.null_score(delta, four.label_clean),
         "is_shuffled": shuffled,
-        "is_curve": curve,
-        "is_null_curve": null_curve,
         "is_asm": localize.interpretability_score(delta, saliency),
         "is_asm_null": localize.null_score(delta, saliency),
         "label_map_by_kind": localize.mean_by_kind(four.label_clean, cells.kind, cell, size),

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from scipy.stats import hypergeom, spearmanr
 
+from jaxinterp.dissect import dissection
 from jaxinterp.dissect import sensitivity as s
+
+from . import narrow
 
 
 def some_pairs(rng, pairs=6, units=5, side=4):
@@ -111,3 +115,35 @@ def test_correlation_is_spearmans_with_an_interval_over_pairs(rng):
     assert s.correlation(values, scores, seed=0, draws=200) == (found, low, high)
     assert np.isnan(s.correlation(values[:1], scores, seed=0)[1:]).all()
     assert np.isnan(s.correlation(values, np.ones(40), seed=0)).all()
+
+
+def test_a_networks_measures_are_the_same_on_any_devices_and_in_any_batches(rng):
+    """Sixteen pairs, of which two do not count, on 1, 2, 4 and 8 devices."""
+    network, params = narrow.network()
+    natural = rng.uniform(size=(16, 16, 16, 3)).astype(np.float32)
+    adversarial = np.clip(natural + 0.1 * rng.standard_normal(natural.shape), 0, 1).astype(np.float32)
+    valid = np.arange(16) % 9 != 8
+    limits = [np.full(5, 0.3, np.float32), np.full(7, 0.2, np.float32)]
+
+    def measured(count, batch):
+        mesh = Mesh(np.array(jax.devices()[:count]), ("data",)) if count else None
+        rows = [slice(i, i + batch) for i in range(0, 16, batch)]
+        pairs = ((natural[r], adversarial[r], valid[r]) for r in rows)
+        return s.measure(network, params, ("a", "b"), pairs, limits, mesh=mesh)
+
+    one = measured(0, 16)
+    for count, batch in ((0, 4), (1, 16), (2, 8), (4, 4), (8, 8), (8, 16)):
+        for node, found in measured(count, batch).items():
+            for name, values in found.items():
+                np.testing.assert_array_equal(values, one[node][name], err_msg=f"{count}, {batch}, {node}, {name}")
+    run = dissection.extractor(network, ("a", "b"))
+    maps = zip(run(params, jnp.asarray(natural)), run(params, jnp.asarray(adversarial)), limits, strict=True)
+    for node, (before, after, limit) in zip(("a", "b"), maps, strict=True):
+        changes = s.change(before, after, jnp.asarray(limit))
+        expected = s.mean_over_pairs(np.asarray(changes.plain, np.float64)[valid])
+        np.testing.assert_allclose(one[node]["plain"], expected, rtol=1e-12)
+    assert one["b"]["plain"][1:].min() > 0
+    with pytest.raises(ValueError, match="pairs: expected at least one batch"):
+        s.measure(network, params, ("a",), (), limits[:1])
+    with pytest.raises(ValueError, match="thresholds: expected those of 1 layers, got 2"):
+        s.measure(network, params, ("a",), (), limits)

@@ -57,7 +57,9 @@ def answers(setting, name):
     record = json.loads((setting.out / name / "answers.json").read_text())
     assert record["study"] == name
     assert record["pictures"] == 2
-    assert {"jax", "devices"} <= record["machine"].keys()
+    assert "jax" in record["versions"]
+    assert "devices" not in record["versions"]  # which differ where the results do not
+    assert (setting.out / name / "machine.json").exists()
     assert all(answer["verdict"] in (CONFIRMED, NOT_CONFIRMED, UNDECIDED) for answer in record["answers"])
     return record
 
@@ -90,8 +92,17 @@ def test_statistics_and_localization(setting, capsys):
     delta = jnp.asarray(arrays["adversarial"] - arrays["clean"])
     scores, _ = localize.score_curve(delta, four.label_clean)
     mean = np.mean(np.asarray(scores)[arrays["success"]], axis=0)
-    shown = [float(text.split()[0]) for text in record["results"][ATTACKS[1]]["score"]]
+    curves = record["results"][ATTACKS[1]]
+    shown = [float(text.split()[0]) for text in curves["map of t0"]["score"]]
     np.testing.assert_allclose(shown, mean, atol=3e-3)  # a pixel more or less
+    # Shuffled pixels lie evenly: their scores are those of the null, at every percentile.
+    found = {
+        name: np.array([[float(text.split()[0]) for text in curves[name][what]] for what in ("score", "null")])
+        for name in ("map of t", "ASM", "shuffled")
+    }
+    np.testing.assert_allclose(found["shuffled"][0], found["shuffled"][1], atol=0.03)
+    np.testing.assert_allclose(found["shuffled"][1], np.sqrt(1 - np.arange(30, 91, 10) / 100), atol=0.02)
+    assert all((np.diff(each) <= 0).all() for each in found.values())
     assert (setting.out / "cam_localization" / "curves.png").stat().st_size > 10_000
     assert (setting.out / "index.html").exists()
 
@@ -210,6 +221,11 @@ def test_refinement_and_strength_continue_where_they_were(setting):
     record = answers(setting, "refined_attacks")
     whole = record["results"][ATTACKS[0]]["1"]
     assert whole["top cells by s + p"]["part of the picture"].startswith("1.000")
+    of_these = whole["top cells by s + p"]["of these"]
+    assert {*of_these} == {"l0", "l1", "l2", "linf"}
+    refined_l2, original_l2, ratio = (float(of_these["l2"][w].split()[0]) for w in of_these["l2"])
+    assert refined_l2 > 0
+    assert ratio == pytest.approx(refined_l2 / original_l2, rel=0.3)  # a mean of ratios, not the ratio of means
     parts = {path: path.stat().st_mtime_ns for path in (setting.out / "refined_attacks" / "parts").iterdir()}
     assert parts
     refined.main(asked)
@@ -232,6 +248,49 @@ def test_refinement_and_strength_continue_where_they_were(setting):
     strength.main(of(strength.Strengths, setting, strengths=(2, 16), size=8))
     results = answers(setting, "untargeted_and_strength")["results"]
     assert results["untargeted"]["16"]["success"] == "2 of 2"
+
+
+def test_claims_without_a_case_stay_open():
+    """No attack succeeded, I-FGSM has other parameters than by default, a kind of cell occurs in no picture."""
+    found = {"ifgsm:steps=5": [], "cw": []}
+    told = importlib.import_module("cam_localization").answers(found, 0)
+    assert len(told) == 2 * 2 + 1 + 2 * 2
+    assert {answer.verdict for answer in told} == {UNDECIDED}
+    assert any(answer.claim == "(b) I-FGSM scores lower than cw" for answer in told)
+    occurs = importlib.import_module("pse_statistics").occurs
+    assert occurs(Estimate(0.0, 0.0, 0.0, 18)) == NOT_CONFIRMED
+    assert occurs(Estimate(0.1, 0.0, 0.3, 18)) == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "more", "message"),
+    [
+        ("cell_size", "Sizes", {"sizes": ()}, r"--sizes: expected at least two sizes to compare, got \[\]"),
+        ("cell_size", "Sizes", {"sizes": (8, 33)}, "cells must be from 1 pixel to the image's 32 x 32"),
+        ("definitions", "Definitions", {"size": 0}, "cells must be from 1 pixel"),
+        ("refined_attacks", "Refined", {"fractions": ()}, "--fractions must be above 0 and at most 1"),
+        ("refined_attacks", "Refined", {"fractions": (0.0, 0.5)}, "--fractions must be above 0 and at most 1"),
+        ("untargeted_and_strength", "Strengths", {"strengths": ()}, "--strengths must be above 0"),
+        ("untargeted_and_strength", "Strengths", {"strengths": (-1, 8)}, "--strengths must be above 0"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_before_anything_is_written(setting, tmp_path, name, kind, more, message):
+    module = importlib.import_module(name)
+    asked = dataclasses.replace(of(getattr(module, kind), setting, **more), out=tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        module.main(asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_which_attacks_are_refined(setting):
+    refined = importlib.import_module("refined_attacks")
+
+    def chosen(*attack):
+        return refined.chosen(dataclasses.replace(of(refined.Refined, setting), attack=attack))[1]
+
+    assert chosen() == ["cw", "ifgsm"]
+    assert chosen("ifgsm:steps=5", "ead") == ["ifgsm:steps=5"]
+    assert chosen("pgd", "ead") == ["ead", "pgd"]
 
 
 def test_bad_input_ends_in_a_message(tmp_path):

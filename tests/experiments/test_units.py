@@ -100,12 +100,30 @@ def test_sensitivity_and_masking(setting):
     assert natural["sensitive"][0] == natural["random"][0] == 1.0
     # Without any unit left the logits are the same for every image.
     assert natural["sensitive"][-1] == natural["insensitive"][-1] == natural["random"][-1] <= 0.5
+    assert set(accuracy["adaptive images"]) == {"sensitive", "insensitive", "detectors", "others", "random"}
+    fixed, adaptive = (
+        [float(t.split()[0]) for t in accuracy[f"{k} images"]["sensitive"]] for k in ("fixed", "adaptive")
+    )
+    assert adaptive[0] == fixed[0]  # nothing is silenced: the same attack
     parts = sorted((setting.out / "neuron_masking" / "parts").glob("*.npz"))
     before = {path: path.stat().st_mtime_ns for path in parts}
     masking.main(chosen)
     assert {path: path.stat().st_mtime_ns for path in parts} == before
     with pytest.raises(ValueError, match="--numbers: expected 0 to"):
         masking.main(of(masking.Masking, setting, numbers=(0, 10_000)))
+
+
+def test_without_a_success_claims_stay_open(setting, tmp_path):
+    weak = {"attack": ("ifgsm:steps=1,eps=0.00001",), "out": tmp_path / "out"}
+    sensitivity, masking = (importlib.import_module(name) for name in ("unit_sensitivity", "neuron_masking"))
+    sensitivity.main(dataclasses.replace(of(sensitivity.Sensitive, setting, top=10), **weak))
+    masking.main(dataclasses.replace(of(masking.Masking, setting, numbers=(0, 8), draws=1), **weak))
+    for name, count in (("unit_sensitivity", 5), ("neuron_masking", 1)):
+        told = json.loads((tmp_path / "out" / name / "answers.json").read_text())["answers"]
+        assert [answer["verdict"] for answer in told] == [UNDECIDED] * count
+        assert {answer["measured"] for answer in told} == {"no picture was attacked with success"}
+    with pytest.raises(ValueError, match="--numbers: expected at least one"):
+        masking.main(of(masking.Masking, setting, numbers=()))
 
 
 def test_layers_and_rotations(setting):
