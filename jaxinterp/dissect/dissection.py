@@ -156,7 +156,8 @@ def _shapes(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) 
     params = jax.tree.unflatten(treedef, specs)
     _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, _image(network))
     found = {}
-    for node, leaf in maps.items():
+    for node in nodes:  # shapes come back in the order of names
+        leaf = maps[node]
         if leaf.ndim not in (2, 4) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"node: {node} of {network.name} is {leaf.dtype} {list(leaf.shape)}, not a feature map")
         found[node] = leaf.shape[1:] if leaf.ndim == 4 else (1, 1, leaf.shape[1])

@@ -201,6 +201,10 @@ def test_layers_at_once_are_layers_alone(found):
     turned = run(("b", "a"))
     assert list(turned) == ["b", "a"]
     assert_same({node: turned[node] for node in NODES}, found)
+    # The feature maps of the top images, whose sizes are the layers' own.
+    pictured = run(("b", "a"), maps=True)
+    assert [pictured[node].maps.shape[2:] for node in ("b", "a")] == [(4, 4), (8, 8)]
+    np.testing.assert_array_equal(pictured["b"].maps, run("b", maps=True).maps)
 
 
 def test_forms_change_no_integer(found):
