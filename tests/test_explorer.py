@@ -208,9 +208,13 @@ def chunks(ids, attacks, size=2):
             yield attack, arrays | {"ids": np.array(some), "adversarial_class": np.arange(len(some)) + start}
 
 
-@pytest.mark.parametrize(("most", "pictures"), [(96, 5), (8, 4), (7, 3), (1, 1)])
-def test_a_run_shows_its_first_pictures_under_every_attack(monkeypatch, most, pictures):
+@pytest.mark.parametrize(
+    ("most", "cells", "pictures"), [(96, 1e9, 5), (8, 1e9, 4), (7, 1e9, 3), (1, 1e9, 1), (96, 6, 3), (96, 0, 1)]
+)
+def test_a_run_shows_its_first_pictures_under_every_attack(monkeypatch, most, cells, pictures):
+    """As many as allowed, by their number and by that of the cells (in cells of a picture)."""
     monkeypatch.setattr(page, "EXPLORED", most)
+    monkeypatch.setattr(page, "EXPLORED_CELLS", int(cells * arguments()["kind"].size))
     ids, read = [f"{index}.png" for index in range(5)], []
     rows = [
         {"id": name, "attack": attack, "label_name": f"true {name}", "target_name": "t", "success": attack == "A"}

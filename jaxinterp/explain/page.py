@@ -20,6 +20,8 @@ from jaxinterp.statistics import Estimate
 
 EXPLORED = 96
 """The explorer holds at most about so many pictures times attacks, a third of a megabyte each: a browser opens that."""
+EXPLORED_CELLS = 1 << 18
+"""And so many cells, of which a megabyte holds some thirty thousand."""
 
 NOTES = (
     "Norms and passes are medians over the pictures for which the attack succeeded. Shares of kinds, rho and IS are "
@@ -163,7 +165,8 @@ def explored(
     chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
     cell: int,
 ) -> Iterator[dict[str, Any]]:
-    """What the explorer shows: the first pictures of the run, as many as `EXPLORED` allows, under every attack.
+    """What the explorer shows: the first pictures of the run, as many as `EXPLORED` and `EXPLORED_CELLS` allow (one at
+    least), under every attack.
 
     Args:
         class_name: names the classes.
@@ -173,9 +176,12 @@ def explored(
     """
     ids = list(dict.fromkeys(row["id"] for row in rows))
     attacks = len({row["attack"] for row in rows})
-    shown = set(ids[: max(EXPLORED // max(attacks, 1), 1)])
-    found = {(row["id"], row["attack"]): row for row in rows if row["id"] in shown}
+    found: dict[tuple[Any, Any], Any] | None = None
     for attack, arrays in chunks:
+        if found is None:
+            most = min(EXPLORED, EXPLORED_CELLS // arrays["kind"][0].size) // attacks
+            shown = set(ids[: max(most, 1)])
+            found = {(row["id"], row["attack"]): row for row in rows if row["id"] in shown}
         if not found:
             return
         for i, name in enumerate(map(str, arrays["ids"])):
