@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack, AttackResult, State
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
@@ -211,7 +212,7 @@ def _start(mesh: Mesh | None):
         common, model = shared
         attack = together(own, common)
         images, labels, targets, keys, support, initial = problem
-        state = attack.init(model, images, labels, targets, keys, support)
+        state = attack.init(objective.single(model), images, labels, targets, keys, support)
         if initial is None:
             return state
         return attack.warm(state, initial if support is None else jnp.where(support, initial, images))
@@ -223,7 +224,7 @@ def _start(mesh: Mesh | None):
 def _advance(mesh: Mesh | None, donated: bool = False):
     def one_program(own, shared, state, limit, enough):
         common, model = shared
-        attack = together(own, common)
+        attack, model = together(own, common), objective.single(model)
 
         def unfinished(carry):
             taken, state = carry

@@ -48,6 +48,8 @@ MODELS = {
     "logits": (linear, set()),
     "log-softmax": (lambda x: jax.nn.log_softmax(linear(x)), set()),
     "softmax": (lambda x: jax.nn.softmax(0.1 * linear(x)), {"probabilities"}),
+    "softmax of 8 bits": (lambda x: jax.nn.softmax(0.1 * linear(x)).astype(jnp.bfloat16), {"probabilities"}),
+    "logits of 8 bits": (lambda x: linear(x).astype(jnp.bfloat16), set()),
     "noise of NumPy": (noisy_when_traced, {"random"}),
     "noise of a callback": (noisy_when_run, {"random"}),
     "rounded input": (lambda x: linear(jnp.round(x * 255) / 255), {"zero-gradients"}),
