@@ -52,7 +52,7 @@ class DDN:
     Attributes:
         initial_radius: e_0, the radius of the first sphere, in pixel units. The radius cannot fall below
             e_0 (1 - gamma)^K, by the defaults 0.006: where the nearest point may be nearer, begin smaller.
-        gamma: relative change of the radius in every step.
+        gamma: relative change of the radius in every step, below 1.
         step_size: length of the first step; the following ones fall along half a cosine
         final_step_size: to this length.
         kappa: confidence, the margin of logits that counts as success.
@@ -64,6 +64,7 @@ class DDN:
 
     name: ClassVar[str] = "ddn"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"loss": ("margin", "cross_entropy")}
+    ranges: ClassVar[dict[str, str]] = {"gamma": "below 1"}
 
     initial_radius: Real = 1.0
     gamma: Real = 0.05

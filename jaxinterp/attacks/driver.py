@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -268,8 +269,8 @@ def coerce(attack: Attack) -> Attack:
     Integers in fields that all examples share, such as pictures of 8 bits, stay as they are.
 
     Raises:
-        ValueError: a leaf is negative or not finite, `steps` and the like are below 1, or a word is not one of the
-            attack's `choices`.
+        ValueError: a leaf is negative, not finite or outside the attack's `ranges`, `steps` and the like are below 1,
+            or a word is not one of the attack's `choices`.
         TypeError: the attack is a class instead of an instance; a hyper-parameter is of the wrong type.
     """
     if isinstance(attack, type):
@@ -284,9 +285,18 @@ def coerce(attack: Attack) -> Attack:
     return jax.tree_util.tree_map_with_path(as_array, checked)
 
 
+RANGES: Mapping[str, Callable[[np.ndarray], Any]] = {
+    "positive": lambda values: values > 0,
+    "below 1": lambda values: values < 1,
+    "from 0 to 1": lambda values: values <= 1,
+    "from 1 to 100": lambda values: (values >= 1) & (values <= 100),
+}
+"""What `ranges` of an attack can say of its numbers, none of which are negative."""
+
+
 def _checked(attack: Any) -> Any:
     """The attack with its fields checked, and lists of numbers made arrays."""
-    choices = getattr(attack, "choices", {})
+    choices, ranges = getattr(attack, "choices", {}), getattr(attack, "ranges", {})
     changed = {}
     for field in dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ():
         value, whole = getattr(attack, field.name), f"{type(attack).__name__}.{field.name}"
@@ -310,18 +320,20 @@ def _checked(attack: Any) -> Any:
             elif part is None and field.default is not None and not static:
                 raise TypeError(f"{whole} must be a number, or one for every example, got None")
         if not static and not isinstance(value, tuple | Tracer | None) and not dataclasses.is_dataclass(value):
-            array = _numbers(value, whole)
+            array = _numbers(value, whole, ranges.get(field.name))
             changed |= {field.name: jnp.asarray(array)} if isinstance(value, list) else {}
     return dataclasses.replace(attack, **changed) if changed else attack  # type: ignore[type-var]  # a dataclass then
 
 
-def _numbers(value: Any, name: str) -> np.ndarray:
+def _numbers(value: Any, name: str, within: str | None) -> np.ndarray:
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, or one for every example, got {value!r}") from None
     if not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if within is not None and not np.all(RANGES[within](array)):
+        raise ValueError(f"{name} must be {within}, got {value}")
     return array
 
 
