@@ -77,7 +77,7 @@ def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[
 
     # Two programs, traced apart: randomness of Python or NumPy is frozen into each.
     first, second = (jax.jit(lambda m, x: m(x))(model, images) for _ in range(2))
-    precision = float(jnp.finfo(first.dtype).eps)
+    precision = float(jnp.finfo(first.dtype).eps) if jnp.issubdtype(first.dtype, jnp.floating) else 0.0
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     again = np.asarray(jax.jit(lambda m, x: m(x))(model, images), np.float64)
     spread = np.ptp(first, axis=1).max() or 1.0

@@ -26,7 +26,8 @@ def single(model: Model) -> Partial:
 
 def _single(model, images):
     logits = model(images)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    short = jnp.issubdtype(logits.dtype, jnp.floating) and logits.dtype.itemsize < 4
+    return logits.astype(jnp.float32) if short else logits
 
 
 def log_odds(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
