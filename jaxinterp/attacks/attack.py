@@ -34,9 +34,11 @@ class State(Protocol):
 class Attack(Protocol):
     """Three pure functions and the number of steps, in the manner of optax.
 
-    An attack with fields that hold words (a norm, a rule) lists the words of each in a class variable `choices`. One
-    with arrays that belong to no example but to all, such as pictures that are tried on each, lists their fields in
-    `shared`: they are neither spread over devices nor gathered with the examples. One that can begin elsewhere than
+    An attack with fields that hold words (a norm, a rule) lists the words of each in a class variable `choices`, and
+    the numbers of a field that has bounds beside zero in `ranges`, by a name of `driver.RANGES`. One with arrays that
+    belong to no example but to all, such as pictures that are tried on each, lists their fields in `shared`: they are
+    neither spread over devices nor gathered with the examples. Fields with an image for every example, which text
+    cannot give, are listed in `arrays`. One that can begin elsewhere than
     at the originals has a method `warm(state, initial) -> state`, which the driver calls on the state that `init`
     returns, with images in the box that differ from the originals on the support only.
     """

@@ -30,6 +30,11 @@ class CWState(Nearest):
 class CW:
     """The smallest L2 perturbation that succeeds at confidence kappa.
 
+    On linear models the result is within 1.05 of the nearest point, if that is farther than about one step of Adam,
+    lr sqrt(n) / 2 with n components. The first step is lr times the sign of the gradient whatever c is: where it jumps
+    over the boundary, every c succeeds, and the search only lowers c. So it is in the original. A smaller `lr` finds
+    nearer points, with more `steps`.
+
     Attributes:
         lr: learning rate of Adam.
         initial_const: c of the first search step; times 10 until a success, then bisected.

@@ -49,13 +49,16 @@ class CWLinfState:
 class CWLinf:
     """A small Linf perturbation that succeeds at confidence kappa; the nearest success in Linf is returned.
 
-    An example is done when tau falls below 1/256, when c exceeds `largest_const`, or after `search_steps`.
+    An example is done when tau falls below 1/256, when c exceeds `largest_const`, or after `search_steps`. The largest
+    change is then within about 1 / `decrease` of the last tau for which there was a solution. The search goes no
+    further than 1 / (256 `decrease`) on purpose, and Adam takes steps of about lr / 2 on every pixel: on linear models
+    whose nearest point is at 0.006 to 0.008 it ends up to 1.3 times as far by the defaults, 1.1 with lr=0.001.
 
     Attributes:
         lr: learning rate of Adam.
         initial_const: the first c.
         largest_const: the last c.
-        decrease: factor below 1 by which tau shrinks, from 1 or from the largest change where that is smaller.
+        decrease: factor, below 1, by which tau shrinks, from 1 or from the largest change where that is smaller.
         kappa: confidence, the margin of logits that counts as success.
         search_steps: number of problems, each with its c and tau, at most. The other defaults allow 53 values of tau
             and 21 of c.
@@ -68,6 +71,7 @@ class CWLinf:
     """
 
     name: ClassVar[str] = "cw-linf"
+    ranges: ClassVar[dict[str, str]] = {"decrease": "below 1"}
 
     lr: Real = 5e-3
     initial_const: Real = 1e-5

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack, AttackResult, State
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
@@ -213,7 +215,7 @@ def _start(mesh: Mesh | None):
         common, model = shared
         attack = together(own, common)
         images, labels, targets, keys, support, initial = problem
-        state = attack.init(model, images, labels, targets, keys, support)
+        state = attack.init(objective.single(model), images, labels, targets, keys, support)
         if initial is None:
             return state
         return attack.warm(state, initial if support is None else jnp.where(support, initial, images))
@@ -225,7 +227,7 @@ def _start(mesh: Mesh | None):
 def _advance(mesh: Mesh | None, donated: bool = False):
     def one_program(own, shared, state, limit, enough):
         common, model = shared
-        attack = together(own, common)
+        attack, model = together(own, common), objective.single(model)
 
         def unfinished(carry):
             taken, state = carry
@@ -269,8 +271,8 @@ def coerce(attack: Attack) -> Attack:
     Integers in fields that all examples share, such as pictures of 8 bits, stay as they are.
 
     Raises:
-        ValueError: a leaf is negative or not finite, `steps` and the like are below 1, or a word is not one of the
-            attack's `choices`.
+        ValueError: a leaf is negative, not finite or outside the attack's `ranges`, `steps` and the like are below 1,
+            or a word is not one of the attack's `choices`.
         TypeError: the attack is a class instead of an instance; a hyper-parameter is of the wrong type.
     """
     if isinstance(attack, type):
@@ -285,9 +287,18 @@ def coerce(attack: Attack) -> Attack:
     return jax.tree_util.tree_map_with_path(as_array, checked)
 
 
+RANGES: Mapping[str, Callable[[np.ndarray], Any]] = {
+    "positive": lambda values: values > 0,
+    "below 1": lambda values: values < 1,
+    "from 0 to 1": lambda values: values <= 1,
+    "from 1 to 100": lambda values: (values >= 1) & (values <= 100),
+}
+"""What `ranges` of an attack can say of its numbers, none of which are negative."""
+
+
 def _checked(attack: Any) -> Any:
     """The attack with its fields checked, and lists of numbers made arrays."""
-    choices = getattr(attack, "choices", {})
+    choices, ranges = getattr(attack, "choices", {}), getattr(attack, "ranges", {})
     changed = {}
     for field in dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ():
         value, whole = getattr(attack, field.name), f"{type(attack).__name__}.{field.name}"
@@ -311,18 +322,20 @@ def _checked(attack: Any) -> Any:
             elif part is None and field.default is not None and not static:
                 raise TypeError(f"{whole} must be a number, or one for every example, got None")
         if not static and not isinstance(value, tuple | Tracer | None) and not dataclasses.is_dataclass(value):
-            array = _numbers(value, whole)
+            array = _numbers(value, whole, ranges.get(field.name))
             changed |= {field.name: jnp.asarray(array)} if isinstance(value, list) else {}
     return dataclasses.replace(attack, **changed) if changed else attack  # type: ignore[type-var]  # a dataclass then
 
 
-def _numbers(value: Any, name: str) -> np.ndarray:
+def _numbers(value: Any, name: str, within: str | None) -> np.ndarray:
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, or one for every example, got {value!r}") from None
     if not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if within is not None and not np.all(RANGES[within](array)):
+        raise ValueError(f"{name} must be {within}, got {value}")
     return array
 
 

@@ -64,8 +64,8 @@ class FAB:
     passes and a backward pass for every candidate, or one with a target.
 
     Attributes:
-        alpha_max: largest bias a towards the original.
-        beta: after a success, the iterate goes back to this part of its distance from the original.
+        alpha_max: largest bias a towards the original, from 0 to 1.
+        beta: after a success, the iterate goes back to this part, from 0 to 1, of its distance from the original.
         eta: extrapolation beyond the boundary.
         reach: a restart begins at half this distance from the original, or half the distance of the nearest success
             where that is less; None means 0.3 in Linf, 1 in L2, 5 in L1.
@@ -81,6 +81,7 @@ class FAB:
 
     name: ClassVar[str] = "fab"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("l2", "linf", "l1")}
+    ranges: ClassVar[dict[str, str]] = {"alpha_max": "from 0 to 1", "beta": "from 0 to 1"}
 
     alpha_max: Real = 0.1
     beta: Real = 0.9

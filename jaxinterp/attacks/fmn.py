@@ -61,8 +61,8 @@ class FMN:
         step_size: L2 length of the first step; the following ones fall along half a cosine. In Linf it should grow
             with the root of the number of components: 10 for ImageNet.
         final_step_size: to this length; None means step_size / 100.
-        gamma: relative change of the radius in the first step; it falls likewise,
-        final_gamma: to this one.
+        gamma: relative change of the radius in the first step, below 1; it falls likewise,
+        final_gamma: to this one, below 1.
         kappa: confidence, the margin of logits that counts as success.
         norm: "l0", "l1", "l2" or "linf".
         steps: number of steps K.
@@ -70,6 +70,7 @@ class FMN:
 
     name: ClassVar[str] = "fmn"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("l0", "l1", "l2", "linf")}
+    ranges: ClassVar[dict[str, str]] = {"gamma": "below 1", "final_gamma": "below 1"}
 
     step_size: Real = 1.0
     final_step_size: Real | None = None

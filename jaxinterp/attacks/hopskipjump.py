@@ -104,6 +104,7 @@ class HopSkipJump:
 
     name: ClassVar[str] = "hopskipjump"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("l2", "linf")}
+    arrays: ClassVar[tuple[str, ...]] = ("starts",)
 
     starts: Float[Array, "b h w c"] | None = None
     gamma: Real = 1.0

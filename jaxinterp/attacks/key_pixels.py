@@ -68,9 +68,9 @@ class KeyPixels:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
         step_size: length of a step in the ball's norm; None means 2.5 eps / steps.
         kappa: confidence, the margin of logits that counts as success.
-        rho: the first share of pixels that are attacked.
+        rho: the first share of pixels that are attacked, from 0 to 1.
         growth: by what the share grows after a round without success.
-        most: the largest share.
+        most: the largest share, from 0 to 1.
         weights: [B,H,W,1], not negative: a map that gradients are multiplied with to rank pixels, such as a class
             activation map of the images' size; None means gradients alone.
         norm: of ball and steps, "l2" or "linf".
@@ -85,6 +85,8 @@ class KeyPixels:
 
     name: ClassVar[str] = "key-pixels"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("l2", "linf")}
+    ranges: ClassVar[dict[str, str]] = {"rho": "from 0 to 1", "most": "from 0 to 1"}
+    arrays: ClassVar[tuple[str, ...]] = ("weights",)
 
     eps: Real = 1.0
     step_size: Real | None = None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.network import Model
@@ -16,6 +17,17 @@ from jaxinterp.network import Model
 # Another program (another batch size, another framework) computes the same logits with other rounding. A success
 # must survive that, so its margin exceeds the confidence by this fraction of the largest difference of logits.
 ROUNDING = 1e-5
+
+
+def single(model: Model) -> Partial:
+    """The model with logits of 16 bits as float32, in which margins and losses keep their types; others stay."""
+    return Partial(_single, model)
+
+
+def _single(model, images):
+    logits = model(images)
+    short = jnp.issubdtype(logits.dtype, jnp.floating) and logits.dtype.itemsize < 4
+    return logits.astype(jnp.float32) if short else logits
 
 
 def log_odds(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:

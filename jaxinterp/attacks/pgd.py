@@ -24,7 +24,7 @@ class PGD:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
         step_size: length of a step in the ball's norm; None means 2.5 eps / steps.
         kappa: confidence, the margin of logits that counts as success.
-        sparsity: the part of all components that a step in L1 moves.
+        sparsity: the part of all components that a step in L1 moves, from 0 to 1.
         norm: "linf", "l2" or "l1".
         steps: number of steps K of a run.
         restarts: number of runs. An example that has succeeded starts no further one.
@@ -34,6 +34,7 @@ class PGD:
 
     name: ClassVar[str] = "pgd"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2", "l1")}
+    ranges: ClassVar[dict[str, str]] = {"sparsity": "from 0 to 1"}
 
     eps: Real = 8 / 255
     step_size: Real | None = None

@@ -43,6 +43,8 @@ def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any])
     parts = getattr(kind, "parts", {})
     for item in _split(text, ","):
         parameter, equals, value = (part.strip() for part in item.partition("="))
+        if parameter in getattr(kind, "arrays", ()):
+            raise ValueError(f"parameter {parameter!r} of {whole} holds images, which text cannot give")
         if not equals or parameter not in fields:
             raise ValueError(f"unknown parameter {parameter!r} of {whole}{suggest(parameter, fields)}")
         if parameter in parts:
@@ -78,14 +80,14 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def parameters(attack: Attack) -> dict[str, Any]:
-    """Every hyper-parameter of an attack: all fields but the arrays that examples share."""
+    """Every hyper-parameter of an attack: all fields but arrays that examples share, or images of each."""
     return {field.name: getattr(attack, field.name) for field in _named(attack)}
 
 
 def _named(attack: Any) -> list[dataclasses.Field]:
     """The fields that text can hold."""
-    shared = getattr(attack, "shared", ())
-    return [field for field in dataclasses.fields(attack) if field.name not in shared]
+    without = (*getattr(attack, "shared", ()), *getattr(attack, "arrays", ()))
+    return [field for field in dataclasses.fields(attack) if field.name not in without]
 
 
 def record(attack: Attack) -> dict[str, Any]:

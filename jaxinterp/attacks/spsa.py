@@ -36,7 +36,7 @@ class SPSA:
     Attributes:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
         lr: learning rate of Adam.
-        delta: distance of the probes from the iterate, on every pixel. The network sees them unclipped.
+        delta: positive, the distance of the probes from the iterate, on every pixel. The network sees them unclipped.
         kappa: confidence, the margin of logits that counts as success.
         samples: number n of directions in a step; each costs two forward passes.
         chunk: number of directions that are evaluated at once, at most. It decides the memory, not the result.
@@ -45,6 +45,7 @@ class SPSA:
     """
 
     name: ClassVar[str] = "spsa"
+    ranges: ClassVar[dict[str, str]] = {"delta": "positive"}
 
     eps: Real = 8 / 255
     lr: Real = 0.01

@@ -59,12 +59,17 @@ class Square:
     Algorithm 1 with the sampling distributions of Algorithms 2 (Linf) and 3 (L2). In Linf it starts from vertical
     stripes of +-eps, and every square is filled with +-eps of one sign a channel. In L2 and L1 it starts from a grid
     of patterns, and each proposal moves the norm of one window into a pattern in another. The loss is the margin of
-    logits, for labels or for targets. The input itself is judged first, which costs one more pass.
+    logits, for labels or for targets; that deviates from the paper and its program, which have cross-entropy for
+    targets. The input itself is judged first, which costs one more pass.
+
+    Every change is made of squares of one colour a channel, or of windows of two bumps. Where all components matter
+    independently, as in a linear model of dense random weights, no such pattern is the nearest perturbation: in L2 and
+    L1 a budget of 1.25 of the smallest norm does not suffice there (2 in L2 and 4 in L1 did for 6 x 6 pixels).
 
     Attributes:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
-        p: fraction of the image that the first squares cover. The paper takes 0.05 (Linf) and 0.1 (L2) for ImageNet,
-            AutoAttack 0.8.
+        p: fraction of the image that the first squares cover, from 0 to 1. The paper takes 0.05 (Linf) and 0.1 (L2)
+            for ImageNet, AutoAttack 0.8.
         kappa: confidence, the margin of logits that counts as success.
         norm: "linf", "l2" or "l1".
         steps: number of perturbed images that are evaluated, at most.
@@ -74,6 +79,7 @@ class Square:
 
     name: ClassVar[str] = "square"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"norm": ("linf", "l2", "l1")}
+    ranges: ClassVar[dict[str, str]] = {"p": "from 0 to 1"}
 
     eps: Real = 8 / 255
     p: Real = 0.8

@@ -95,6 +95,7 @@ class StrAttack:
     """
 
     name: ClassVar[str] = "strattack"
+    ranges: ClassVar[dict[str, str]] = {"rho": "positive"}
 
     eps: Real = 0.5
     tau: Real = 3.0

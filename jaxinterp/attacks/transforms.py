@@ -192,11 +192,12 @@ class DiverseInputs(_Forgetful):
     pixels; here the size that the network sees stays, in the same proportion.
 
     Attributes:
-        probability: how often the input is changed at all.
-        smallest: the smallest side, as a part of the image's.
+        probability: how often the input is changed at all, from 0 to 1.
+        smallest: the smallest side, as a part of the image's, from 0 to 1.
     """
 
     name: ClassVar[str] = "di"
+    ranges: ClassVar[dict[str, str]] = {"probability": "from 0 to 1", "smallest": "from 0 to 1"}
     elsewhere: ClassVar[bool] = True
     gradients: ClassVar[int] = 1
 

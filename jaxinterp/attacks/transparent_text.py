@@ -71,7 +71,7 @@ class TransparentText:
 
     Attributes:
         bank: every text in every size and at every angle, for the images' size.
-        opacity: of the letters, 0 to 1; one number, or one for every example.
+        opacity: of the letters, from 0 to 1; one number, or one for every example.
         kappa: confidence, the margin of logits that counts as success.
         text: what may be written, phrases separated by |.
         layout: "single", "grid", or "any" of them.
@@ -91,6 +91,7 @@ class TransparentText:
         "layout": ("any", "single", "grid"),
         "colour": ("any", "grey", "hues", "black", "white"),
     }
+    ranges: ClassVar[dict[str, str]] = {"opacity": "from 0 to 1"}
     shared: ClassVar[tuple[str, ...]] = ("bank",)
 
     bank: lettering.Bank | None = None

@@ -94,6 +94,7 @@ class Watermark:
 
     name: ClassVar[str] = "watermark"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"transform": ("haar", "dct"), "signs": ("published", "random")}
+    ranges: ClassVar[dict[str, str]] = {"quality": "from 1 to 100"}
     shared: ClassVar[tuple[str, ...]] = ("watermarks",)
 
     watermarks: Float[Array, "n h w c"] | None = None

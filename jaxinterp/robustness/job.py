@@ -130,7 +130,9 @@ def evaluate(
 
     place = {(picture, name): (i, j) for i, picture in enumerate(seen.ids) for j, name in enumerate(chosen)}
     rows.sort(key=lambda row: place[row["id"], row["attack"]])
-    findings += attacks.compare_access({name: [row for row in rows if row["attack"] == name] for name in chosen})
+    findings += attacks.compare_access(
+        {name: [row for row in rows if row["attack"] == name] for name in chosen}, chosen
+    )
     clean = proportion(len(seen.correct), len(seen.ids))
     summary = tables.summarise(rows, list(chosen), labelled=len(seen.ids), correct=len(seen.correct))
     curves = run.directory / "curves.png"

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from jaxinterp import attacks
-from jaxinterp.attacks import IFGSM, compare_access, compare_transfer, diagnose, run
+from jaxinterp.attacks import (
+    IFGSM,
+    PGD,
+    CWLinf,
+    HopSkipJump,
+    KeyPixels,
+    SmoothBIM,
+    Square,
+    compare_access,
+    compare_transfer,
+    diagnose,
+    run,
+)
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(4 * 4 * 3, 5)).astype(np.float32)
@@ -36,6 +48,8 @@ MODELS = {
     "logits": (linear, set()),
     "log-softmax": (lambda x: jax.nn.log_softmax(linear(x)), set()),
     "softmax": (lambda x: jax.nn.softmax(0.1 * linear(x)), {"probabilities"}),
+    "softmax of 8 bits": (lambda x: jax.nn.softmax(0.1 * linear(x)).astype(jnp.bfloat16), {"probabilities"}),
+    "logits of 8 bits": (lambda x: linear(x).astype(jnp.bfloat16), set()),
     "noise of NumPy": (noisy_when_traced, {"random"}),
     "noise of a callback": (noisy_when_run, {"random"}),
     "rounded input": (lambda x: linear(jnp.round(x * 255) / 255), {"zero-gradients"}),
@@ -62,20 +76,57 @@ def test_every_finding_has_its_section_in_the_documentation():
         assert name in attacks.ATTACKS
 
 
-def rows(success, backward):
-    return [{"id": str(i), "success": bool(s), "backward": backward} for i, s in enumerate(success)]
+def rows(linf, backward=0, l2=0.0):
+    """Rows of successes at these distances, and of failures where one is None."""
+    more = {"backward": backward, "l2": l2}
+    return [
+        {"id": str(i), "success": d is not None, "linf": 0.0 if d is None else d, **more} for i, d in enumerate(linf)
+    ]
 
 
-def test_blind_attacks_that_find_more_are_reported():
-    white, blind = rows([1, 0, 0, 0, 0, 0], 10), rows([1, 1, 1, 0, 0, 1], 0)
-    [finding] = compare_access({"pgd": white, "square": blind})
+FAILED = [None] * 6
+PGD_ROWS = rows([0.1, None, None, None, None, None], 10)
+
+
+def test_blind_attacks_that_find_more_in_the_same_ball_are_reported():
+    ball = {"pgd": PGD(eps=0.1), "square": Square(eps=0.1)}
+    blind = rows([0.1, 0.1, 0.05, None, None, 0.10001])
+    [finding] = compare_access({"pgd": PGD_ROWS, "square": blind}, ball)
     assert finding.name == "transfer"
     assert "square" in finding.message
     assert "3 of 6" in finding.message
-    # What one of several attacks with gradients breaks is not held against gradients.
-    assert not compare_access({"pgd": white, "apgd": rows([0, 1, 1, 0, 0, 1], 5), "square": blind})
-    assert not compare_access({"pgd": blind, "square": white[:0]})
-    assert not compare_access({"square": blind})
+    # A failure in a smaller ball, or in another norm's, is none.
+    assert not compare_access({"pgd": PGD_ROWS, "square": blind}, {**ball, "pgd": PGD(eps=0.049)})
+    far = [{**row, "l2": 17.0} for row in blind]
+    assert not compare_access({"pgd": PGD_ROWS, "square": far}, {**ball, "pgd": PGD(eps=3.0, norm="l2")})
+    assert len(compare_access({"pgd": PGD_ROWS, "square": far}, {**ball, "pgd": PGD(eps=17.0, norm="l2")})) == 1
+    # What one of several attacks with gradients finds in the ball is not held against gradients.
+    more = {**ball, "cw-linf": CWLinf()}
+    for distance, reported in ((0.1, 0), (0.3, 1)):
+        nearest = rows([None, *[distance] * 5], 5)
+        found = compare_access({"pgd": PGD_ROWS, "cw-linf": nearest, "square": rows([None, *[0.1] * 5])}, more)
+        assert len(found) == reported
+    assert not compare_access({"pgd": rows(FAILED, 9), "square": PGD_ROWS[:0]}, ball)
+    assert not compare_access({"square": blind}, ball)
+
+
+@pytest.mark.parametrize(
+    ("seeing", "found", "blind", "reported"),
+    [
+        (CWLinf(), FAILED, [0.5] * 6, True),
+        (CWLinf(), [0.1] * 6, [0.06] * 6, False),
+        (CWLinf(), [0.1] * 6, [0.04] * 6, True),
+        (CWLinf(), [0.1] * 6, [0.04, *FAILED[1:]], False),  # a single one
+        (PGD(eps=0.1), [0.1] * 6, [0.001] * 6, False),  # nobody asked for the nearest
+        (IFGSM(eps=0.1), FAILED, [0.1] * 6, True),
+        (IFGSM(eps=0.1, kappa=1.0), FAILED, [0.1] * 6, False),  # of a blind attack without confidence
+        (KeyPixels(eps=0.1, norm="linf"), FAILED, [0.1] * 6, False),  # on a few pixels
+        (SmoothBIM(eps=0.1), FAILED, [0.1] * 6, False),  # smooth
+    ],
+)
+def test_a_failure_counts_where_the_success_could_have_been_found(seeing, found, blind, reported):
+    chosen = {"seeing": seeing, "hopskipjump": HopSkipJump(norm="linf")}
+    assert bool(compare_access({"seeing": rows(found, 7), "hopskipjump": rows(blind)}, chosen)) == reported
 
 
 def test_images_of_another_model_that_do_better_are_reported():

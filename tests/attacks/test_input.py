@@ -1,6 +1,7 @@
 """Bad input to `run` is refused by name, with what was given, before the model runs or anything is compiled."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 
+from jaxinterp import attacks
 from jaxinterp.attacks import CW, IFGSM, PGD, driver, run
+from jaxinterp.attacks.driver import RANGES, coerce
 
 BATCH, CLASSES = 3, 4
 IMAGES = np.random.default_rng(0).uniform(size=(BATCH, 5, 6, 2)).astype(np.float32)
@@ -123,6 +126,34 @@ def test_bad_input_is_refused_by_name(name):
     arguments, error, message = BAD[name]
     with pytest.raises(error, match=f"(?s){message}"):
         attempt(**arguments)
+
+
+OUTSIDE = {"positive": (0.0,), "below 1": (1.0,), "from 0 to 1": (1.01,), "from 1 to 100": (0.5, 101.0)}
+PARTS = [*attacks.ATTACKS.values(), *attacks.TRANSFORMS.values()]
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if hasattr(part, "ranges")])
+def test_numbers_outside_their_range_are_refused(part):
+    assert OUTSIDE.keys() == RANGES.keys()
+    for name, within in part.ranges.items():
+        for value in OUTSIDE[within]:
+            for given in (value, jnp.full(BATCH, value)):
+                attack = part(**{name: given})
+                attack = attacks.MIFGSM(transforms=(attack,)) if part in attacks.TRANSFORMS.values() else attack
+                with pytest.raises(ValueError, match=rf"^{part.__name__}\.{name} must be {within}, got \[?{value:g}"):
+                    coerce(attack)
+
+
+def test_a_range_that_the_documentation_states_is_checked():
+    """And the documentation states what is checked."""
+    stated = {}
+    for part in PARTS:
+        described = (part.__doc__ or "").partition("Attributes:")[2]
+        for name, meaning in re.findall(r"^        (\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE):
+            for within in RANGES:
+                if re.search(rf"\b{within}\b", meaning):
+                    stated[part.__name__, name] = within
+    assert stated == {(part.__name__, n): w for part in PARTS for n, w in getattr(part, "ranges", {}).items()}
 
 
 def test_the_guard_sees_a_compilation():

@@ -31,7 +31,7 @@ EXHAUSTIVE = pytest.mark.exhaustive
 DUAL: dict[str, Any] = {"l1": np.inf, "l2": 2, "linf": 1}
 
 CASES: dict[str, Any] = {
-    "ddn": DDN(initial_radius=0.1, loss="margin"),
+    "ddn": DDN(initial_radius=0.1),
     "fmn-l0": FMN(norm="l0", steps=60),
     "fmn-l1": FMN(norm="l1", steps=60),
     "fmn-l2": FMN(norm="l2", steps=60),
@@ -137,13 +137,27 @@ def test_the_box_and_confidence_move_the_nearest_point(case):
     assert ratio.max() < (1.05 if norm == "l2" else 1.25)
 
 
+@pytest.mark.parametrize("classes", [5, 10])
+def test_ddn_at_its_defaults_ends_at_the_nearest_of_several_rivals(classes):
+    problem = linear(classes)
+    model, images, labels, *_ = problem
+    best, _ = optimum(problem, "l2")
+    within = best > 0.95**100 / 0.9  # what its radius can reach
+    assert within.sum() >= 4
+    result = run(DDN(), model, images, labels, key=KEY)
+    assert np.asarray(result.success).all()
+    ratio = np.asarray(result.l2) / best
+    assert ratio.min() > 0.999
+    assert ratio[within].max() < 1.05
+
+
 def test_ddn_with_cross_entropy_comes_as_near_where_the_network_is_confident():
     """Then it does not blend the directions to several rivals."""
     problem = linear(5)
     model, images, labels, *_ = problem
     best, _ = optimum(problem, "l2")
     confident = Partial(lambda m, x: 1e4 * m(x), model)
-    result = run(DDN(initial_radius=0.1), confident, images, labels, key=KEY)
+    result = run(DDN(initial_radius=0.1, loss="cross_entropy"), confident, images, labels, key=KEY)
     ratio = np.asarray(result.l2) / best
     assert ratio.min() > 0.999
     assert ratio.max() < 1.05
@@ -154,7 +168,7 @@ def test_ddn_with_cross_entropy_comes_as_near_where_the_network_is_confident():
 
 def test_ddn_walks_as_a_slow_program_does():
     model, images, labels, weights, bias = linear(3, seed=1)
-    steps, attack = 30, DDN(initial_radius=0.3, gamma=0.1, kappa=0.1, steps=30)
+    steps, attack = 30, DDN(initial_radius=0.3, gamma=0.1, kappa=0.1, loss="cross_entropy", steps=30)
     result = run(attack, model, images, labels, key=KEY)
     for i, image in enumerate(images):
         x0 = image.astype(np.float64).ravel()

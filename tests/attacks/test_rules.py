@@ -855,6 +855,33 @@ def test_states_have_32_bits_whatever_the_default(case):
     assert [first, after, result] == expected
 
 
+# 16 bits
+
+
+@_attacks(("pgd-linf", "apgd-linf", "apgd-l1", "apgdt", "autoattack", "cw", "ead", "ddn", "spsa", "square-linf"))
+def test_logits_may_have_16_bits(case):
+    """A run is traced whole, which stops where a loop or a branch changes types; nothing is compiled."""
+    p = problem("network-targeted" if case in ("apgdt", "autoattack") else "linear")
+    half = Partial(_half, p.model)
+    found = jax.eval_shape(lambda images: run(CASES[case], half, images, p.labels, key=KEY, compact=False), p.images)
+    assert [x.dtype for x in (found.images, found.success, found.l2)] == [jnp.float32, jnp.bool_, jnp.float32]
+
+
+def _half(model, images):
+    return model(images).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("case", ["apgd-linf", "ddn"])
+def test_16_bits_are_judged_as_they_are(case):
+    p = problem("linear")
+    half = p._replace(model=Partial(_half, p.model))
+    labels = jnp.argmax(half.model(p.images), axis=-1)
+    result = attack_on(case, half._replace(labels=labels))
+    assert np.asarray(result.success).any()
+    classes = jnp.argmax(half.model(result.images), axis=-1)
+    np.testing.assert_array_equal(result.success, classes != labels)
+
+
 @pytest.mark.parametrize("case", ["pgd-linf", "pgd-l2"])
 def test_the_same_bits_with_64_bits(case):
     p = problem("linear")

@@ -55,6 +55,8 @@ def test_parts_by_name_with_parameters_in_brackets():
         ("mifgsm:transforms=vmi(sample=5)", "unknown parameter 'sample' of vmi; did you mean 'samples'"),
         ("mifgsm:transforms=vmi(samples=x)", "mifgsm:transforms=vmi:samples must be a whole number, got 'x'"),
         ("watermark:watermarks=3", "unknown parameter 'watermarks' of attack watermark"),
+        ("hopskipjump:starts=3", "parameter 'starts' of attack hopskipjump holds images, which text cannot give"),
+        ("key-pixels:weights=1", "parameter 'weights' of attack key-pixels holds images"),
         ("mifgsm:transforms=si+vmi", "vmi must come before"),
     ],
 )
@@ -78,7 +80,7 @@ def test_the_list_explains_every_parameter_of_every_attack():
     for section, attack in zip(sections, ATTACKS.values(), strict=True):
         assert len(section.splitlines()[1]) > 20
         for field in dataclasses.fields(attack):
-            if field.name in getattr(attack, "shared", ()):
+            if field.name in (*getattr(attack, "shared", ()), *getattr(attack, "arrays", ())):
                 assert f"{field.name}=" not in section
                 continue
             [meaning] = re.findall(rf"^      {field.name}=[^:]+: (.+)$", section, re.MULTILINE) or [""]

@@ -150,7 +150,8 @@ def adv_lib(peers: Any, attack: str, **settings: Any) -> np.ndarray:
 def test_ddn_ends_where_adv_lib_does(problem, peers):
     # The last iterate of ours is judged, too: one radius smaller at the most.
     theirs = adv_lib(peers, "ddn", steps=100, levels=None)
-    success, their_success, ratio = compare(problem, ours(attacks.DDN(steps=100), problem), theirs, "l2")
+    mine = ours(attacks.DDN(loss="cross_entropy", steps=100), problem)
+    success, their_success, ratio = compare(problem, mine, theirs, "l2")
     assert success.all()
     assert their_success.all()
     assert np.median(abs(ratio - 1)) < 0.01

@@ -97,6 +97,14 @@ def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
 
 
+def test_a_success_outside_the_ball_says_nothing_about_gradients(pictures, tmp_path):
+    specs = ["pgd:eps=0.0001,steps=1", "square:eps=1,steps=300"]
+    found = evaluate(pictures, tmp_path / "out", specs=specs, images=False)
+    broken = {name: [row["success"] for row in found.rows if row["attack"] == name] for name in specs}
+    assert sum(broken[specs[1]]) >= sum(broken[specs[0]]) + 2
+    assert "transfer" not in {finding.name for finding in found.findings}
+
+
 def test_a_targeted_evaluation_reaches_its_targets(pictures, tmp_path):
     found = evaluate(pictures, tmp_path / "out", targeted=True, specs=["pgd:eps=0.3,steps=10"], images=False)
     assert any(row["success"] for row in found.rows)
