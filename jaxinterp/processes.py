@@ -279,7 +279,13 @@ def open_run(directory: str | os.PathLike, config: Mapping[str, Any]) -> Run:
     group = current()
     config = {**config, "matmul_precision": precision.current()}
     problem = group.settle(
-        {"name": group.name, "config": json.loads(json.dumps(config)), "versions": versions()}, _disagreement
+        {
+            "name": group.name,
+            "options": {"--num-processes": group.count},
+            "config": json.loads(json.dumps(config)),
+            "versions": versions(),
+        },
+        _disagreement,
     )
     if problem:
         raise ValueError(problem)
@@ -311,9 +317,11 @@ def read_part(run: Run, name: str, *, without: Collection[str] = ()) -> dict[str
 
 def _disagreement(values: list[dict[str, Any]]) -> str:
     """How the other processes differ from process 0, in words; empty where they do not."""
+    if not all(isinstance(value, dict) and "config" in value for value in values):
+        return "the processes were not given the same command"
     first = values[0]
     for other in values[1:]:
-        for what in ("config", "versions"):
+        for what in ("options", "config", "versions"):
             differing = differences(first[what], other[what], what, there=first["name"], asked=other["name"])
             if differing:
                 return "the processes were not given the same: " + "; ".join(differing)

@@ -258,6 +258,18 @@ def test_another_config_or_version_is_refused_by_all(opening, tmp_path, words, m
     assert not (tmp_path / "out").exists()
 
 
+def test_other_numbers_of_processes_are_refused_by_all(opening, tmp_path):
+    """Each would take a share of its own making: some chunks twice, others never."""
+    address = f"127.0.0.1:{free_port()}"
+    common = ["--distributed", "--coordinator-address", address, "--peer-timeout", "8", "--start-timeout", "60"]
+    words = [str(opening), str(tmp_path / "out"), "0", *common]
+    started = [start([*words, "--num-processes", str(2 + i), "--process-id", str(i)], 1) for i in range(2)]
+    for ended in map(end, started):
+        assert ended.status == 2
+        assert "the processes were not given the same: options.--num-processes: 2 " in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_that_is_not_shared_is_refused_by_all(opening, tmp_path):
     for ended in together([[opening, str(tmp_path / name), "0"] for name in ("one", "two")], 1, patience=2):
         assert ended.status == 2

@@ -172,12 +172,15 @@ def _trial(setting: Setting, attack: Attack, form: str, peers: Callable[..., Any
 
     images = functools.cache(lambda: setting.images(batch))  # made when it is clear that they fit
 
+    last: list[AttackResult] = []
+
     def run():
         with computing_in(form):
-            return attacks.run(attack, model, images(), labels, key=setting.key())
+            last[:] = [attacks.run(attack, model, images(), labels, key=setting.key())]
+        return last[0]
 
     others = dict if peers is None else functools.partial(peers, batch)
-    return Trial(size, run, batch * attack.iterations, others)
+    return Trial(size, run, lambda: steps_taken(last[0]), others)
 
 
 def _changes(

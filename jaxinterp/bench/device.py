@@ -46,8 +46,8 @@ class Peak:
 # Pattern of device_kind -> TFLOP/s in float32, tf32, bf16 (None: the device has no such units), GB/s.
 # The first match counts.
 _PUBLISHED: tuple[tuple[str, tuple[float | None, float | None, float | None], float], ...] = (
-    (r"B200", (75.0, 1100.0, 2250.0), 8000.0),
-    (r"H200", (67.0, 494.7, 989.4), 4800.0),
+    (r"\bB200", (75.0, 1100.0, 2250.0), 8000.0),
+    (r"\bH200", (67.0, 494.7, 989.4), 4800.0),
     (r"H100 NVL", (60.0, 417.5, 835.5), 3938.0),
     (r"H100 PCIe", (51.0, 378.0, 756.0), 2039.0),
     (r"H100", (67.0, 494.7, 989.4), 3350.0),

@@ -166,6 +166,8 @@ def _check(subjects: Sequence[str], setting: Setting, options: Options) -> None:
         raise ValueError(f"--largest must be at least 1, got {options.largest}")
     if any(batch < 1 for batch in options.batches):
         raise ValueError(f"--batches must be at least 1, got {' '.join(map(str, options.batches))}")
+    if options.batches and options.largest is not None and min(options.batches) > options.largest:
+        raise ValueError(f"--batches: none is as small as --largest {options.largest}")
     if options.batches and not options.sweep:
         raise ValueError("--batches goes with --sweep")
     if not options.patience > 0:

@@ -84,7 +84,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-_SETTING = ("cpu", "cores", "device", "devices", "network", "weights", "size", "matmul_precision")
+_SETTING = ("cpu", "cores", "device", "devices", "network", "weights", "size", "matmul_precision", "batch", "formats")
+_SETTING += ("attack", "swept", "swept format", "cell", "node", "images", "seed")
 
 
 def compare(a: Path, b: Path) -> list[str]:

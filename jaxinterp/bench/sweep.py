@@ -26,13 +26,13 @@ class Trial:
     Attributes:
         program: bytes that it takes by the compiler's account; None: not told, so it is tried.
         run: runs it once and returns its arrays.
-        work: units of work in a run.
+        work: units of work in a run; a function where only a run tells.
         others: prepares what else does the same work, by name; called when it is clear that the batch fits.
     """
 
     program: int | None
     run: Callable[[], Any]
-    work: float | int
+    work: float | int | Callable[[], float | int]
     others: Callable[[], Mapping[str, Callable[[], Any]]] = dict
 
 
@@ -124,12 +124,13 @@ def _tried(trial: Trial, batch: int, usable: int, rounds: int) -> dict[str, Any]
     runs = {"": trial.run, **{name: run for name, run in others.items() if name not in without}}
     times = interleaved(runs, rounds)
     seconds = middle(times[""])
-    row = {"batch": batch, "seconds": seconds, "per_second": trial.work / seconds["median"], "program": trial.program}
+    work = trial.work() if callable(trial.work) else trial.work
+    row = {"batch": batch, "seconds": seconds, "per_second": work / seconds["median"], "program": trial.program}
     row["others"] = {
         name: None
         if name in without
         else {
-            "per_second": trial.work / middle(times[name])["median"],
+            "per_second": work / middle(times[name])["median"],
             "over": middle(ratios(times[name], times[""])),
         }
         for name in others
