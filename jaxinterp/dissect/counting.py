@@ -250,7 +250,7 @@ def _of_image(features, thresholds, places, present: int):
     sh, sw = places.shape[-2:]
     mask = (upsample(features, (sh, sw)) > thresholds) & (features.max(axis=(0, 1)) > thresholds)
     numbers = 1 + jnp.arange(present, dtype=places.dtype)
-    hits = (places.reshape(-1, 1, sh * sw) == numbers[:, None]).astype(dtype)
+    hits = (places.reshape(len(places), 1, sh * sw) == numbers[:, None]).astype(dtype)
     counts = jnp.concatenate([hits.sum(axis=0), jnp.ones((1, sh * sw), dtype)])
     together = jnp.dot(counts, mask.reshape(sh * sw, -1).astype(dtype), preferred_element_type=jnp.float32)
     together = together.astype(jnp.int32)
@@ -314,7 +314,7 @@ def tally(
     everything = jax.tree.map(lambda leaf: _by_share(leaf, shares.count(mesh)), (features, labels))
     for start in range(0, everything[0].shape[1], batch_size):
         maps, found = jax.tree.map(lambda leaf, i=start: leaf[:, i : i + batch_size], everything)
-        maps, found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (maps, found))
+        maps, found = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (maps, found))
         states = step(states, maps, limits, found, membership)
     return result(shares.merged(states, merge, mesh), union)
 
