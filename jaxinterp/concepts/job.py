@@ -31,6 +31,7 @@ from jaxinterp.data import Broden, DamagedImage, SegmentedSource, packed
 from jaxinterp.dissect import FORMS, MINIMUM, QUANTILE, UNIONS, Dissection, Plan, Tally, feature_shapes, plan
 from jaxinterp.dissect import dissect as dissect_layers
 from jaxinterp.dissect.counting import Form
+from jaxinterp.dissect.dissection import image_shape
 from jaxinterp.dissect.quantiles import check as check_quantile
 from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params
@@ -131,7 +132,7 @@ def prepare(
 
     Raises:
         ValueError: an argument out of range, an unknown model, node or category (with the closest ones), no weights,
-            no folder, malformed tables, or no image.
+            no folder, malformed tables, no image, or images that the network does not take.
     """
     for name, value in (("--batch-size", batch_size), ("--top", top), ("--limit", 1 if limit is None else limit)):
         if value < 1:
@@ -143,8 +144,8 @@ def prepare(
     if memory is not None and memory < 0:
         raise ValueError(f"--memory must not be negative, got {memory}")
     network, params = load(model) if isinstance(model, str) else model
-    chosen = tuple(nodes) or (default_node(network, params),)
-    feature_shapes(network, params, chosen)
+    for node in nodes:
+        network.check_node(node)
     if isinstance(data, str):
         source: SegmentedSource = reading.open_segmented(
             data,
@@ -160,6 +161,8 @@ def prepare(
         source = data
     if not len(source):
         raise ValueError("data: expected at least one image")
+    channels = image_shape(network, source)[2]
+    chosen = tuple(nodes) or (default_node(network, params, channels),)
     mesh, unit = parallel.global_mesh(), parallel.multiple(parallel.data_mesh())
     size = -(-batch_size // unit) * unit
     notes = [f"batches of {size} images, a multiple of the {unit} devices"] if size > batch_size else []
@@ -197,6 +200,7 @@ def prepare(
             labels=len(concepts.names),
             categories=len(concepts.categories),
             batch_size=size * processes.current().count,
+            channels=channels,
             mesh=mesh,
             memory=memory,
         ),
@@ -206,8 +210,13 @@ def prepare(
     )
 
 
-def default_node(network: Network, params: Params) -> str:
+def default_node(network: Network, params: Params, channels: int = 3) -> str:
     """The layer before global average pooling, or where there is none the last one with more than one position.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        channels: of the images.
 
     Raises:
         ValueError: the network has no feature map.
@@ -216,7 +225,7 @@ def default_node(network: Network, params: Params) -> str:
         return network.cam_node
     for node in reversed(network.nodes):
         with contextlib.suppress(ValueError):
-            height, width, _ = feature_shapes(network, params, [node])[node]
+            height, width, _ = feature_shapes(network, params, [node], channels)[node]
             if height * width > 1:
                 return node
     raise ValueError(f"--node: {network.name} has no feature map with more than one position")

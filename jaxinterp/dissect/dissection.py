@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinterp.canonical import canonical
+from jaxinterp.data import DamagedImage
 from jaxinterp.dissect import counting, quantiles, shares, topimages
 from jaxinterp.dissect.counting import Form, Present, Tally, Union
 from jaxinterp.dissect.topimages import TopImages
@@ -83,6 +84,7 @@ class Plan:
 
     Attributes:
         shapes: feature map [h,w,U] of every layer.
+        image: [H,W,C] of every image.
         images: number of images, at most.
         batch_size: images in a batch of all processes together.
         features: bytes of the feature maps of all images.
@@ -93,6 +95,7 @@ class Plan:
     """
 
     shapes: dict[str, tuple[int, int, int]]
+    image: tuple[int, int, int]
     images: int
     batch_size: int
     features: int
@@ -129,15 +132,47 @@ def _size(count: int | float) -> str:
     raise AssertionError
 
 
-def feature_shapes(network: Network, params: Params, nodes: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """[h,w,U] of every layer; a layer without positions counts as one position.
+def feature_shapes(
+    network: Network, params: Params, nodes: Sequence[str], channels: int = 3
+) -> dict[str, tuple[int, int, int]]:
+    """[h,w,U] of every layer for images of so many channels; a layer without positions counts as one position.
 
     Raises:
-        ValueError: no layer, one that is named twice or unknown, or that is not a feature map of floats.
+        ValueError: no layer, one that is named twice or unknown, or that is not a feature map of floats; a network that
+            does not take such images.
     """
     if not nodes or len(set(nodes)) != len(nodes):
         raise ValueError(f"nodes: expected different layers, got {list(nodes)}")
-    return dict(_shapes(network, tuple(nodes), *_described(params)))
+    for node in nodes:
+        network.check_node(node)
+    return dict(_shapes(network, tuple(nodes), channels, *_described(params)))
+
+
+def image_shape(network: Network, data: Any) -> tuple[int, int, int]:
+    """[H,W,C] of the images of a source, by the first one that can be read; of the network's size in RGB if none can.
+
+    Raises:
+        ValueError: they do not have the network's input size.
+    """
+    for index in range(len(data)):
+        try:
+            found = np.shape(data[index].image)
+        except DamagedImage:
+            continue
+        if len(found) != 3:
+            raise ValueError(f"data: expected images [H,W,C], got the shape {list(found)}")
+        _check_image(network, found, (network.image_size, network.image_size, found[2]))
+        return found
+    return network.image_size, network.image_size, 3
+
+
+def _check_image(network: Network, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        got, wanted = (" x ".join(map(str, shape)) for shape in (found, expected))
+        raise ValueError(
+            f"data: expected images of {wanted} for {network.name}, got {got};"
+            f" resize them, those of a Broden folder by Broden(image_size={network.image_size})"
+        )
 
 
 def _described(params: Params) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -146,15 +181,21 @@ def _described(params: Params) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     return treedef, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _image(network: Network) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
+def _image(network: Network, channels: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, network.image_size, network.image_size, channels), jnp.float32)
 
 
 # Tracing a network takes as long as some batches, and jobs ask several times.
 @functools.lru_cache(maxsize=64)
-def _shapes(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> dict[str, tuple[int, int, int]]:
-    params = jax.tree.unflatten(treedef, specs)
-    _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, _image(network))
+def _shapes(
+    network: Network, nodes: tuple[str, ...], channels: int, treedef: Any, specs: Any
+) -> dict[str, tuple[int, int, int]]:
+    params, image = jax.tree.unflatten(treedef, specs), _image(network, channels)
+    try:
+        _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, image)
+    except (TypeError, ValueError) as error:
+        size = " x ".join(map(str, image.shape[1:]))
+        raise ValueError(f"data: {network.name} does not take images of {size}: {error}") from error
     found = {}
     for node, leaf in maps.items():
         if leaf.ndim not in (2, 4) or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -172,6 +213,7 @@ def plan(
     labels: int,
     categories: int,
     batch_size: int,
+    channels: int = 3,
     mesh: Mesh | None = None,
     memory: int | None = None,
 ) -> Plan:
@@ -185,14 +227,15 @@ def plan(
         labels: L.
         categories: C.
         batch_size: images in a batch of all processes together.
+        channels: of the images.
         mesh: the devices; None is the default device.
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
 
     Raises:
-        ValueError: a layer that does not exist, no image, more positions than 2^31 - 1, a batch size out of range, or
+        ValueError: a layer that does not exist, a network that does not take such images, no image, more positions than 2^31 - 1, a batch size out of range, or
             a mesh over some processes.
     """
-    shapes = feature_shapes(network, params, nodes)
+    shapes = feature_shapes(network, params, nodes, channels)
     number = shares.count(mesh)
     if images < 1:
         raise ValueError("data: expected at least one image")
@@ -209,18 +252,19 @@ def plan(
     keep = features <= budget
     return Plan(
         shapes,
+        (network.image_size, network.image_size, channels),
         images,
         batch_size,
         features,
         counts + (0 if keep else 4 * units * (1 << 16)),
         keep,
         budget,
-        _flops(network, tuple(nodes), *_described(params)),
+        _flops(network, tuple(nodes), channels, *_described(params)),
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _flops(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> float | None:
+def _flops(network: Network, nodes: tuple[str, ...], channels: int, treedef: Any, specs: Any) -> float | None:
     """Operations for one image, as a CPU computes it (GPUs do not tell); None where there is none."""
     params = jax.tree.unflatten(treedef, specs)
     try:
@@ -228,7 +272,8 @@ def _flops(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -
     except RuntimeError:
         return None
     with jax.default_device(cpu):
-        cost = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network)).cost_analysis()
+        program = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network, channels))
+    cost = program.cost_analysis()
     return float((cost or {}).get("flops") or 0) or None
 
 
@@ -312,7 +357,8 @@ def dissect(
         A `Dissection`, or for several layers a dict of them.
 
     Raises:
-        ValueError: an argument out of range, an unknown layer, no image, NaN among the activations.
+        ValueError: an argument out of range, an unknown layer, no image, images that are not of the network's input
+            size or channels, NaN among the activations.
     """
     nodes = (node,) if isinstance(node, str) else tuple(node)
     quantiles.check(quantile, method)
@@ -329,6 +375,7 @@ def dissect(
         labels=len(membership),
         categories=membership.shape[1],
         batch_size=batch_size,
+        channels=image_shape(network, data)[2],
         mesh=mesh,
         memory=memory,
     )
@@ -415,6 +462,7 @@ class Passes:
                 raise ValueError(
                     f"walk: expected at most {batches} batches of {size} images, got {len(batch.mask)} in batch {i + 1}"
                 )
+            _check_image(self.network, np.shape(batch.images)[1:], self.plan.image)
             yield i, *shares.placed((numbers, np.asarray(batch.mask)), self.mesh), batch
             self.told(what, int(np.sum(batch.mask)))
 

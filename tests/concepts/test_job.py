@@ -17,10 +17,10 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from jaxinterp import cli, concepts, dissect
+from jaxinterp import Network, cli, concepts, dissect
 from jaxinterp.concepts import page as page_module
 from jaxinterp.concepts import unit_pictures
-from jaxinterp.data import Broden
+from jaxinterp.data import Broden, Concepts, SegmentedArrays
 from jaxinterp.dissect import dissection
 from jaxinterp.runs import Run
 
@@ -244,6 +244,32 @@ def test_another_config_is_refused(job, network, squares, tmp_path, changes):
     asked = {"model": network, "nodes": ["colours"], "quantile": QUANTILE, "batch_size": 8, "top": 3, **changes}
     with pytest.raises(ValueError, match=f"another config.*{next(iter(changes))}"):
         concepts.dissect(concepts.prepare(squares, **asked), tmp_path / "out", say=silent)
+
+
+def test_grey_pictures(network, squares, tmp_path):
+    """One channel into a network that sees three equal ones: the counts of the same pictures in colour."""
+    images = np.stack([squares[i].image for i in range(11)])[..., :1]
+    planes = np.stack([squares[i].planes for i in range(11)])
+    asked = {"nodes": ["colours"], "quantile": QUANTILE, "batch_size": 8, "top": 3}
+    repeated = Network("repeated", lambda p, x, tap: network[0].apply(p, x.repeat(3, 3), tap), network[0].nodes, 32, 4)
+    found = []
+    for name, channels, one in (("grey", 1, repeated), ("colour", 3, network[0])):
+        source = SegmentedArrays(images.repeat(channels, 3), planes, squares.concepts)
+        job = concepts.prepare(source, model=(one, network[1]), **asked)
+        assert job.plan.image == (32, 32, channels)
+        found.append(concepts.dissect(job, tmp_path / name, say=silent).layers["colours"].dissection.tally)
+        pictures = sorted((tmp_path / name / "units").rglob("*.jpg"))
+        assert len(pictures) == 4
+    np.testing.assert_array_equal(found[0].intersection, found[1].intersection)
+    assert found[0].intersection.sum() > 0
+
+
+def test_pictures_of_another_size_are_refused_before_anything_is_written(network, tmp_path):
+    large = SegmentedArrays(
+        np.zeros((2, 40, 40, 3), np.float32), np.zeros((2, 4, 4), int), Concepts(("", "a"), ("b",), np.array([-1, 0]))
+    )
+    with pytest.raises(ValueError, match="data: expected images of 32 x 32 x 3 for colours, got 40 x 40 x 3"):
+        concepts.prepare(large, model=network)
 
 
 def test_nan_activations(network, squares, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxinterp import Network, dissect
+from jaxinterp import Network, dissect, models
 from jaxinterp.data import Broden, DamagedImage, SegmentedArrays
 from jaxinterp.dissect import dissection, shares
 from jaxinterp.dissect.topimages import NONE
@@ -272,7 +272,7 @@ def test_what_fits_is_read_once(memory, walks):
     data, told = Counting(DATA), []
     run(data=data, memory=memory, progress=lambda what, images: told.append((what, images)))
     read = np.bincount(data.read)
-    np.testing.assert_array_equal(read, walks)
+    np.testing.assert_array_equal(read, walks + (np.arange(13) == 0))  # the first one for the size of the images
     steps = ["feature maps", "tally"] if memory else ["feature maps", "thresholds", "tally"]
     assert list(dict.fromkeys(what for what, _ in told)) == steps
     for step in steps:
@@ -436,6 +436,29 @@ def test_feature_shapes():
     assert dissect.feature_shapes(NETWORK, PARAMS, ["mean", "a"]) == {"mean": (1, 1, 7), "a": (8, 8, 5)}
 
 
+def test_one_channel(slow):
+    """Grey images into a network that sees them as the narrow one sees three equal channels."""
+    items = [DATA[i] for i in range(5)]
+    images, planes, scalars = (np.stack([getattr(x, name) for x in items]) for name in PARTS)
+    grey = SegmentedArrays(images[..., :1], planes, DATA.concepts, scalars=scalars)
+    params = PARAMS | {"a": PARAMS["a"].sum(axis=2, keepdims=True)}
+    one = dissect.dissect(NETWORK, params, "a", grey, quantile=QUANTILE, batch_size=5)
+    maps = np.asarray(dissection.extractor(NETWORK, ("a",))(params, images[..., :1])[0])
+    np.testing.assert_allclose(
+        maps, dissection.extractor(NETWORK, ("a",))(PARAMS, images[..., [0, 0, 0]])[0], rtol=1e-4, atol=1e-5
+    )
+    limits = np.quantile(maps.astype(np.float64), 1 - QUANTILE, axis=(0, 1, 2)).astype(np.float32)
+    np.testing.assert_array_equal(one.thresholds, limits)
+    wanted = slow.tally(maps, limits, planes, scalars, list(CATEGORIES), "image")
+    np.testing.assert_array_equal(one.tally.intersection, wanted.intersection)
+    with pytest.raises(ValueError, match="data: narrow does not take images of 16 x 16 x 1: "):
+        run(data=grey)
+    with pytest.raises(ValueError, match="data: narrow does not take images of 16 x 16 x 3: "):
+        dissect.dissect(NETWORK, params, "a", DATA, batch_size=8)
+    mnist, shapes = models.network("carlini_mnist"), models.shapes("carlini_mnist")
+    assert dissect.feature_shapes(mnist, shapes, mnist.nodes[:1], channels=1) == {mnist.nodes[0]: (26, 26, 32)}
+
+
 def test_a_second_dissection_traces_nothing():
     traced = []
 
@@ -470,6 +493,23 @@ def test_a_second_dissection_traces_nothing():
 def test_bad_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 0])
+def test_images_of_another_size_are_refused_before_anything_is_computed(memory):
+    large = SegmentedArrays(np.zeros((3, 24, 20, 3), np.float32), np.zeros((3, 8, 8), int), DATA.concepts)
+    told = []
+    message = r"data: expected images of 16 x 16 x 3 for narrow, got 24 x 20 x 3; .* by Broden\(image_size=16\)"
+    with pytest.raises(ValueError, match=message):
+        run(data=large, memory=memory, progress=lambda *what: told.append(what))
+    with pytest.raises(ValueError, match=message):  # what a walk yields need not be what the source holds
+        run(walk=lambda: dissection.in_order(large, 8), memory=memory, progress=lambda *what: told.append(what))
+    assert not told
+
+
+def test_the_size_of_images_is_that_of_the_first_that_can_be_read():
+    assert dissection.image_shape(NETWORK, Counting(DATA, damaged=[0, 1])) == (16, 16, 3)
+    assert dissection.image_shape(NETWORK, Counting(DATA, damaged=range(13))) == (16, 16, 3)
 
 
 def test_batches_that_devices_cannot_share_are_refused(meshes):
