@@ -27,7 +27,7 @@ from tqdm import tqdm
 from jaxinterp import parallel, processes
 from jaxinterp.concepts import page, reading, tables
 from jaxinterp.concepts.tables import Layer
-from jaxinterp.data import Broden, DamagedImage, SegmentedSource, packed
+from jaxinterp.data import Broden, DamagedImage, Packed, SegmentedSource, packed
 from jaxinterp.dissect import FORMS, MINIMUM, QUANTILE, UNIONS, Dissection, Plan, Tally, feature_shapes, plan
 from jaxinterp.dissect import dissect as dissect_layers
 from jaxinterp.dissect.counting import Form
@@ -307,6 +307,15 @@ def dissect(
         if group.first:
             group.wait()
     found, damaged = _stored(run, job), _stored_damaged(run)
+    readable = _readable(source, damaged or [])
+    if group.told(bool(readable)):
+        say(f"images that could not be read before and can be now: {len(readable)}; all are counted again")
+        if group.first:
+            _forget_counts(run, job)
+        found = damaged = None
+    if job.strict and damaged:
+        name, reason = damaged[0]
+        raise ValueError(f"{name}: {reason} ({len(damaged)} images were left out when {run.directory} was counted)")
     if group.told(found is None or damaged is None):
         found, damaged = _compute(run, job, source, spill, say)
     elif found is None or damaged is None:
@@ -455,6 +464,24 @@ def _stored(run: Run, job: Job) -> dict[str, Dissection] | None:
 def _stored_damaged(run: Run) -> list[tuple[str, str]] | None:
     arrays = run.read_part("damaged")
     return None if arrays is None else [(str(name), str(reason)) for name, reason in arrays["listed"]]
+
+
+def _readable(source: SegmentedSource, damaged: Sequence[tuple[str, str]]) -> list[str]:
+    """Which of the images that were left out can be read by now.
+
+    Only those of a cache are asked for: another source whose images have changed is another config.
+    """
+    if not isinstance(source, Packed):
+        return []
+    still = {source.ids[index] for index in source.damaged}
+    return [name for name, _ in damaged if name not in still]
+
+
+def _forget_counts(run: Run, job: Job) -> None:
+    """Removes what was counted, layers first: without them the run is not finished."""
+    for node in job.nodes:
+        run.remove_part(_part(node))
+    run.remove_part("damaged")
 
 
 def _stored_features(directory: Path) -> list[Path]:

@@ -314,7 +314,7 @@ def tally(
     everything = jax.tree.map(lambda leaf: _by_share(leaf, shares.count(mesh)), (features, labels))
     for start in range(0, everything[0].shape[1], batch_size):
         maps, found = jax.tree.map(lambda leaf, i=start: leaf[:, i : i + batch_size], everything)
-        maps, found = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), (maps, found))
+        maps, found = jax.tree.map(_together, (maps, found))
         states = step(states, maps, limits, found, membership)
     return result(shares.merged(states, merge, mesh), union)
 
@@ -322,3 +322,8 @@ def tally(
 def _by_share(leaf: Any, number: int) -> Any:
     """[N,...] as [number, N / number, ...]: each device of a mesh holds one share."""
     return leaf.reshape(number, leaf.shape[0] // number, *leaf.shape[1:])
+
+
+def _together(leaf: Any) -> Any:
+    """[number,n,...] as [number * n,...], of arrays without elements too."""
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])

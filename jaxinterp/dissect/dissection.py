@@ -232,8 +232,8 @@ def plan(
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
 
     Raises:
-        ValueError: a layer that does not exist, a network that does not take such images, no image, more positions than 2^31 - 1, a batch size out of range, or
-            a mesh over some processes.
+        ValueError: a layer that does not exist, a network that does not take such images, no image, more positions than
+            2^31 - 1, a batch size out of range, or a mesh over some processes.
     """
     shapes = feature_shapes(network, params, nodes, channels)
     number = shares.count(mesh)

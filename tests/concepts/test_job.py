@@ -1,6 +1,7 @@
 """The job end to end: closed-form IoUs, a kill at any moment, any number of devices, bad input, what the page shows."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -348,6 +349,10 @@ def test_damaged_images_are_skipped_and_listed(folder, small_cnn, tmp_path, caps
         job = concepts.prepare(f"broden:{folder}", model="small_cnn", nodes=["conv2"], batch_size=8, top=1)
         said: list[str] = []
         found = concepts.dissect(job, tmp_path / "out", say=said.append)
+        with pytest.raises(ValueError, match=broken[0]):  # what has been counted leaves them out
+            concepts.dissect(dataclasses.replace(job, strict=True), tmp_path / "out", say=silent)
+        (folder / "images" / broken[0]).write_bytes(kept[broken[0]])
+        mended = concepts.dissect(job, tmp_path / "out", say=said.append)
     finally:
         for name, content in kept.items():
             (folder / "images" / name).write_bytes(content)
@@ -358,6 +363,15 @@ def test_damaged_images_are_skipped_and_listed(folder, small_cnn, tmp_path, caps
     top = found.layers["conv2"].dissection.top
     maps = np.stack([_features(job, source[int(n)].image) for n in top.image[:, 0]])
     np.testing.assert_array_equal([maps[unit, ..., unit].max() for unit in range(16)], top.value[:, 0])
+    assert "images that could not be read before and can be now: 1; all are counted again" in said
+    assert [each["id"] for each in mended.summary["damaged"]] == broken[1:]
+    assert mended.summary["images"] == len(source) - 1
+    areas = [each.layers["conv2"].dissection.tally.label_area for each in (found, mended)]
+    item = source[2]
+    added = np.bincount(item.planes.ravel(), minlength=len(areas[0])) + item.planes[0].size * np.bincount(
+        item.scalars, minlength=len(areas[0])
+    )
+    np.testing.assert_array_equal((areas[1] - areas[0])[1:], added[1:])
 
 
 def _features(job, image):
