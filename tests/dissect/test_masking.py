@@ -1,5 +1,8 @@
 """Silenced units: the masked network, accuracy under masks, groups of units."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +125,9 @@ def test_groups():
     again = masking.groups(sensitivity, iou, np.zeros(4, bool), key=jax.random.key(0), draws=5)
     np.testing.assert_array_equal(again["random-2"], random[2])
     assert len(again["detectors"]) == 0
+
+
+def test_both_modules_are_attributes_in_a_fresh_interpreter():
+    code = "from jaxinterp import dissect; print(dissect.masking.keep([1], 1, 2), dissect.sensitivity.MEASURES[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["[1.", "0.]", "plain"]
