@@ -478,10 +478,11 @@ def _readable(source: SegmentedSource, damaged: Sequence[tuple[str, str]]) -> li
 
 
 def _forget_counts(run: Run, job: Job) -> None:
-    """Removes what was counted, layers first: without them the run is not finished."""
+    """Removes what was counted, layers first (without them the run is not finished), and the units' pictures."""
     for node in job.nodes:
         run.remove_part(_part(node))
     run.remove_part("damaged")
+    shutil.rmtree(run.directory / "units", ignore_errors=True)
 
 
 def _stored_features(directory: Path) -> list[Path]:

@@ -352,6 +352,8 @@ def test_damaged_images_are_skipped_and_listed(folder, small_cnn, tmp_path, caps
         with pytest.raises(ValueError, match=broken[0]):  # what has been counted leaves them out
             concepts.dissect(dataclasses.replace(job, strict=True), tmp_path / "out", say=silent)
         (folder / "images" / broken[0]).write_bytes(kept[broken[0]])
+        pictures = sorted((tmp_path / "out" / "units").rglob("*.jpg"))
+        pictures[0].write_bytes(b"of what was counted before")
         mended = concepts.dissect(job, tmp_path / "out", say=said.append)
     finally:
         for name, content in kept.items():
@@ -365,6 +367,7 @@ def test_damaged_images_are_skipped_and_listed(folder, small_cnn, tmp_path, caps
     np.testing.assert_array_equal([maps[unit, ..., unit].max() for unit in range(16)], top.value[:, 0])
     assert "images that could not be read before and can be now: 1; all are counted again" in said
     assert [each["id"] for each in mended.summary["damaged"]] == broken[1:]
+    assert pictures[0].read_bytes().startswith(b"\xff\xd8")
     assert mended.summary["images"] == len(source) - 1
     areas = [each.layers["conv2"].dissection.tally.label_area for each in (found, mended)]
     item = source[2]
