@@ -61,13 +61,18 @@ class Broden:
             strict: an item that cannot be read raises ValueError, which ends a walk, not DamagedImage.
 
         Raises:
+            TypeError: categories that are one text; a limit or a size that is no whole number.
             ValueError: a table is missing or malformed, images or label maps are of several sizes (file and line are
                 named); an unknown category, or one without labels; an unknown split; no image is left.
         """
         self.directory, self.strict = os.fspath(directory), strict
         if not os.path.isdir(self.directory):
             raise ValueError(f"no such folder: {self.directory}")
+        if isinstance(categories, str):
+            raise TypeError(f"categories: expected several names, such as [{categories!r}], got one text")
         for name, value in (("limit", limit), ("image_size", image_size)):
+            if value is not None and not isinstance(value, int | np.integer):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.labels = read_labels(self.directory, self._refuse)

@@ -214,6 +214,12 @@ def check_union(union: str) -> None:
         raise ValueError(f"union: expected one of {', '.join(UNIONS)}, got {union!r}")
 
 
+def check_form(form: str) -> None:
+    """Raises ValueError for a form that does not exist."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+
+
 def memberships(categories: Sequence[int] | np.ndarray, number: int | None = None) -> np.ndarray:
     """The matrix [L,C] of float32 that is 1 where a label belongs to a category; label 0 belongs to none.
 
@@ -288,8 +294,7 @@ def tally(
             or thresholds that are NaN.
     """
     check_union(union)
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    check_form(form)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     planes, scalars = np.asarray(planes), np.asarray(scalars)

@@ -239,6 +239,8 @@ def plan(
     number = shares.count(mesh)
     if images < 1:
         raise ValueError("data: expected at least one image")
+    if memory is not None and not memory >= 0:
+        raise ValueError(f"memory: expected bytes, not negative, got {memory}")
     if batch_size < 1 or batch_size % number:
         raise ValueError(f"batch_size: expected a multiple of the {number} devices, got {batch_size}")
     padded = -(-images // batch_size) * batch_size
@@ -363,6 +365,7 @@ def dissect(
     nodes = (node,) if isinstance(node, str) else tuple(node)
     quantiles.check(quantile, method)
     counting.check_union(union)
+    counting.check_form(form)
     if top < 1:
         raise ValueError(f"top: expected at least 1, got {top}")
     concepts = data.concepts

@@ -261,6 +261,19 @@ def test_bad_arguments(broden_folder, arguments, message):
         Broden(broden_folder, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"categories": "scene"}, r"categories: expected several names, such as \['scene'\], got one text"),
+        ({"limit": 3.5}, "limit: expected a whole number, got 3.5"),
+        ({"image_size": 8.0}, "image_size: expected a whole number, got 8.0"),
+    ],
+)
+def test_arguments_of_another_type(broden_folder, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Broden(broden_folder, **arguments)
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         Broden(tmp_path / "none")

@@ -488,11 +488,19 @@ def test_a_second_dissection_traces_nothing():
         ({"batch_size": 0}, "batch_size: expected a multiple of the 1 devices, got 0"),
         ({"quantile": 1.0}, "quantile: expected a share between 0 and 1"),
         ({"top": 0}, "top: expected at least 1, got 0"),
+        ({"form": "x"}, "form: expected one of auto, gated, dense, got 'x'"),
+        ({"memory": -1}, "memory: expected bytes, not negative, got -1"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize("quantile", ["a", None, True])
+def test_a_quantile_that_is_no_number_is_refused(quantile):
+    with pytest.raises(TypeError, match="quantile: expected a number, got "):
+        run(quantile=quantile)
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 0])

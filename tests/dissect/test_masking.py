@@ -110,6 +110,16 @@ def test_bad_input(network, params, images):
         masking.correct(network, params, "second", np.ones((1, 5)), images, np.zeros(11, int))
     with pytest.raises(ValueError, match="kept, images, labels"):
         masking.correct(network, params, "second", np.ones((1, 6)), images, np.zeros(10, int))
+    with pytest.raises(TypeError, match="order: expected the numbers of units, got float64"):
+        masking.keep(np.array([0.7, 1.2]), 2, UNITS)
+    assert masking.keep([], 0, UNITS).tolist() == [1] * UNITS
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {size}"):
+            masking.correct(network, params, "second", np.ones((1, 6)), images, np.zeros(11, int), batch_size=size)
+    with pytest.raises(ValueError, match="labels: expected classes from 0 to 3, got 4 to 4"):
+        masking.correct(network, params, "second", np.ones((1, 6)), images, np.full(11, 4))
+    with pytest.raises(TypeError, match="labels: expected integers, got float64"):
+        masking.correct(network, params, "second", np.ones((1, 6)), images, np.zeros(11))
 
 
 def test_groups():
