@@ -21,7 +21,7 @@ from PIL import Image
 from jaxinterp import Network, cli, concepts, dissect
 from jaxinterp.concepts import page as page_module
 from jaxinterp.concepts import unit_pictures
-from jaxinterp.data import Broden, Concepts, SegmentedArrays
+from jaxinterp.data import Broden, Concepts, DamagedImage, SegmentedArrays
 from jaxinterp.dissect import dissection
 from jaxinterp.runs import Run
 
@@ -397,6 +397,7 @@ def _features(job, image):
         (["--limit", "0"], "--limit must be at least 1"),
         (["--top", "0"], "--top must be at least 1"),
         (["--memory", "-1"], "--memory must not be negative"),
+        (["--memory", "inf"], "--memory must be a number of GiB, got inf"),
         (["--data", "broden:nowhere"], "no such folder: nowhere"),
         (["--data", "nowhere"], "--data: expected broden:DIR"),
         (["--from-csv", "tally.csv"], "give one of them"),
@@ -408,6 +409,29 @@ def test_bad_arguments(arguments, message, folder, small_cnn, tmp_path, capsys):
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_goes_on_behind_damaged_images(network, squares, tmp_path):
+    """As the run does; only where nothing can be read there is nothing to measure."""
+
+    class Damaged:
+        concepts = squares.concepts
+
+        def __init__(self, first):
+            self.first = first
+
+        def __len__(self):
+            return len(squares)
+
+        def __getitem__(self, index):
+            if index < self.first:
+                raise DamagedImage(f"p{index}", "damaged")
+            return squares[index]
+
+    lines = list(concepts.estimate(concepts.prepare(Damaged(9), model=network, batch_size=2), tmp_path / "out"))
+    assert lines[-1].startswith("expected time: ")
+    with pytest.raises(ValueError, match="data: none of the 11 images can be read: p0: damaged"):
+        list(concepts.estimate(concepts.prepare(Damaged(11), model=network, batch_size=2), tmp_path / "out"))
 
 
 def test_no_data_and_no_image(folder, small_cnn, tmp_path, capsys):
