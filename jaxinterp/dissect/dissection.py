@@ -405,7 +405,7 @@ def dissect(
             quantile,
             np.asarray(limit),
             counting.result(state, union),
-            jax.tree.map(np.asarray, best),
+            topimages.result(best),
             seen.images,
             found.shapes[name][:2],
             np.asarray(of_top) if maps else None,

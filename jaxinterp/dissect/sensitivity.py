@@ -143,7 +143,7 @@ def result(sensitivity: Sensitivity) -> dict[str, np.ndarray]:
     found = {}
     for name, total in sensitivity.sums.items():
         number = wide.total(sensitivity.defined[name])
-        found[name] = np.where(number > 0, exactsum.total(total) / np.maximum(number, 1), np.nan)
+        found[name] = np.where(number > 0, exactsum.result(total) / np.maximum(number, 1), np.nan)
     return found
 
 
