@@ -86,7 +86,7 @@ def test_items_that_can_be_read_again_are_decoded_again(broden_folder, tmp_path)
     cache = packed(source, tmp_path / "cache")
     assert list(cache.damaged) == [0]
     before = source.count
-    for i in range(1, 4):
+    for i in (1, 2):
         same(cache[i], Broden(broden_folder)[i])
     assert source.count == before  # what was decoded is in the cache
     with pytest.raises(DamagedImage, match="line 2"):
