@@ -354,18 +354,19 @@ def test_damaged_images_are_skipped_and_listed(folder, small_cnn, tmp_path, caps
         (folder / "images" / broken[0]).write_bytes(kept[broken[0]])
         pictures = sorted((tmp_path / "out" / "units").rglob("*.jpg"))
         pictures[0].write_bytes(b"of what was counted before")
-        mended = concepts.dissect(job, tmp_path / "out", say=said.append)
+        page, again = found.page.read_text(), []
+        mended = concepts.dissect(job, tmp_path / "out", say=again.append)
     finally:
         for name, content in kept.items():
             (folder / "images" / name).write_bytes(content)
     assert [each["id"] for each in found.summary["damaged"]] == sorted(broken)
     assert found.summary["images"] == len(source) - 2
     assert sum("skipped" in line and any(name in line for name in broken) for line in said) == 2
-    assert all(name in found.page.read_text() for name in broken)
+    assert all(name in page for name in broken)
     top = found.layers["conv2"].dissection.top
     maps = np.stack([_features(job, source[int(n)].image) for n in top.image[:, 0]])
     np.testing.assert_array_equal([maps[unit, ..., unit].max() for unit in range(16)], top.value[:, 0])
-    assert "images that could not be read before and can be now: 1; all are counted again" in said
+    assert "images that could not be read before and can be now: 1; all are counted again" in again
     assert [each["id"] for each in mended.summary["damaged"]] == broken[1:]
     assert pictures[0].read_bytes().startswith(b"\xff\xd8")
     assert mended.summary["images"] == len(source) - 1
