@@ -31,7 +31,7 @@ from jaxinterp.data import Broden, DamagedImage, Packed, SegmentedSource, packed
 from jaxinterp.dissect import FORMS, MINIMUM, QUANTILE, UNIONS, Dissection, Plan, Tally, feature_shapes, plan
 from jaxinterp.dissect import dissect as dissect_layers
 from jaxinterp.dissect.counting import Form
-from jaxinterp.dissect.dissection import image_shape
+from jaxinterp.dissect.dissection import item_shapes
 from jaxinterp.dissect.quantiles import check as check_quantile
 from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params
@@ -161,8 +161,8 @@ def prepare(
         source = data
     if not len(source):
         raise ValueError("data: expected at least one image")
-    channels = image_shape(network, source)[2]
-    chosen = tuple(nodes) or (default_node(network, params, channels),)
+    image, planes = item_shapes(network, source)
+    chosen = tuple(nodes) or (default_node(network, params, image[2]),)
     mesh, unit = parallel.global_mesh(), parallel.multiple(parallel.data_mesh())
     size = -(-batch_size // unit) * unit
     notes = [f"batches of {size} images, a multiple of the {unit} devices"] if size > batch_size else []
@@ -200,7 +200,9 @@ def prepare(
             labels=len(concepts.names),
             categories=len(concepts.categories),
             batch_size=size * processes.current().count,
-            channels=channels,
+            channels=image[2],
+            planes=planes,
+            form=form,  # type: ignore[arg-type]  # one of FORMS
             mesh=mesh,
             memory=memory,
         ),

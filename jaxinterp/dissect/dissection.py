@@ -89,6 +89,9 @@ class Plan:
         batch_size: images in a batch of all processes together.
         features: bytes of the feature maps of all images.
         counts: bytes of thresholds' histograms (where features are computed again) and tallies, on each device.
+        labels: bytes of the reduced labels of all images, in the memory of the processes; 0 where they are read again.
+        working: bytes that computing takes for a while on each device, beside the network: what thresholds and tallies
+            of the largest layer need, by a formula that was fitted to compiled programs (64 labels in an image).
         keep: whether feature maps stay on the devices; otherwise they are computed three times.
         budget: bytes that feature maps may take on all devices together.
         flops: of one forward pass of an image, to the last of the layers; None where there is no CPU to ask for.
@@ -100,6 +103,8 @@ class Plan:
     batch_size: int
     features: int
     counts: int
+    labels: int
+    working: int
     keep: bool
     budget: int
     flops: float | None
@@ -120,7 +125,8 @@ class Plan:
         work = "" if self.flops is None else f"; {self.flops * self.images * self.walks / 1e12:.2f} TFLOP in all"
         return [
             f"{self.images} images in batches of {self.batch_size}; layers: {layers}",
-            f"feature maps are {kept}; counts take {_size(self.counts)} on each device{work}",
+            f"feature maps are {kept}; counts take {_size(self.counts)} on each device, computing them about"
+            f" {_size(self.working)}, labels {_size(self.labels)}{work}",
         ]
 
 
@@ -148,22 +154,25 @@ def feature_shapes(
     return dict(_shapes(network, tuple(nodes), channels, *_described(params)))
 
 
-def image_shape(network: Network, data: Any) -> tuple[int, int, int]:
-    """[H,W,C] of the images of a source, by the first one that can be read; of the network's size in RGB if none can.
+def item_shapes(network: Network, data: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """[H,W,C] of the images of a source and [channels,sh,sw] of their label maps, by the first that can be read.
+
+    If none can be, images of the network's size in RGB without label maps.
 
     Raises:
         ValueError: they do not have the network's input size.
     """
     for index in range(len(data)):
         try:
-            found = np.shape(data[index].image)
+            item = data[index]
         except DamagedImage:
             continue
+        found = np.shape(item.image)
         if len(found) != 3:
             raise ValueError(f"data: expected images [H,W,C], got the shape {list(found)}")
         _check_image(network, found, (network.image_size, network.image_size, found[2]))
-        return found
-    return network.image_size, network.image_size, 3
+        return found, np.shape(item.planes)
+    return (network.image_size, network.image_size, 3), (0, 0, 0)
 
 
 def _check_image(network: Network, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -214,6 +223,8 @@ def plan(
     categories: int,
     batch_size: int,
     channels: int = 3,
+    planes: tuple[int, ...] = (0, 0, 0),
+    form: Form = "auto",
     mesh: Mesh | None = None,
     memory: int | None = None,
 ) -> Plan:
@@ -228,6 +239,8 @@ def plan(
         categories: C.
         batch_size: images in a batch of all processes together.
         channels: of the images.
+        planes: the shape [channels,sh,sw] of an image's label maps; without it their memory is not stated.
+        form: of the tally, see `jaxinterp.dissect.tally`.
         mesh: the devices; None is the default device.
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
 
@@ -259,10 +272,32 @@ def plan(
         batch_size,
         features,
         counts + (0 if keep else 4 * units * (1 << 16)),
+        _held(padded, labels, planes, budget),
+        max(_working(padded, batch_size, number, shape, planes, form, keep) for shape in shapes.values()),
         keep,
         budget,
         _flops(network, tuple(nodes), channels, *_described(params)),
     )
+
+
+_PRESENT = 64  # labels in an image, for what is stated beforehand
+
+
+def _held(images: int, labels: int, planes: tuple[int, ...], budget: int) -> int:
+    """Bytes of the reduced labels: a number for every pixel, and three for every label of an image."""
+    size = images * (math.prod(planes) * (1 if labels <= 255 else 2) + 12 * _PRESENT) if any(planes) else 0
+    return size if size <= min(budget, _LABELS) else 0
+
+
+def _working(
+    images: int, batch: int, devices: int, shape: tuple[int, int, int], planes: tuple[int, ...], form: Form, keep: bool
+) -> int:
+    """Bytes that thresholds or a tally of a layer take while they are computed."""
+    (h, w, units), (channels, sh, sw), own = shape, planes, batch // devices
+    keys = 2 * 4 * images // devices * h * w * units if keep else 2 * 4 * own * h * w * units
+    if form == "gated" or (form == "auto" and jax.default_backend() == "cpu"):
+        return max(keys, (1 << 20) + 16 * own * units * _PRESENT)
+    return max(keys, own * sh * sw * (5 * units + 4 * (channels + 1) * _PRESENT))
 
 
 @functools.lru_cache(maxsize=64)
@@ -370,6 +405,7 @@ def dissect(
         raise ValueError(f"top: expected at least 1, got {top}")
     concepts = data.concepts
     membership = counting.memberships(concepts.category, len(concepts.categories))
+    image, planes = item_shapes(network, data)
     found = plan(
         network,
         params,
@@ -378,7 +414,9 @@ def dissect(
         labels=len(membership),
         categories=membership.shape[1],
         batch_size=batch_size,
-        channels=image_shape(network, data)[2],
+        channels=image[2],
+        planes=planes,
+        form=form,
         mesh=mesh,
         memory=memory,
     )
@@ -520,9 +558,9 @@ class Passes:
                 histograms = [count(state, x, valid) for state, x in zip(histograms, maps, strict=True)]
             if labels is not None:
                 batches = -(-self.plan.images // self.plan.batch_size)
-                fits = np.asarray(batch.planes).size * batches <= min(self.plan.budget, _LABELS)
-                some = (numbers, valid, int(np.sum(batch.mask)))
-                labels = [*labels, (self.present(batch), *some)] if fits else None
+                present, some = self.present(batch), (numbers, valid, int(np.sum(batch.mask)))
+                fits = sum(leaf.nbytes for leaf in jax.tree.leaves(present)) * batches
+                labels = [*labels, (present, *some)] if fits <= min(self.plan.budget, _LABELS) else None
         images = int(_total(mesh)(there))
         return Seen(
             images,
