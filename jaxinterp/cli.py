@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
 import platform
 import shlex
@@ -227,6 +228,8 @@ def dissect(
         return
     if data is None:
         raise ValueError("--data: expected broden:DIR, a folder in Broden's format (or --from-csv, a tally.csv)")
+    if memory is not None and not math.isfinite(memory):
+        raise ValueError(f"--memory must be a number of GiB, got {memory}")
     job = concepts.prepare(
         data,
         model=model,

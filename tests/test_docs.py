@@ -121,6 +121,46 @@ def test_readme(place, monkeypatch):
     assert isinstance(namespace["success"], jax.Array)
 
 
+def test_diagnostics(capsys):
+    """Its block on a model whose softmax is a part of it."""
+    network, params = stand_in()
+    images = jnp.asarray(seeded.images(2, 224))
+    namespace = {"model": lambda x: jax.nn.softmax(network.bind(params)(x)), "images": images, "key": jax.random.key(0)}
+    namespace["labels"] = jnp.argmax(namespace["model"](images), -1)
+    page = ROOT / "docs" / "diagnostics.md"
+    [block] = [block for block in blocks(page) if block.language == "python"]
+    execute(block, page, namespace)
+    assert "probabilities" in capsys.readouterr().out
+
+
+def test_pods(monkeypatch):
+    """Its block, with a narrow network whose kernels and last layer are spread over eight devices as the page says."""
+    loaded = {}
+
+    def load(name, placement):
+        key = jax.random.key(0)
+        params = {"conv1.weight": jax.random.normal(key, (8, 8, 3, 8)), "fc.weight": jax.random.normal(key, (8, 10))}
+
+        def apply(params, images, tap):
+            x = jax.lax.conv_general_dilated(
+                images - 0.5, params["conv1.weight"], (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return jax.nn.relu(x).mean((1, 2)) @ params["fc.weight"]
+
+        loaded.update({name: jax.device_put(leaf, placement(name, leaf.shape)) for name, leaf in params.items()})
+        return Network(name, apply, (), 32, 10), loaded
+
+    monkeypatch.setattr("jaxinterp.weights.load", load)
+    images, labels = jnp.asarray(seeded.images(2, 32)), jnp.array([0, 1])
+    namespace: dict[str, Any] = {"images": images, "labels": labels, "key": jax.random.key(0)}
+    page = ROOT / "docs" / "pods.md"
+    [block] = [block for block in blocks(page) if block.language == "python"]
+    execute(block, page, namespace)
+    assert [leaf.addressable_shards[0].data.shape for leaf in loaded.values()] == [(8, 8, 3, 1), (1, 10)]
+    assert namespace["result"].images.shape == (2, 32, 32, 3)
+    assert 0 < jnp.abs(namespace["result"].images - images).max() <= attacks.PGD().eps + 1e-6
+
+
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
 def test_commands_have_the_options_that_are_shown(page, monkeypatch):
     """All commands of all pages, with jobs that do nothing."""

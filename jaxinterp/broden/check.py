@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from jaxinterp.data import DamagedImage
 from jaxinterp.data.batches import read_ahead
@@ -28,6 +29,7 @@ from jaxinterp.data.decode import decode_pixels
 
 from .tables import Counts
 
+_SPLITS = ("train", "val", "test")
 _ROUNDED = 1e-6  # coverage in label.csv has six digits after the point
 
 
@@ -54,6 +56,7 @@ class _Found:
     notes: list[str] = dataclasses.field(default_factory=list)
     counts: Counts = dataclasses.field(default_factory=Counts)
     unread: set[str] = dataclasses.field(default_factory=set)  # categories with a label map that cannot be read
+    misnamed: list[str] = dataclasses.field(default_factory=list)  # files whose suffix is not their format
 
 
 def check(
@@ -85,10 +88,12 @@ def check(
     codes = {category: read_codes(folder, category, found.errors.append) for category in categories}
     header = columns(folder)
     present = [category for category in categories if category in header]
-    rows = read_index(folder, present, labels, found.errors.append)
+    rows = read_index(folder, present, labels, found.errors.append, found.notes.append)
     _check_columns(header, list(categories), found)
     _check_tables(labels, categories, codes, found)
     _check_sizes(rows, found)
+    _check_splits(rows, found)
+    _check_strays(folder, categories, found)
 
     def files(i: int) -> _Found:
         return _check_files(folder, rows[i], labels, codes)
@@ -100,10 +105,14 @@ def check(
             found.notes += own.notes
             found.counts.merge(own.counts)
             found.unread |= own.unread
+            found.misnamed += own.misnamed
             if progress is not None:
                 progress(done, len(rows))
     area = rows[0].label_size[0] * rows[0].label_size[1] if rows else 1
     _check_counts(labels, codes, found, area, tolerance)
+    if found.misnamed:
+        many = f"{len(found.misnamed)} files have a format that their names do not say"
+        found.notes.append(f"{many}, such as images/{found.misnamed[0]}")
     _note_unlisted(folder, rows, found)
     summary = f"{len(rows)} images, {len(labels)} labels in {len(categories)} categories: " + ", ".join(
         f"{category} {len(coded)}" for category, coded in codes.items()
@@ -182,12 +191,45 @@ def _check_sizes(rows: list[Row], found: _Found) -> None:
                 )
 
 
+def _check_splits(rows: list[Row], found: _Found) -> None:
+    """Every image is in a split; names that are not the usual ones may be misspelt."""
+    known: set[str] = set(_SPLITS)
+    for row in rows:
+        if not row.split:
+            found.errors.append(f"index.csv line {row.line}: split: expected a name such as {_SPLITS[0]}, got none")
+        elif row.split not in known:
+            known.add(row.split)
+            of = sum(other.split == row.split for other in rows)
+            found.notes.append(
+                f"index.csv line {row.line}: the split {row.split!r} ({of} images) is none of {', '.join(_SPLITS)}"
+            )
+
+
+def _check_strays(folder: str, categories: dict[str, Category], found: _Found) -> None:
+    """Tables of labels whose category is not known, so that nothing reads them."""
+    for name in sorted(os.listdir(folder)):
+        if name.startswith("c_") and name.endswith(".csv") and name[2:-4] not in categories:
+            found.errors.append(f"{name}: category.csv has no category {name[2:-4]!r}")
+
+
+def _misnamed(folder: str, path: str) -> bool:
+    """Whether a picture that can be read is of another format than its suffix says."""
+    stated = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+    try:
+        with Image.open(os.path.join(folder, "images", path), formats=[stated] if stated else []):
+            return False
+    except UnidentifiedImageError:
+        return True
+
+
 def _check_files(folder: str, row: Row, labels: dict[int, Label], codes: dict[str, dict[int, Coded]]) -> _Found:
     """The files of one line, and the labels in them."""
     found = _Found()
     where = f"index.csv line {row.line}"
     try:
         size = decode_pixels(os.path.join(folder, "images", row.image)).shape[:2]
+        if _misnamed(folder, row.image):
+            found.misnamed.append(row.image)
         if size != row.image_size:
             found.errors.append(f"{where}: images/{row.image}: {_wrong_size(row.image_size, size)}")
     except DamagedImage as error:
@@ -221,6 +263,8 @@ def _labels(folder: str, path: str, row: Row, where: str, found: _Found) -> np.n
     numbers, blue = label_map(os.path.join(folder, "images", path))
     if numbers.shape != row.label_size:
         raise DamagedImage(path, _wrong_size(row.label_size, numbers.shape))
+    if _misnamed(folder, path):
+        found.misnamed.append(path)
     if blue:
         found.notes.append(f"{where}: images/{path} has blue in it, which stands for nothing")
     return numbers

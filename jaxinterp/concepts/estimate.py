@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def estimate(job: Job, out: Path, spill: bool = True) -> Iterator[str]:
         spill: whether feature maps may be stored, see `jaxinterp.concepts.dissect`.
 
     Raises:
-        ValueError: no image of the first ones can be read.
+        ValueError: no image can be read.
     """
     source, concepts = job.source, job.source.concepts
     yield from job.notes
@@ -67,10 +68,11 @@ def measure(job: Job) -> tuple[float, float, float]:
             raise ValueError(f"{error}") from error
         skipped.append(error)
 
-    walk = reading.walk(_First(job.source, 2 * job.batch_size), job.batch_size, skip)
-    batch = next((batch for _, batch in walk if batch.mask.any()), None)
+    walk = reading.walk(job.source, job.batch_size, skip)
+    with contextlib.closing(walk):
+        batch = next((batch for _, batch in walk if batch.mask.any()), None)
     if batch is None:
-        raise ValueError(f"data: none of the first images can be read: {skipped[0] if skipped else 'there is none'}")
+        raise ValueError(f"data: none of the {len(skipped)} images can be read: {skipped[0]}")
     images = int(batch.mask.sum())
     read = (time.perf_counter() - start) / images
     mesh = parallel.data_mesh()
@@ -99,20 +101,6 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-class _First:
-    """The first items of a source."""
-
-    def __init__(self, source: Any, count: int) -> None:
-        self.source, self.concepts = source, source.concepts
-        self._count = min(count, len(source))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[index]
 
 
 def _duration(seconds: float) -> str:

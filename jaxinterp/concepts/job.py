@@ -27,10 +27,11 @@ from tqdm import tqdm
 from jaxinterp import parallel, processes
 from jaxinterp.concepts import page, reading, tables
 from jaxinterp.concepts.tables import Layer
-from jaxinterp.data import Broden, DamagedImage, SegmentedSource, packed
+from jaxinterp.data import Broden, DamagedImage, Packed, SegmentedSource, packed
 from jaxinterp.dissect import FORMS, MINIMUM, QUANTILE, UNIONS, Dissection, Plan, Tally, feature_shapes, plan
 from jaxinterp.dissect import dissect as dissect_layers
 from jaxinterp.dissect.counting import Form
+from jaxinterp.dissect.dissection import item_shapes
 from jaxinterp.dissect.quantiles import check as check_quantile
 from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params
@@ -131,7 +132,7 @@ def prepare(
 
     Raises:
         ValueError: an argument out of range, an unknown model, node or category (with the closest ones), no weights,
-            no folder, malformed tables, or no image.
+            no folder, malformed tables, no image, or images that the network does not take.
     """
     for name, value in (("--batch-size", batch_size), ("--top", top), ("--limit", 1 if limit is None else limit)):
         if value < 1:
@@ -143,8 +144,8 @@ def prepare(
     if memory is not None and memory < 0:
         raise ValueError(f"--memory must not be negative, got {memory}")
     network, params = load(model) if isinstance(model, str) else model
-    chosen = tuple(nodes) or (default_node(network, params),)
-    feature_shapes(network, params, chosen)
+    for node in nodes:
+        network.check_node(node)
     if isinstance(data, str):
         source: SegmentedSource = reading.open_segmented(
             data,
@@ -160,6 +161,8 @@ def prepare(
         source = data
     if not len(source):
         raise ValueError("data: expected at least one image")
+    image, planes = item_shapes(network, source)
+    chosen = tuple(nodes) or (default_node(network, params, image[2]),)
     mesh, unit = parallel.global_mesh(), parallel.multiple(parallel.data_mesh())
     size = -(-batch_size // unit) * unit
     notes = [f"batches of {size} images, a multiple of the {unit} devices"] if size > batch_size else []
@@ -197,6 +200,9 @@ def prepare(
             labels=len(concepts.names),
             categories=len(concepts.categories),
             batch_size=size * processes.current().count,
+            channels=image[2],
+            planes=planes,
+            form=form,  # type: ignore[arg-type]  # one of FORMS
             mesh=mesh,
             memory=memory,
         ),
@@ -206,8 +212,13 @@ def prepare(
     )
 
 
-def default_node(network: Network, params: Params) -> str:
+def default_node(network: Network, params: Params, channels: int = 3) -> str:
     """The layer before global average pooling, or where there is none the last one with more than one position.
+
+    Args:
+        network: the network.
+        params: its parameters.
+        channels: of the images.
 
     Raises:
         ValueError: the network has no feature map.
@@ -216,7 +227,7 @@ def default_node(network: Network, params: Params) -> str:
         return network.cam_node
     for node in reversed(network.nodes):
         with contextlib.suppress(ValueError):
-            height, width, _ = feature_shapes(network, params, [node])[node]
+            height, width, _ = feature_shapes(network, params, [node], channels)[node]
             if height * width > 1:
                 return node
     raise ValueError(f"--node: {network.name} has no feature map with more than one position")
@@ -298,6 +309,15 @@ def dissect(
         if group.first:
             group.wait()
     found, damaged = _stored(run, job), _stored_damaged(run)
+    readable = _readable(source, damaged or [])
+    if group.told(bool(readable)):
+        say(f"images that could not be read before and can be now: {len(readable)}; all are counted again")
+        if group.first:
+            _forget_counts(run, job)
+        found = damaged = None
+    if job.strict and damaged:
+        name, reason = damaged[0]
+        raise ValueError(f"{name}: {reason} ({len(damaged)} images were left out when {run.directory} was counted)")
     if group.told(found is None or damaged is None):
         found, damaged = _compute(run, job, source, spill, say)
     elif found is None or damaged is None:
@@ -446,6 +466,25 @@ def _stored(run: Run, job: Job) -> dict[str, Dissection] | None:
 def _stored_damaged(run: Run) -> list[tuple[str, str]] | None:
     arrays = run.read_part("damaged")
     return None if arrays is None else [(str(name), str(reason)) for name, reason in arrays["listed"]]
+
+
+def _readable(source: SegmentedSource, damaged: Sequence[tuple[str, str]]) -> list[str]:
+    """Which of the images that were left out can be read by now.
+
+    Only those of a cache are asked for: another source whose images have changed is another config.
+    """
+    if not isinstance(source, Packed):
+        return []
+    still = {source.ids[index] for index in source.damaged}
+    return [name for name, _ in damaged if name not in still]
+
+
+def _forget_counts(run: Run, job: Job) -> None:
+    """Removes what was counted, layers first (without them the run is not finished), and the units' pictures."""
+    for node in job.nodes:
+        run.remove_part(_part(node))
+    run.remove_part("damaged")
+    shutil.rmtree(run.directory / "units", ignore_errors=True)
 
 
 def _stored_features(directory: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class Numbered:
 
 def walk(
     source: SegmentedSource, batch_size: int, on_damaged: OnDamaged, shard: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[np.ndarray, SegmentedBatch]]:
+) -> Generator[tuple[np.ndarray, SegmentedBatch]]:
     """Walks once through a source, by threads, as `jaxinterp.dissect.dissect` takes it.
 
     Args:

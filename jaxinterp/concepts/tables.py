@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,12 +171,19 @@ def reported(found: Best, categories: Sequence[str], minimum: float) -> dict[str
 
 
 def unique_detectors(found: Layer, convention: str, minimum: float) -> dict[str, dict[str, int]]:
-    """How many units detect each concept: category -> concept -> units. Concepts without a detector are left out."""
+    """How many units detect each concept: category -> concept -> units. Concepts without a detector are left out.
+
+    Where several labels of a category have a name, their numbers are behind it: "pole #7".
+    """
     detects = found.best.detects(convention, minimum)  # type: ignore[arg-type]  # one of CONVENTIONS
     groups = {}
     for index, category in enumerate(found.concepts.categories):
         labels, units = np.unique(found.best.label[detects[:, index], index], return_counts=True)
-        groups[category] = {found.name(int(n)): int(count) for n, count in zip(labels, units, strict=True)}
+        times = Counter(found.name(int(n)) for n in np.flatnonzero(found.concepts.category == index))
+        groups[category] = {
+            found.name(n) if times[found.name(n)] == 1 else f"{found.name(n)} #{n}": int(count)
+            for n, count in zip(labels.tolist(), units, strict=True)
+        }
     return groups
 
 

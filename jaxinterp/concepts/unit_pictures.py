@@ -43,7 +43,8 @@ def tiles(source: SegmentedSource) -> Tiles:
             pixels = source[number].image
         except DamagedImage:
             return np.full((TILE, TILE, 3), 128, np.uint8)
-        whole = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+        levels = np.rint(pixels * 255).astype(np.uint8)
+        whole = Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).convert("RGB")
         return np.asarray(whole.resize((TILE, TILE), Image.Resampling.LANCZOS))
 
     return tile

@@ -61,13 +61,18 @@ class Broden:
             strict: an item that cannot be read raises ValueError, which ends a walk, not DamagedImage.
 
         Raises:
+            TypeError: categories that are one text; a limit or a size that is no whole number.
             ValueError: a table is missing or malformed, images or label maps are of several sizes (file and line are
                 named); an unknown category, or one without labels; an unknown split; no image is left.
         """
         self.directory, self.strict = os.fspath(directory), strict
         if not os.path.isdir(self.directory):
             raise ValueError(f"no such folder: {self.directory}")
+        if isinstance(categories, str):
+            raise TypeError(f"categories: expected several names, such as [{categories!r}], got one text")
         for name, value in (("limit", limit), ("image_size", image_size)):
+            if value is not None and not isinstance(value, int | np.integer):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.labels = read_labels(self.directory, self._refuse)
@@ -208,6 +213,10 @@ def primary_categories(count: int, codes: Sequence[dict[int, Coded]]) -> np.ndar
     return result
 
 
+_DEPTH = 24
+"""Where a PNG states its bits: behind 8 bytes of signature, length and name of its first part, width and height."""
+
+
 def label_map(path: str) -> tuple[np.ndarray, bool]:
     """Reads a PNG of label numbers.
 
@@ -218,7 +227,11 @@ def label_map(path: str) -> tuple[np.ndarray, bool]:
         DamagedImage: it cannot be read, or is no PNG of 8-bit RGB.
     """
     stored, kind = decode_stored(path)
-    if kind != "PNG" or stored.ndim != 3 or stored.shape[2] < 3 or stored.dtype != np.uint8:
-        channels = stored.shape[2] if stored.ndim == 3 else 1
+    channels = stored.shape[2] if stored.ndim == 3 else 1
+    if kind != "PNG" or channels < 3 or stored.dtype != np.uint8:
         raise DamagedImage(path, f"expected a PNG of 8-bit RGB, got {kind} of {stored.dtype} x {channels}")
+    with open(path, "rb") as file:
+        depth = file.read(_DEPTH + 1)[_DEPTH]
+    if depth != 8:  # of 16 bits, the upper 8 would arrive here
+        raise DamagedImage(path, f"expected a PNG of 8-bit RGB, got PNG of {depth}-bit x {channels}")
     return stored[..., 0].astype(np.int32) + 256 * stored[..., 1].astype(np.int32), bool(stored[..., 2].any())

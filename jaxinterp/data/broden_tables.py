@@ -150,8 +150,13 @@ def read_codes(folder: str, category: str, report: Report) -> dict[int, Coded]:
     return found
 
 
-def read_index(folder: str, categories: Sequence[str], known: dict[int, Label], report: Report) -> list[Row]:
-    """index.csv, with the cells of `categories` only; whole-image labels have to be among the `known`."""
+def read_index(
+    folder: str, categories: Sequence[str], known: dict[int, Label], report: Report, note: Report = lambda oddity: None
+) -> list[Row]:
+    """index.csv, with the cells of `categories` only; whole-image labels have to be among the `known`.
+
+    `note` is told of whole-image labels that are 0, which stand for nothing.
+    """
     found: list[Row] = []
     lines: dict[str, int] = {}
     for line, cells in _table(os.path.join(folder, "index.csv"), (*META, *categories), report):
@@ -162,6 +167,8 @@ def read_index(folder: str, categories: Sequence[str], known: dict[int, Label], 
         for category in categories:
             items = [item for item in cells[category].split(";") if item]
             files[category] = tuple(item for item in items if not item.isdecimal() or not item.isascii())
+            if any(item.isdecimal() and item.isascii() and int(item) == 0 for item in items):
+                note(f"{where}: {category}: the whole-image label 0 stands for nothing")
             numbers[category] = tuple(
                 number
                 for item in items

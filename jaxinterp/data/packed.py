@@ -89,8 +89,8 @@ def packed(
     """The source with its cache, which is made where there is none, or one of something else.
 
     A cache belongs to the tables of the folder, to the chosen images, categories and sizes, and to the version of
-    Pillow that decoded it. A picture that was replaced while no table changed is not noticed. Processes that share a
-    file system wait for the first of them to make it.
+    Pillow that decoded it. A picture that was replaced while no table changed is not noticed, but for those that could
+    not be read: they are tried again. Processes that share a file system wait for the first of them to make it.
 
     Args:
         source: what is decoded; items that cannot be read are noted, or with its `strict` end the making.
@@ -113,6 +113,9 @@ def packed(
         with _alone(f"{path}.lock"):
             if not _whole(source, path, made_from):
                 _make(source, path, made_from, workers or default_workers(), progress or (lambda _: None))
+    elif _readable(source, path):
+        with _alone(f"{path}.lock"):
+            _mend(source, path)
     return Packed(source, path)
 
 
@@ -160,6 +163,40 @@ def _make(source: Broden, path: str, made_from: str, workers: int, progress: Cal
             os.fsync(items.fileno())
     shutil.rmtree(path, ignore_errors=True)
     os.rename(partial, path)
+
+
+def _readable(source: Broden, path: str) -> list[int]:
+    """Items of a cache that could not be read when they were decoded, and can be now."""
+    found = []
+    for index, note in enumerate(_notes(path)):
+        if isinstance(note, str):
+            with contextlib.suppress(DamagedImage):
+                source.read(index)
+                found.append(index)
+    return found
+
+
+def _mend(source: Broden, path: str) -> None:
+    """Decodes what can be read now into its places in a whole cache."""
+    notes, offsets = _notes(path), _offsets(source)
+    with (
+        open(os.path.join(path, "images.bin"), "r+b") as images,
+        open(os.path.join(path, "planes.bin"), "r+b") as planes,
+    ):
+        for index in _readable(source, path):
+            pixels, maps = source.read(index)
+            images.seek(index * pixels.nbytes)
+            images.write(pixels.tobytes())
+            planes.seek(int(offsets[index]) * source.label_size[0] * source.label_size[1] * 2)
+            planes.write(maps.tobytes())
+            notes[index] = _checksum(pixels, maps)
+        for file in (images, planes):
+            file.flush()
+            os.fsync(file.fileno())
+    items = f"{path}.items"  # beside the folder, in which nothing else may be
+    with open(items, "w") as file:
+        file.writelines(json.dumps(note) + "\n" for note in notes)
+    os.replace(items, os.path.join(path, "items.txt"))
 
 
 def _continue(source: Broden, partial: str) -> int:

@@ -7,6 +7,7 @@ The parts can be used alone: `thresholds` (exact quantiles of activations), `tal
 together), `iou`, `best`, `counts` (concept detectors).
 """
 
+from . import masking, moments, sensitivity
 from .counting import FORMS, UNIONS, Tally, tally
 from .detectors import CONVENTIONS, MINIMUM, Best, best, counts, iou
 from .dissection import Dissection, Plan, dissect, feature_shapes, plan
@@ -27,7 +28,10 @@ __all__ = [
     "dissect",
     "feature_shapes",
     "iou",
+    "masking",
+    "moments",
     "plan",
+    "sensitivity",
     "tally",
     "thresholds",
 ]

@@ -214,6 +214,12 @@ def check_union(union: str) -> None:
         raise ValueError(f"union: expected one of {', '.join(UNIONS)}, got {union!r}")
 
 
+def check_form(form: str) -> None:
+    """Raises ValueError for a form that does not exist."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+
+
 def memberships(categories: Sequence[int] | np.ndarray, number: int | None = None) -> np.ndarray:
     """The matrix [L,C] of float32 that is 1 where a label belongs to a category; label 0 belongs to none.
 
@@ -250,7 +256,7 @@ def _of_image(features, thresholds, places, present: int):
     sh, sw = places.shape[-2:]
     mask = (upsample(features, (sh, sw)) > thresholds) & (features.max(axis=(0, 1)) > thresholds)
     numbers = 1 + jnp.arange(present, dtype=places.dtype)
-    hits = (places.reshape(-1, 1, sh * sw) == numbers[:, None]).astype(dtype)
+    hits = (places.reshape(len(places), 1, sh * sw) == numbers[:, None]).astype(dtype)
     counts = jnp.concatenate([hits.sum(axis=0), jnp.ones((1, sh * sw), dtype)])
     together = jnp.dot(counts, mask.reshape(sh * sw, -1).astype(dtype), preferred_element_type=jnp.float32)
     together = together.astype(jnp.int32)
@@ -288,8 +294,7 @@ def tally(
             or thresholds that are NaN.
     """
     check_union(union)
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    check_form(form)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     planes, scalars = np.asarray(planes), np.asarray(scalars)
@@ -314,7 +319,7 @@ def tally(
     everything = jax.tree.map(lambda leaf: _by_share(leaf, shares.count(mesh)), (features, labels))
     for start in range(0, everything[0].shape[1], batch_size):
         maps, found = jax.tree.map(lambda leaf, i=start: leaf[:, i : i + batch_size], everything)
-        maps, found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (maps, found))
+        maps, found = jax.tree.map(_together, (maps, found))
         states = step(states, maps, limits, found, membership)
     return result(shares.merged(states, merge, mesh), union)
 
@@ -322,3 +327,8 @@ def tally(
 def _by_share(leaf: Any, number: int) -> Any:
     """[N,...] as [number, N / number, ...]: each device of a mesh holds one share."""
     return leaf.reshape(number, leaf.shape[0] // number, *leaf.shape[1:])
+
+
+def _together(leaf: Any) -> Any:
+    """[number,n,...] as [number * n,...], of arrays without elements too."""
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])

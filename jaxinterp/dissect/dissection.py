@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinterp.canonical import canonical
+from jaxinterp.data import DamagedImage
 from jaxinterp.dissect import counting, quantiles, shares, topimages
 from jaxinterp.dissect.counting import Form, Present, Tally, Union
 from jaxinterp.dissect.topimages import TopImages
@@ -83,20 +84,27 @@ class Plan:
 
     Attributes:
         shapes: feature map [h,w,U] of every layer.
+        image: [H,W,C] of every image.
         images: number of images, at most.
         batch_size: images in a batch of all processes together.
         features: bytes of the feature maps of all images.
         counts: bytes of thresholds' histograms (where features are computed again) and tallies, on each device.
+        labels: bytes of the reduced labels of all images, in the memory of the processes; 0 where they are read again.
+        working: bytes that computing takes for a while on each device, beside the network: what thresholds and tallies
+            of the largest layer need, by a formula that was fitted to compiled programs (64 labels in an image).
         keep: whether feature maps stay on the devices; otherwise they are computed three times.
         budget: bytes that feature maps may take on all devices together.
         flops: of one forward pass of an image, to the last of the layers; None where there is no CPU to ask for.
     """
 
     shapes: dict[str, tuple[int, int, int]]
+    image: tuple[int, int, int]
     images: int
     batch_size: int
     features: int
     counts: int
+    labels: int
+    working: int
     keep: bool
     budget: int
     flops: float | None
@@ -117,7 +125,8 @@ class Plan:
         work = "" if self.flops is None else f"; {self.flops * self.images * self.walks / 1e12:.2f} TFLOP in all"
         return [
             f"{self.images} images in batches of {self.batch_size}; layers: {layers}",
-            f"feature maps are {kept}; counts take {_size(self.counts)} on each device{work}",
+            f"feature maps are {kept}; counts take {_size(self.counts)} on each device, computing them about"
+            f" {_size(self.working)}, labels {_size(self.labels)}{work}",
         ]
 
 
@@ -129,15 +138,50 @@ def _size(count: int | float) -> str:
     raise AssertionError
 
 
-def feature_shapes(network: Network, params: Params, nodes: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """[h,w,U] of every layer; a layer without positions counts as one position.
+def feature_shapes(
+    network: Network, params: Params, nodes: Sequence[str], channels: int = 3
+) -> dict[str, tuple[int, int, int]]:
+    """[h,w,U] of every layer for images of so many channels; a layer without positions counts as one position.
 
     Raises:
-        ValueError: no layer, one that is named twice or unknown, or that is not a feature map of floats.
+        ValueError: no layer, one that is named twice or unknown, or that is not a feature map of floats; a network that
+            does not take such images.
     """
     if not nodes or len(set(nodes)) != len(nodes):
         raise ValueError(f"nodes: expected different layers, got {list(nodes)}")
-    return dict(_shapes(network, tuple(nodes), *_described(params)))
+    for node in nodes:
+        network.check_node(node)
+    return dict(_shapes(network, tuple(nodes), channels, *_described(params)))
+
+
+def item_shapes(network: Network, data: Any) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """[H,W,C] of the images of a source and [channels,sh,sw] of their label maps, by the first that can be read.
+
+    If none can be, images of the network's size in RGB without label maps.
+
+    Raises:
+        ValueError: they do not have the network's input size.
+    """
+    for index in range(len(data)):
+        try:
+            item = data[index]
+        except DamagedImage:
+            continue
+        found = np.shape(item.image)
+        if len(found) != 3:
+            raise ValueError(f"data: expected images [H,W,C], got the shape {list(found)}")
+        _check_image(network, found, (network.image_size, network.image_size, found[2]))
+        return found, np.shape(item.planes)
+    return (network.image_size, network.image_size, 3), (0, 0, 0)
+
+
+def _check_image(network: Network, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        got, wanted = (" x ".join(map(str, shape)) for shape in (found, expected))
+        raise ValueError(
+            f"data: expected images of {wanted} for {network.name}, got {got};"
+            f" resize them, those of a Broden folder by Broden(image_size={network.image_size})"
+        )
 
 
 def _described(params: Params) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -146,15 +190,21 @@ def _described(params: Params) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
     return treedef, tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _image(network: Network) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, network.image_size, network.image_size, 3), jnp.float32)
+def _image(network: Network, channels: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, network.image_size, network.image_size, channels), jnp.float32)
 
 
 # Tracing a network takes as long as some batches, and jobs ask several times.
 @functools.lru_cache(maxsize=64)
-def _shapes(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> dict[str, tuple[int, int, int]]:
-    params = jax.tree.unflatten(treedef, specs)
-    _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, _image(network))
+def _shapes(
+    network: Network, nodes: tuple[str, ...], channels: int, treedef: Any, specs: Any
+) -> dict[str, tuple[int, int, int]]:
+    params, image = jax.tree.unflatten(treedef, specs), _image(network, channels)
+    try:
+        _, maps = jax.eval_shape(lambda params, images: capture(network, params, images, nodes), params, image)
+    except (TypeError, ValueError) as error:
+        size = " x ".join(map(str, image.shape[1:]))
+        raise ValueError(f"data: {network.name} does not take images of {size}: {error}") from error
     found = {}
     for node in nodes:  # shapes come back in the order of names
         leaf = maps[node]
@@ -173,6 +223,9 @@ def plan(
     labels: int,
     categories: int,
     batch_size: int,
+    channels: int = 3,
+    planes: tuple[int, ...] = (0, 0, 0),
+    form: Form = "auto",
     mesh: Mesh | None = None,
     memory: int | None = None,
 ) -> Plan:
@@ -186,17 +239,22 @@ def plan(
         labels: L.
         categories: C.
         batch_size: images in a batch of all processes together.
+        channels: of the images.
+        planes: the shape [channels,sh,sw] of an image's label maps; without it their memory is not stated.
+        form: of the tally, see `jaxinterp.dissect.tally`.
         mesh: the devices; None is the default device.
         memory: bytes that feature maps may take on all devices together; by default half of what is free.
 
     Raises:
-        ValueError: a layer that does not exist, no image, more positions than 2^31 - 1, a batch size out of range, or
-            a mesh over some processes.
+        ValueError: a layer that does not exist, a network that does not take such images, no image, more positions than
+            2^31 - 1, a batch size out of range, or a mesh over some processes.
     """
-    shapes = feature_shapes(network, params, nodes)
+    shapes = feature_shapes(network, params, nodes, channels)
     number = shares.count(mesh)
     if images < 1:
         raise ValueError("data: expected at least one image")
+    if memory is not None and not memory >= 0:
+        raise ValueError(f"memory: expected bytes, not negative, got {memory}")
     if batch_size < 1 or batch_size % number:
         raise ValueError(f"batch_size: expected a multiple of the {number} devices, got {batch_size}")
     padded = -(-images // batch_size) * batch_size
@@ -210,18 +268,41 @@ def plan(
     keep = features <= budget
     return Plan(
         shapes,
+        (network.image_size, network.image_size, channels),
         images,
         batch_size,
         features,
         counts + (0 if keep else 4 * units * (1 << 16)),
+        _held(padded, labels, planes, budget),
+        max(_working(padded, batch_size, number, shape, planes, form, keep) for shape in shapes.values()),
         keep,
         budget,
-        _flops(network, tuple(nodes), *_described(params)),
+        _flops(network, tuple(nodes), channels, *_described(params)),
     )
 
 
+_PRESENT = 64  # labels in an image, for what is stated beforehand
+
+
+def _held(images: int, labels: int, planes: tuple[int, ...], budget: int) -> int:
+    """Bytes of the reduced labels: a number for every pixel, and three for every label of an image."""
+    size = images * (math.prod(planes) * (1 if labels <= 255 else 2) + 12 * _PRESENT) if any(planes) else 0
+    return size if size <= min(budget, _LABELS) else 0
+
+
+def _working(
+    images: int, batch: int, devices: int, shape: tuple[int, int, int], planes: tuple[int, ...], form: Form, keep: bool
+) -> int:
+    """Bytes that thresholds or a tally of a layer take while they are computed."""
+    (h, w, units), (channels, sh, sw), own = shape, planes, batch // devices
+    keys = 2 * 4 * images // devices * h * w * units if keep else 2 * 4 * own * h * w * units
+    if form == "gated" or (form == "auto" and jax.default_backend() == "cpu"):
+        return max(keys, (1 << 20) + 16 * own * units * _PRESENT)
+    return max(keys, own * sh * sw * (5 * units + 4 * (channels + 1) * _PRESENT))
+
+
 @functools.lru_cache(maxsize=64)
-def _flops(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -> float | None:
+def _flops(network: Network, nodes: tuple[str, ...], channels: int, treedef: Any, specs: Any) -> float | None:
     """Operations for one image, as a CPU computes it (GPUs do not tell); None where there is none."""
     params = jax.tree.unflatten(treedef, specs)
     try:
@@ -229,7 +310,8 @@ def _flops(network: Network, nodes: tuple[str, ...], treedef: Any, specs: Any) -
     except RuntimeError:
         return None
     with jax.default_device(cpu):
-        cost = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network)).cost_analysis()
+        program = jax.jit(functools.partial(_maps, network, nodes)).lower(params, _image(network, channels))
+    cost = program.cost_analysis()
     return float((cost or {}).get("flops") or 0) or None
 
 
@@ -313,15 +395,18 @@ def dissect(
         A `Dissection`, or for several layers a dict of them.
 
     Raises:
-        ValueError: an argument out of range, an unknown layer, no image, NaN among the activations.
+        ValueError: an argument out of range, an unknown layer, no image, images that are not of the network's input
+            size or channels, NaN among the activations.
     """
     nodes = (node,) if isinstance(node, str) else tuple(node)
     quantiles.check(quantile, method)
     counting.check_union(union)
+    counting.check_form(form)
     if top < 1:
         raise ValueError(f"top: expected at least 1, got {top}")
     concepts = data.concepts
     membership = counting.memberships(concepts.category, len(concepts.categories))
+    image, planes = item_shapes(network, data)
     found = plan(
         network,
         params,
@@ -330,6 +415,9 @@ def dissect(
         labels=len(membership),
         categories=membership.shape[1],
         batch_size=batch_size,
+        channels=image[2],
+        planes=planes,
+        form=form,
         mesh=mesh,
         memory=memory,
     )
@@ -356,7 +444,7 @@ def dissect(
             quantile,
             np.asarray(limit),
             counting.result(state, union),
-            jax.tree.map(np.asarray, best),
+            topimages.result(best),
             seen.images,
             found.shapes[name][:2],
             np.asarray(of_top) if maps else None,
@@ -416,6 +504,7 @@ class Passes:
                 raise ValueError(
                     f"walk: expected at most {batches} batches of {size} images, got {len(batch.mask)} in batch {i + 1}"
                 )
+            _check_image(self.network, np.shape(batch.images)[1:], self.plan.image)
             yield i, *shares.placed((numbers, np.asarray(batch.mask)), self.mesh), batch
             self.told(what, int(np.sum(batch.mask)))
 
@@ -470,9 +559,9 @@ class Passes:
                 histograms = [count(state, x, valid) for state, x in zip(histograms, maps, strict=True)]
             if labels is not None:
                 batches = -(-self.plan.images // self.plan.batch_size)
-                fits = np.asarray(batch.planes).size * batches <= min(self.plan.budget, _LABELS)
-                some = (numbers, valid, int(np.sum(batch.mask)))
-                labels = [*labels, (self.present(batch), *some)] if fits else None
+                present, some = self.present(batch), (numbers, valid, int(np.sum(batch.mask)))
+                fits = sum(leaf.nbytes for leaf in jax.tree.leaves(present)) * batches
+                labels = [*labels, (present, *some)] if fits <= min(self.plan.budget, _LABELS) else None
         images = int(_total(mesh)(there))
         return Seen(
             images,

@@ -84,15 +84,29 @@ def merge(a: ExactSum, b: ExactSum) -> ExactSum:
     return jax.tree.map(wide.merge, a, b, is_leaf=lambda node: isinstance(node, Wide))
 
 
-def total(sums: ExactSum) -> np.ndarray:
+def result(sums: ExactSum) -> np.ndarray:
     """The sums as float64, NaN where a value was not finite. Each is the exact sum, rounded once."""
     scale = np.ldexp(1.0, np.arange(_EXPONENTS) - 150)  # exact: a mantissa has 23 bits behind the point, bias 127
-    signed = wide.total(sums.positive) - wide.total(sums.negative)
+    signed = _signed(sums)
     scale = scale.reshape(-1, *[1] * (signed.ndim - 1))
     terms = signed * scale  # exact below 2^53
     exact = [math.fsum(column[column != 0]) for column in terms.reshape(_EXPONENTS, -1).T]
-    result = np.reshape(exact, signed.shape[1:])
-    return np.where(wide.total(sums.bad) > 0, np.nan, result)
+    return np.where(wide.total(sums.bad) > 0, np.nan, np.reshape(exact, signed.shape[1:]))
+
+
+def integers(sums: ExactSum) -> np.ndarray:
+    """The exact sums of the finite values as Python's integers, in units of 1 / ONE."""
+    signed = _signed(sums).astype(object)
+    return sum(row << exponent for exponent, row in enumerate(signed))  # type: ignore[return-value]  # an array
+
+
+ONE = 1 << 150
+"""1 in the units of `integers`."""
+
+
+def _signed(sums: ExactSum) -> np.ndarray:
+    """int64 [255,*shape]: the mantissas of every exponent."""
+    return wide.total(sums.positive) - wide.total(sums.negative)
 
 
 def count(sums: ExactSum) -> int:
@@ -103,7 +117,7 @@ def count(sums: ExactSum) -> int:
 def mean(sums: ExactSum) -> np.ndarray:
     """The means as float64; NaN where nothing was added."""
     number = count(sums)
-    return np.asarray(total(sums) / number) if number else np.full(sums.bad.low.shape, np.nan)
+    return np.asarray(result(sums) / number) if number else np.full(sums.bad.low.shape, np.nan)
 
 
 def fold(x: Float[Array, "positions ..."]) -> Float[Array, "..."]:

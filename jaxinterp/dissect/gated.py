@@ -173,7 +173,7 @@ def _packed(mask: np.ndarray) -> np.ndarray:
 def _words(mask):
     """The last axis of a mask as integers of 32 bits."""
     mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % _BITS)])
-    apart = mask.reshape(*mask.shape[:-1], -1, _BITS).astype(jnp.uint32)
+    apart = mask.reshape(*mask.shape[:-1], mask.shape[-1] // _BITS, _BITS).astype(jnp.uint32)
     return jnp.sum(apart << jnp.arange(_BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 

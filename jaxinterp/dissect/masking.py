@@ -48,9 +48,13 @@ def keep(order: Sequence[int] | np.ndarray, number: int, units: int) -> np.ndarr
     """float32 [units]: 0 for the first `number` units of `order`, 1 for the others.
 
     Raises:
+        TypeError: units that are not integers.
         ValueError: fewer units in `order` than `number`, or a unit that does not exist or comes twice.
     """
-    chosen = np.asarray(order, np.int64)
+    chosen = np.asarray(order)
+    if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
+        raise TypeError(f"order: expected the numbers of units, got {chosen.dtype}")
+    chosen = chosen.astype(np.int64)
     if not 0 <= number <= len(chosen):
         raise ValueError(f"number: expected 0 to {len(chosen)} units, got {number}")
     if len(np.unique(chosen)) != len(chosen) or (chosen.size and not 0 <= chosen.min() <= chosen.max() < units):
@@ -84,14 +88,23 @@ def correct(
         batch_size: images in a batch; the result does not depend on it.
 
     Raises:
-        ValueError: an unknown node, or shapes that do not fit.
+        TypeError: labels that are not integers.
+        ValueError: an unknown node, shapes that do not fit, a label that is no class, or a batch of no image.
     """
     network.check_node(node)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     kept, labels = jnp.asarray(kept, jnp.float32), np.asarray(labels)
     if len(labels) != len(images) or kept.ndim != 2:
         raise ValueError(
             "kept, images, labels: expected [M,U], [N,H,W,C] and [N],"
             f" got {list(kept.shape)}, {list(np.shape(images))} and {list(labels.shape)}"
+        )
+    if labels.size and not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    if labels.size and not 0 <= labels.min() <= labels.max() < network.num_classes:
+        raise ValueError(
+            f"labels: expected classes from 0 to {network.num_classes - 1}, got {labels.min()} to {labels.max()}"
         )
     before, behind = _programs(network, node)
     found = np.zeros((len(kept), len(labels)), bool)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -37,7 +38,9 @@ MOST = 2**31 - 1
 
 
 def check(quantile: float, method: str = "linear") -> None:
-    """Raises ValueError unless `quantile` lies strictly between 0 and 1 and the method exists."""
+    """Raises TypeError unless `quantile` is a number, ValueError unless it is in (0, 1) and the method exists."""
+    if isinstance(quantile, bool) or not isinstance(quantile, numbers.Real):
+        raise TypeError(f"quantile: expected a number, got {quantile!r}")
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: expected a share between 0 and 1 (both excluded), got {quantile}")
     if method not in METHODS:
@@ -93,7 +96,7 @@ def thresholds(
         [U] float32. With n positions it is the value at rank (n - 1) (1 - quantile) of the sorted activations.
 
     Raises:
-        TypeError: features are not floating point.
+        TypeError: features are not floating point, or the quantile is no number.
         ValueError: a quantile out of range, no features, a wrong rank, batches of different shapes, or NaN among the
             activations (the message names units).
     """

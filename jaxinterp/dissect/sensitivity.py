@@ -146,7 +146,7 @@ def result(sensitivity: Sensitivity) -> dict[str, np.ndarray]:
     found = {}
     for name, total in sensitivity.sums.items():
         number = wide.total(sensitivity.defined[name])
-        found[name] = np.where(number > 0, exactsum.total(total) / np.maximum(number, 1), np.nan)
+        found[name] = np.where(number > 0, exactsum.result(total) / np.maximum(number, 1), np.nan)
     return found
 
 
@@ -298,10 +298,15 @@ def correlation(
         The correlation, and the ends of its basic bootstrap interval (NaN of fewer than two pairs, or where a side is
         constant). Resampled pairs are noisier than the pairs, so their correlations are weaker; the basic interval
         turns that around, percentiles would be off.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     from scipy.stats import rankdata
 
     scores = np.asarray(scores, np.float64)
+    if values.ndim != 2 or scores.shape != values.shape[1:]:
+        raise ValueError(f"values, scores: expected [N,U] and [U], got {list(values.shape)} and {list(scores.shape)}")
 
     def rho(rows: np.ndarray) -> float:
         mean = mean_over_pairs(values[rows])

@@ -1,8 +1,8 @@
 """Statistics over data that is spread over devices: every device counts its own share; the shares are merged once.
 
-A statistic is a pytree with three pure functions, in the manner of optax: `init` makes one that has seen nothing,
-`update` adds a batch, `merge` combines two. Merging is associative and exact, so the result is the same for any number
-of devices and processes, and any batches.
+A statistic is a pytree with pure functions, in the manner of optax: `init` makes one that has seen nothing, `update`
+adds a batch, `merge` combines two; `result` is what it says, on the host. Merging is associative and exact, so the
+result is the same for any number of devices and processes, and any batches.
 """
 
 from __future__ import annotations

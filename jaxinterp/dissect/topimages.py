@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -83,6 +84,11 @@ def merge(a: TopImages, b: TopImages) -> TopImages:
         jnp.where(chosen, value[:, None, :], -jnp.inf).max(axis=-1),
         jnp.where(chosen, image[:, None, :], NONE).min(axis=-1),
     )
+
+
+def result(top: TopImages) -> TopImages:
+    """The same on the host, as NumPy arrays."""
+    return jax.tree.map(np.asarray, jax.device_get(top))
 
 
 def no_maps(units: int, k: int, positions: tuple[int, int]) -> Float[Array, "units k h w"]:

@@ -27,6 +27,10 @@ def test_published_peaks(kind, form, tera, giga):
     assert (found.flops, found.bandwidth, found.source) == (tera * 1e12, giga * 1e9, "published")
 
 
+def test_a_name_that_holds_another_devices_name():
+    assert device.published("NVIDIA GH200 480GB", "bf16") is None
+
+
 def test_formats_that_a_device_does_not_have():
     assert device.published("Tesla V100-SXM2-16GB", "bf16") is None
     assert device.published("TPU v4", "float32") is None

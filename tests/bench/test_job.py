@@ -84,6 +84,8 @@ def test_attacks_and_models(tmp_path, capsys):
     assert 0 < found[1]["changes"]["bf16"]["logits, largest difference over largest"] < 0.05
     assert [record["swept"] for record in sweeps] == ["ifgsm:steps=2,eps=1", "gradient"]
     assert {record["swept format"] for record in sweeps} == {"float32"}
+    for row in sweeps[0]["sweep"]["rows"]:  # two steps of every image, as in the table
+        assert row["per_second"] == pytest.approx(2 * row["batch"] / row["seconds"]["median"])
     for record in sweeps:
         assert [row["batch"] for row in record["sweep"]["rows"]] == [1, 2]
         assert record["sweep"]["ended"] == "largest"
@@ -186,6 +188,7 @@ def test_comparing(tmp_path, capsys):
         (["dissect", "--batch", "2", "--images", "1"], "--images must be at least --batch, 2, got 1"),
         (["models", "--sweep", "--batches", "0"], "--batches must be at least 1"),
         (["models", "--batches", "4"], "--batches goes with --sweep"),
+        (["models", "--sweep", "--batches", "8", "16", "--largest", "4"], "--batches: none is as small as --largest 4"),
         (["dissect", "--node", "conv9"], "--node: small_cnn has no node 'conv9'"),
         (["scaling", "--devices", "99"], "--devices: there are 8, got 99"),
         (["scaling", "--devices", "0"], "--devices must be at least 1, got 0"),

@@ -1,6 +1,7 @@
 """The job end to end: closed-form IoUs, a kill at any moment, any number of devices, bad input, what the page shows."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,10 +18,10 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from jaxinterp import cli, concepts, dissect
+from jaxinterp import Network, cli, concepts, dissect
 from jaxinterp.concepts import page as page_module
 from jaxinterp.concepts import unit_pictures
-from jaxinterp.data import Broden
+from jaxinterp.data import Broden, Concepts, DamagedImage, SegmentedArrays
 from jaxinterp.dissect import dissection
 from jaxinterp.runs import Run
 
@@ -246,6 +247,32 @@ def test_another_config_is_refused(job, network, squares, tmp_path, changes):
         concepts.dissect(concepts.prepare(squares, **asked), tmp_path / "out", say=silent)
 
 
+def test_grey_pictures(network, squares, tmp_path):
+    """One channel into a network that sees three equal ones: the counts of the same pictures in colour."""
+    images = np.stack([squares[i].image for i in range(11)])[..., :1]
+    planes = np.stack([squares[i].planes for i in range(11)])
+    asked = {"nodes": ["colours"], "quantile": QUANTILE, "batch_size": 8, "top": 3}
+    repeated = Network("repeated", lambda p, x, tap: network[0].apply(p, x.repeat(3, 3), tap), network[0].nodes, 32, 4)
+    found = []
+    for name, channels, one in (("grey", 1, repeated), ("colour", 3, network[0])):
+        source = SegmentedArrays(images.repeat(channels, 3), planes, squares.concepts)
+        job = concepts.prepare(source, model=(one, network[1]), **asked)
+        assert job.plan.image == (32, 32, channels)
+        found.append(concepts.dissect(job, tmp_path / name, say=silent).layers["colours"].dissection.tally)
+        pictures = sorted((tmp_path / name / "units").rglob("*.jpg"))
+        assert len(pictures) == 4
+    np.testing.assert_array_equal(found[0].intersection, found[1].intersection)
+    assert found[0].intersection.sum() > 0
+
+
+def test_pictures_of_another_size_are_refused_before_anything_is_written(network, tmp_path):
+    large = SegmentedArrays(
+        np.zeros((2, 40, 40, 3), np.float32), np.zeros((2, 4, 4), int), Concepts(("", "a"), ("b",), np.array([-1, 0]))
+    )
+    with pytest.raises(ValueError, match="data: expected images of 32 x 32 x 3 for colours, got 40 x 40 x 3"):
+        concepts.prepare(large, model=network)
+
+
 def test_nan_activations(network, squares, tmp_path):
     params = {"scale": jnp.float32(np.nan)}
     job = concepts.prepare(squares, model=(network[0], params), nodes=["colours"], batch_size=8)
@@ -322,16 +349,33 @@ def test_damaged_images_are_skipped_and_listed(folder, small_cnn, tmp_path, caps
         job = concepts.prepare(f"broden:{folder}", model="small_cnn", nodes=["conv2"], batch_size=8, top=1)
         said: list[str] = []
         found = concepts.dissect(job, tmp_path / "out", say=said.append)
+        with pytest.raises(ValueError, match=broken[0]):  # what has been counted leaves them out
+            concepts.dissect(dataclasses.replace(job, strict=True), tmp_path / "out", say=silent)
+        (folder / "images" / broken[0]).write_bytes(kept[broken[0]])
+        pictures = sorted((tmp_path / "out" / "units").rglob("*.jpg"))
+        pictures[0].write_bytes(b"of what was counted before")
+        page, again = found.page.read_text(), []
+        mended = concepts.dissect(job, tmp_path / "out", say=again.append)
     finally:
         for name, content in kept.items():
             (folder / "images" / name).write_bytes(content)
     assert [each["id"] for each in found.summary["damaged"]] == sorted(broken)
     assert found.summary["images"] == len(source) - 2
     assert sum("skipped" in line and any(name in line for name in broken) for line in said) == 2
-    assert all(name in found.page.read_text() for name in broken)
+    assert all(name in page for name in broken)
     top = found.layers["conv2"].dissection.top
     maps = np.stack([_features(job, source[int(n)].image) for n in top.image[:, 0]])
     np.testing.assert_array_equal([maps[unit, ..., unit].max() for unit in range(16)], top.value[:, 0])
+    assert "images that could not be read before and can be now: 1; all are counted again" in again
+    assert [each["id"] for each in mended.summary["damaged"]] == broken[1:]
+    assert pictures[0].read_bytes().startswith(b"\xff\xd8")
+    assert mended.summary["images"] == len(source) - 1
+    areas = [each.layers["conv2"].dissection.tally.label_area for each in (found, mended)]
+    item = source[2]
+    added = np.bincount(item.planes.ravel(), minlength=len(areas[0])) + item.planes[0].size * np.bincount(
+        item.scalars, minlength=len(areas[0])
+    )
+    np.testing.assert_array_equal((areas[1] - areas[0])[1:], added[1:])
 
 
 def _features(job, image):
@@ -354,6 +398,7 @@ def _features(job, image):
         (["--limit", "0"], "--limit must be at least 1"),
         (["--top", "0"], "--top must be at least 1"),
         (["--memory", "-1"], "--memory must not be negative"),
+        (["--memory", "inf"], "--memory must be a number of GiB, got inf"),
         (["--data", "broden:nowhere"], "no such folder: nowhere"),
         (["--data", "nowhere"], "--data: expected broden:DIR"),
         (["--from-csv", "tally.csv"], "give one of them"),
@@ -365,6 +410,29 @@ def test_bad_arguments(arguments, message, folder, small_cnn, tmp_path, capsys):
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_goes_on_behind_damaged_images(network, squares, tmp_path):
+    """As the run does; only where nothing can be read there is nothing to measure."""
+
+    class Damaged:
+        concepts = squares.concepts
+
+        def __init__(self, first):
+            self.first = first
+
+        def __len__(self):
+            return len(squares)
+
+        def __getitem__(self, index):
+            if index < self.first:
+                raise DamagedImage(f"p{index}", "damaged")
+            return squares[index]
+
+    lines = list(concepts.estimate(concepts.prepare(Damaged(9), model=network, batch_size=2), tmp_path / "out"))
+    assert lines[-1].startswith("expected time: ")
+    with pytest.raises(ValueError, match="data: none of the 11 images can be read: p0: damaged"):
+        list(concepts.estimate(concepts.prepare(Damaged(11), model=network, batch_size=2), tmp_path / "out"))
 
 
 def test_no_data_and_no_image(folder, small_cnn, tmp_path, capsys):

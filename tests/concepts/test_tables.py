@@ -9,7 +9,7 @@ import pytest
 
 from jaxinterp import dissect
 from jaxinterp.concepts import read_released, tables
-from jaxinterp.data import Broden
+from jaxinterp.data import Broden, Concepts
 from jaxinterp.dissect import topimages
 from jaxinterp.runs import Run
 
@@ -120,6 +120,16 @@ def test_both_conventions():
     lines = "\n".join(tables.report_lines(record, "IoU > 0.04, union=image", 5))
     assert "convention 'best': a unit counts once, for its best concept (IoU > 0.04, union=image)" in lines
     assert lines.count("4 of 5 units detect a concept") == 2
+
+
+def test_labels_of_one_name_are_counted_apart():
+    concepts = Concepts(("", "pole", "tree", "pole"), ("object",), np.array([-1, 0, 0, 0]))
+    both, active = np.array([[0, 50, 0, 0], [0, 0, 0, 50], [0, 60, 0, 0], [0, 0, 55, 0]]), np.full(4, 60)
+    tally = dissect.Tally(both, active, active[:, None], np.array([0, 100, 100, 100]), "image")
+    layer = tables.layer(
+        dissect.Dissection("n", 0.005, np.zeros(4, np.float32), tally, topimages.init(4, 1), 5, (1, 1)), concepts
+    )
+    assert tables.unique_detectors(layer, "best", 0.04) == {"object": {"pole #1": 2, "tree": 1, "pole #3": 1}}
 
 
 def test_a_tally_read_back_gives_the_same_report(layer, written):

@@ -1,7 +1,10 @@
 """Broden's folders: every number of a small one and of the reference folder, and everything that can be malformed."""
 
+import inspect
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +262,20 @@ def test_bad_arguments(broden_folder, arguments, message):
         Broden(broden_folder, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"categories": "scene"}, r"categories: expected several names, such as \['scene'\], got one text"),
+        ({"limit": 3.5}, "limit: expected a whole number, got 3.5"),
+        ({"image_size": 8.0}, "image_size: expected a whole number, got 8.0"),
+    ],
+)
+def test_arguments_of_another_type(broden_folder, arguments, message):
+    bare = inspect.unwrap(Broden.__init__)  # without the types that only tests check
+    with pytest.raises(TypeError, match=message):
+        bare(object.__new__(Broden), broden_folder, **arguments)
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         Broden(tmp_path / "none")
@@ -283,6 +300,20 @@ def _grey(path):
     Image.new("L", (4, 3)).save(path, "PNG")
 
 
+def _sixteen_bits(path):
+    """The same labels in 16 bits a channel, which Pillow does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = np.zeros((3, 4, 3), ">u2")
+    rows[..., 0] = 1
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 def _jpeg(path):
     Image.new("RGB", (4, 3)).save(path, "JPEG")
 
@@ -305,6 +336,7 @@ def _beyond_16_bits(path):
         ("b_color.png", _cut_short, "damaged"),
         ("b_color.png", _other_size, "expected 3 x 4 pixels, as in index.csv, got 3 x 5"),
         ("b_color.png", _grey, "expected a PNG of 8-bit RGB, got PNG of uint8 x 1"),
+        ("b_color.png", _sixteen_bits, "expected a PNG of 8-bit RGB, got PNG of 16-bit x 3"),
         ("b_color.png", _jpeg, "expected a PNG of 8-bit RGB, got JPEG"),
         ("b_color.png", _unknown_label, "label number 299 has no row in label.csv"),
         ("b_color.png", _beyond_16_bits, "label number 40000 has no row in label.csv"),

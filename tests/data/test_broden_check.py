@@ -18,7 +18,10 @@ def test_a_sound_folder(broden_folder, capsys):
     found = broden.check(broden_folder, progress=lambda done, total: steps.append((done, total)))
     assert found.errors == []
     assert found.notes == [
-        f"index.csv line {n}: s/{name}.jpg has no label" for n, name in ((4, "nothing"), (5, "zero"))
+        "index.csv line 5: object: the whole-image label 0 stands for nothing",
+        "index.csv line 4: s/nothing.jpg has no label",
+        "index.csv line 5: s/zero.jpg has no label",
+        "5 files have a format that their names do not say, such as images/s/a.jpg",
     ]
     assert found.summary == "5 images, 6 labels in 4 categories: color 2, material 1, object 2, scene 2"
     assert steps == [(n, 5) for n in range(1, 6)]
@@ -119,6 +122,11 @@ CASES = [
         _edit("category.csv", "scene,5", "scene,4"),
         ["category.csv line 5: scene: first: expected 5, as in c_scene.csv, got 4"],
     ),
+    (
+        lambda folder: (folder / "c_extra.csv").write_text("code,number,name,frequency,coverage\n1,1,red-c,1,1.0\n"),
+        ["c_extra.csv: category.csv has no category 'extra'"],
+    ),
+    (_edit("index.csv", "s/c.jpg,val", "s/c.jpg,"), ["index.csv line 6: split: expected a name such as train, got"]),
     (_unlink("images/s/c.jpg"), ["index.csv line 6: images/s/c.jpg: cannot be read (No such file"]),
     (_unlink("images/s/b_color.png"), ["index.csv line 3: images/s/b_color.png: cannot be read (No such file"]),
     (_save("b_color.png", Image.new("RGB", (5, 5))), ["index.csv line 3: images/s/b_color.png: expected 3 x 4 pixels"]),
@@ -163,10 +171,10 @@ def test_a_picture_that_cannot_be_read_is_one_error(broden_folder, number):
 
 
 def test_all_errors_at_once(broden_folder, capsys):
-    for number in (5, 7, 9, 18, 19):
+    for number in (5, 7, 9, 20, 21):
         CASES[number][0](broden_folder)
     errors = broden.check(broden_folder).errors
-    for number in (5, 7, 9, 18, 19):
+    for number in (5, 7, 9, 20, 21):
         assert any(error.startswith(CASES[number][1][0]) for error in errors)
     assert cli.main(["broden", "check", str(broden_folder)]) == 2
     printed = capsys.readouterr()
@@ -185,15 +193,23 @@ def test_notes(broden_folder):
     )
     path = broden_folder / "images" / "s" / "b_material.png"
     Image.fromarray(np.asarray(Image.open(path)) + np.array([0, 0, 9], np.uint8)).save(path)
+    _edit("index.csv", "s/a.jpg,train", "s/a.jpg,trian")(broden_folder)
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 6)).save(broden_folder / "images" / "s" / f"{name}.jpg", "JPEG")
     found = broden.check(broden_folder)
     assert found.errors == []
-    assert found.notes[1:] == [
+    assert found.notes[:2] == [
+        "index.csv line 5: object: the whole-image label 0 stands for nothing",
+        "index.csv line 2: the split 'trian' (1 images) is none of train, val, test",
+    ]
+    assert found.notes[3:] == [
         "index.csv line 4: s/nothing.jpg has no label",
         "index.csv line 5: s/zero.jpg has no label",
         "c_color.csv line 4: label number 9 (spare) is in no image",
+        "3 files have a format that their names do not say, such as images/s/nothing.jpg",
         "1 files in images are not in index.csv, such as s/left.png",
     ]
-    assert found.notes[0] == "index.csv line 3: images/s/b_material.png has blue in it, which stands for nothing"
+    assert found.notes[2] == "index.csv line 3: images/s/b_material.png has blue in it, which stands for nothing"
 
 
 def test_tolerance(broden_folder):

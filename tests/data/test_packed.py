@@ -73,6 +73,30 @@ def test_damaged_items(broden_folder, tmp_path):
     assert not (tmp_path / "strict").exists()
 
 
+def test_items_that_can_be_read_again_are_decoded_again(broden_folder, tmp_path):
+    kept = {}
+    for name in ("b_color.png", "a.jpg"):
+        path = broden_folder / "images" / "s" / name
+        kept[path] = path.read_bytes()
+        path.write_bytes(b"no")
+    assert list(packed(Broden(broden_folder), tmp_path / "cache").damaged) == [0, 1]
+    path = broden_folder / "images" / "s" / "b_color.png"
+    path.write_bytes(kept[path])
+    source = Reads(broden_folder)
+    cache = packed(source, tmp_path / "cache")
+    assert list(cache.damaged) == [0]
+    before = source.count
+    for i in (1, 2):
+        same(cache[i], Broden(broden_folder)[i])
+    assert source.count == before  # what was decoded is in the cache
+    with pytest.raises(DamagedImage, match="line 2"):
+        cache[0]
+    with pytest.raises(ValueError, match="line 2"):
+        packed(Broden(broden_folder, strict=True), tmp_path / "cache")
+    assert sorted(os.listdir(tmp_path / "cache")) == ["cache.json", "images.bin", "items.txt", "planes.bin"]
+    assert not list(tmp_path.glob("cache.items"))
+
+
 def _touch_index(folder):
     os.utime(folder / "index.csv", (1, 1))
 

@@ -93,6 +93,16 @@ def test_any_scene_is_counted_as_defined(slow, same_tally, seed, shape):
         same_tally(found, slow.tally(*arguments, union))
 
 
+@pytest.mark.parametrize("form", ["gated", "dense"])
+def test_images_with_whole_image_labels_only(slow, same_tally, form):
+    arguments = *scene(3, channels=0), CATEGORIES
+    assert arguments[2].shape == (5, 0, 8, 8)
+    for union in dissect.UNIONS:
+        found = dissect.tally(*arguments, union=union, batch_size=2, form=form)
+        same_tally(found, slow.tally(*arguments, union))
+    assert found.intersection.sum() > 0
+
+
 def test_by_hand():
     """One unit on the upper half. Label 1 covers the left half twice, label 2 the lower half; label 3 is a scene."""
     features = np.array([[1.0, 1.0], [0.0, 0.0]], np.float32).reshape(1, 2, 2, 1)

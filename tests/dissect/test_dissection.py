@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import inspect
 import os
 import runpy
 import socket
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxinterp import Network, dissect
+from jaxinterp import Network, dissect, models
 from jaxinterp.data import Broden, DamagedImage, SegmentedArrays
-from jaxinterp.dissect import dissection, shares
+from jaxinterp.dissect import counting, dissection, quantiles, shares
 from jaxinterp.dissect.topimages import NONE
 from jaxinterp.network import capture
 
@@ -276,7 +277,7 @@ def test_what_fits_is_read_once(memory, walks):
     data, told = Counting(DATA), []
     run(data=data, memory=memory, progress=lambda what, images: told.append((what, images)))
     read = np.bincount(data.read)
-    np.testing.assert_array_equal(read, walks)
+    np.testing.assert_array_equal(read, walks + (np.arange(13) == 0))  # the first one for the size of the images
     steps = ["feature maps", "tally"] if memory else ["feature maps", "thresholds", "tally"]
     assert list(dict.fromkeys(what for what, _ in told)) == steps
     for step in steps:
@@ -352,7 +353,7 @@ def test_labels_that_are_not_held_are_read_again(found, monkeypatch):
     monkeypatch.setattr(dissection, "_LABELS", 0)
     data = Counting(DATA)
     assert_same(run(data=data), found)
-    np.testing.assert_array_equal(np.bincount(data.read), 2)
+    np.testing.assert_array_equal(np.bincount(data.read), 2 + (np.arange(13) == 0))
 
 
 def test_one_image():
@@ -421,6 +422,31 @@ def test_plan_in_words():
     again = planned(memory=1000).lines()[1]
     assert again.startswith("feature maps are computed three times, as 27.0 KiB are more than 1000 bytes; counts take ")
     assert again.endswith("TFLOP in all")
+    assert " on each device, computing them about 1.1 MiB, labels 0 bytes; " in lines[1]
+    assert ", labels 20.0 KiB; " in planned(memory=1 << 20, planes=(2, 16, 16), labels=255).lines()[1]
+
+
+def test_memory_that_is_stated_beforehand():
+    """Labels as they are held, in bytes; what programs take for a while is not less than what they say themselves."""
+    plan, data = planned(planes=(2, 16, 16)), DATA
+    batches = [counting.present(data[i].planes[None], data[i].scalars[None], 10, least=16) for i in range(13)]
+    held = sum(leaf.nbytes for one in batches for leaf in jax.tree.leaves(one))
+    assert held <= plan.labels == 16 * (2 * 16 * 16 + 3 * 4 * 64)
+    assert planned(planes=(2, 16, 16), labels=300).labels == 16 * (2 * 2 * 16 * 16 + 3 * 4 * 64)
+    assert planned(planes=(2, 16, 16), memory=plan.labels - 1).labels == 0
+    units, size = 32, 28
+    labels = counting.Present(
+        jax.ShapeDtypeStruct((8, 2, size, size), np.uint8), *[jax.ShapeDtypeStruct((8, 64), np.int32)] * 3
+    )
+    state = jax.eval_shape(lambda: counting.init(units, 10, 4))
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in ((8, 4, 4, units), (units,), (10, 4))]
+    for form in ("gated", "dense"):
+        program = jax.jit(inspect.unwrap(counting.update), static_argnames="form")
+        taken = program.lower(state, *shapes[:2], labels, shapes[2], form=form).compile().memory_analysis()
+        assert taken is not None
+        stated = dissection._working(8, 8, 1, (4, 4, units), (2, size, size), form, keep=False)
+        assert 0.5 * stated < taken.temp_size_in_bytes + taken.output_size_in_bytes
+        assert taken.temp_size_in_bytes <= stated
 
 
 def test_free_memory_is_that_of_the_devices(meshes, monkeypatch):
@@ -438,6 +464,29 @@ def test_free_memory_is_that_of_the_devices(meshes, monkeypatch):
 
 def test_feature_shapes():
     assert dissect.feature_shapes(NETWORK, PARAMS, ["mean", "a"]) == {"mean": (1, 1, 7), "a": (8, 8, 5)}
+
+
+def test_one_channel(slow):
+    """Grey images into a network that sees them as the narrow one sees three equal channels."""
+    items = [DATA[i] for i in range(5)]
+    images, planes, scalars = (np.stack([getattr(x, name) for x in items]) for name in PARTS)
+    grey = SegmentedArrays(images[..., :1], planes, DATA.concepts, scalars=scalars)
+    params = PARAMS | {"a": PARAMS["a"].sum(axis=2, keepdims=True)}
+    one = dissect.dissect(NETWORK, params, "a", grey, quantile=QUANTILE, batch_size=5)
+    maps = np.asarray(dissection.extractor(NETWORK, ("a",))(params, images[..., :1])[0])
+    np.testing.assert_allclose(
+        maps, dissection.extractor(NETWORK, ("a",))(PARAMS, images[..., [0, 0, 0]])[0], rtol=1e-4, atol=1e-5
+    )
+    limits = np.quantile(maps.astype(np.float64), 1 - QUANTILE, axis=(0, 1, 2)).astype(np.float32)
+    np.testing.assert_array_equal(one.thresholds, limits)
+    wanted = slow.tally(maps, limits, planes, scalars, list(CATEGORIES), "image")
+    np.testing.assert_array_equal(one.tally.intersection, wanted.intersection)
+    with pytest.raises(ValueError, match="data: narrow does not take images of 16 x 16 x 1: "):
+        run(data=grey)
+    with pytest.raises(ValueError, match="data: narrow does not take images of 16 x 16 x 3: "):
+        dissect.dissect(NETWORK, params, "a", DATA, batch_size=8)
+    mnist, shapes = models.network("carlini_mnist"), models.shapes("carlini_mnist")
+    assert dissect.feature_shapes(mnist, shapes, mnist.nodes[:1], channels=1) == {mnist.nodes[0]: (26, 26, 32)}
 
 
 def test_a_second_dissection_traces_nothing():
@@ -469,11 +518,40 @@ def test_a_second_dissection_traces_nothing():
         ({"batch_size": 0}, "batch_size: expected a multiple of the 1 devices, got 0"),
         ({"quantile": 1.0}, "quantile: expected a share between 0 and 1"),
         ({"top": 0}, "top: expected at least 1, got 0"),
+        ({"memory": -1}, "memory: expected bytes, not negative, got -1"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="form: expected one of auto, gated, dense, got 'x'"):
+        inspect.unwrap(dissect.dissect)(NETWORK, PARAMS, "b", DATA, batch_size=8, form="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantile", ["a", None, True])
+def test_a_quantile_that_is_no_number_is_refused(quantile):
+    with pytest.raises(TypeError, match="quantile: expected a number, got "):
+        inspect.unwrap(quantiles.check)(quantile)  # without the types that only tests check
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 0])
+def test_images_of_another_size_are_refused_before_anything_is_computed(memory):
+    large = SegmentedArrays(np.zeros((3, 24, 20, 3), np.float32), np.zeros((3, 8, 8), int), DATA.concepts)
+    told = []
+    message = r"data: expected images of 16 x 16 x 3 for narrow, got 24 x 20 x 3; .* by Broden\(image_size=16\)"
+    with pytest.raises(ValueError, match=message):
+        run(data=large, memory=memory, progress=lambda *what: told.append(what))
+    with pytest.raises(ValueError, match=message):  # what a walk yields need not be what the source holds
+        run(walk=lambda: dissection.in_order(large, 8), memory=memory, progress=lambda *what: told.append(what))
+    assert not told
+
+
+def test_the_size_of_images_is_that_of_the_first_that_can_be_read():
+    assert dissection.item_shapes(NETWORK, Counting(DATA, damaged=[0, 1])) == ((16, 16, 3), (2, 16, 16))
+    assert dissection.item_shapes(NETWORK, Counting(DATA, damaged=range(13))) == ((16, 16, 3), (0, 0, 0))
 
 
 def test_batches_that_devices_cannot_share_are_refused(meshes):

@@ -44,7 +44,7 @@ def assert_same(a, b):
 @given(columns, st.permutations(range(8)))
 def test_sums_are_those_of_fsum_in_any_order_and_batches(values, order):
     sums = of(values)
-    np.testing.assert_array_equal(exactsum.total(sums), fsum(values))
+    np.testing.assert_array_equal(exactsum.result(sums), fsum(values))
     np.testing.assert_array_equal(exactsum.mean(sums), fsum(values) / 8)
     assert exactsum.count(sums) == 8
     assert_same(of(values[list(order)], [4]), sums)
@@ -57,7 +57,7 @@ def test_merging_is_associative_and_commutative_in_every_bit(a, b, c):
     whole = merge(merge(x, y), z)
     assert_same(merge(x, merge(y, z)), whole)
     assert_same(merge(z, merge(y, x)), whole)
-    np.testing.assert_array_equal(exactsum.total(whole), fsum(np.concatenate([a, b, c])))
+    np.testing.assert_array_equal(exactsum.result(whole), fsum(np.concatenate([a, b, c])))
     assert exactsum.count(whole) == 24
 
 
@@ -75,7 +75,7 @@ def test_merging_is_associative_and_commutative_in_every_bit(a, b, c):
     ],
 )
 def test_by_hand(values, expected):
-    assert float(exactsum.total(of(np.array(values, np.float32)))) == float(expected)
+    assert float(exactsum.result(of(np.array(values, np.float32)))) == float(expected)
 
 
 def test_many_values_of_the_largest_mantissa(rng):
@@ -83,15 +83,15 @@ def test_many_values_of_the_largest_mantissa(rng):
     values = np.full((4096, 1), np.nextafter(np.float32(2), np.float32(0)), np.float32)
     values[::3] *= -1
     sums = of(values, list(range(64, 4096, 64)))
-    np.testing.assert_array_equal(exactsum.total(sums), fsum(values))
+    np.testing.assert_array_equal(exactsum.result(sums), fsum(values))
     spread = (rng.normal(size=(640, 3)) * 10.0 ** rng.uniform(-30, 30, (640, 3))).astype(np.float32)
-    np.testing.assert_array_equal(exactsum.total(of(spread, list(range(64, 640, 64)))), fsum(spread))
+    np.testing.assert_array_equal(exactsum.result(of(spread, list(range(64, 640, 64)))), fsum(spread))
 
 
 def test_the_result_is_rounded_once():
     """2^53 + 1 + 2^-30 lies above the middle of two doubles, 2^53 + 1 exactly in it."""
     for little, expected in ((2.0**-30, 2.0**53 + 2), (0.0, 2.0**53), (-(2.0**-30), 2.0**53)):
-        assert float(exactsum.total(of(np.array([2.0**53, 1.0, little], np.float32)))) == expected
+        assert float(exactsum.result(of(np.array([2.0**53, 1.0, little], np.float32)))) == expected
 
 
 def test_values_that_do_not_count(rng):
@@ -99,7 +99,7 @@ def test_values_that_do_not_count(rng):
     valid = np.array([True, False, True, True, False, False, True, True])
     values[1] = np.nan
     sums = update(init(2), jnp.asarray(values), jnp.asarray(valid))
-    np.testing.assert_array_equal(exactsum.total(sums), fsum(values[valid]))
+    np.testing.assert_array_equal(exactsum.result(sums), fsum(values[valid]))
     assert exactsum.count(sums) == 5
     np.testing.assert_array_equal(exactsum.mean(sums), fsum(values[valid]) / 5)
 
@@ -108,25 +108,25 @@ def test_what_is_not_finite_is_marked(rng):
     values = rng.normal(size=(4, 5)).astype(np.float32)
     values[1, 0], values[2, 2], values[3, 3] = np.nan, np.inf, -np.inf
     sums = of(values, [2])
-    total = exactsum.total(sums)
+    total = exactsum.result(sums)
     np.testing.assert_array_equal(np.isnan(total), [True, False, True, True, False])
     np.testing.assert_array_equal(total[[1, 4]], fsum(values[:, [1, 4]]))
-    assert np.isnan(exactsum.total(merge(of(np.abs(values)), of(0 * values[:1] + 1)))[2])
+    assert np.isnan(exactsum.result(merge(of(np.abs(values)), of(0 * values[:1] + 1)))[2])
     np.testing.assert_array_equal(np.asarray(sums.bad.low), [1, 0, 1, 1, 0])
 
 
 def test_nothing_has_the_sum_0_and_no_mean():
     sums = init(2)
-    assert exactsum.total(sums).tolist() == [0, 0]
+    assert exactsum.result(sums).tolist() == [0, 0]
     assert np.isnan(exactsum.mean(sums)).all()
     assert float(exactsum.mean(of(np.array([1.0, 2.0], np.float32)))) == 1.5
 
 
 def test_every_shape_and_half_precision(rng):
     values = rng.normal(size=(5, 2, 3)).astype(np.float32)
-    np.testing.assert_array_equal(exactsum.total(of(values)), fsum(values))
+    np.testing.assert_array_equal(exactsum.result(of(values)), fsum(values))
     half = jnp.asarray(values, jnp.bfloat16)
-    np.testing.assert_array_equal(exactsum.total(update(init(2, 3), half)), fsum(np.asarray(half, np.float32)))
+    np.testing.assert_array_equal(exactsum.result(update(init(2, 3), half)), fsum(np.asarray(half, np.float32)))
 
 
 def test_too_many_values_at_once_are_refused():

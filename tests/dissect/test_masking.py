@@ -1,5 +1,9 @@
 """Silenced units: the masked network, accuracy under masks, groups of units."""
 
+import inspect
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +111,16 @@ def test_bad_input(network, params, images):
         masking.correct(network, params, "second", np.ones((1, 5)), images, np.zeros(11, int))
     with pytest.raises(ValueError, match="kept, images, labels"):
         masking.correct(network, params, "second", np.ones((1, 6)), images, np.zeros(10, int))
+    with pytest.raises(TypeError, match="order: expected the numbers of units, got float64"):
+        masking.keep(np.array([0.7, 1.2]), 2, UNITS)
+    assert masking.keep([], 0, UNITS).tolist() == [1] * UNITS
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {size}"):
+            masking.correct(network, params, "second", np.ones((1, 6)), images, np.zeros(11, int), batch_size=size)
+    with pytest.raises(ValueError, match="labels: expected classes from 0 to 3, got 4 to 4"):
+        masking.correct(network, params, "second", np.ones((1, 6)), images, np.full(11, 4))
+    with pytest.raises(TypeError, match="labels: expected integers, got float64"):
+        inspect.unwrap(masking.correct)(network, params, "second", np.ones((1, 6)), images, np.zeros(11))
 
 
 def test_groups():
@@ -122,3 +136,9 @@ def test_groups():
     again = masking.groups(sensitivity, iou, np.zeros(4, bool), key=jax.random.key(0), draws=5)
     np.testing.assert_array_equal(again["random-2"], random[2])
     assert len(again["detectors"]) == 0
+
+
+def test_both_modules_are_attributes_in_a_fresh_interpreter():
+    code = "from jaxinterp import dissect; print(dissect.masking.keep([1], 1, 2), dissect.sensitivity.MEASURES[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["[1.", "0.]", "plain"]

@@ -115,6 +115,8 @@ def test_correlation_is_spearmans_with_an_interval_over_pairs(rng):
     assert s.correlation(values, scores, seed=0, draws=200) == (found, low, high)
     assert np.isnan(s.correlation(values[:1], scores, seed=0)[1:]).all()
     assert np.isnan(s.correlation(values, np.ones(40), seed=0)).all()
+    with pytest.raises(ValueError, match=r"values, scores: expected \[N,U\] and \[U\], got \[12, 40\] and \[39\]"):
+        s.correlation(values, scores[1:], seed=0)
 
 
 def test_a_networks_measures_are_the_same_on_any_devices_and_in_any_batches(rng):

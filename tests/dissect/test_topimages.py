@@ -44,6 +44,10 @@ def test_the_highest_maxima_in_falling_order(features, k):
     top = of(features, k)
     np.testing.assert_array_equal(top.value, value)
     np.testing.assert_array_equal(top.image, image)
+    found = topimages.result(top)
+    assert type(found.value) is type(found.image) is np.ndarray
+    np.testing.assert_array_equal(found.value, value)
+    np.testing.assert_array_equal(found.image, image)
 
 
 def test_neither_batches_nor_order_matter(features):
