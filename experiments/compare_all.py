@@ -507,6 +507,8 @@ def main(setting: Compared) -> None:
             try:
                 shown = functools.partial(_named, progress, name)
                 done[entry.name, goal] = compute(job, entry, goal, setting, marks, others, shown)
+            except OSError:  # a full disk: no attack is to blame
+                raise
             except Exception as error:  # whatever it is: the others go on
                 reason = f"{type(error).__name__}: {error}"
             reason = group.settle(reason, lambda reasons: next(filter(None, reasons), ""))

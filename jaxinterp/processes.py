@@ -81,25 +81,41 @@ class Processes:
             value: of this process, as JSON.
             decide: called in process 0 with all values, in order; returns what can be JSON.
             tick: called now and then while others are awaited.
+
+        Raises:
+            RuntimeError: the processes settle different things, since one of them went another way; or, where process 0
+                says so itself, whatever `decide` raises. In every process: nobody waits for what will not come.
         """
         if self._client is None:
             return decide([value])
         self._settled += 1
         here = f"{_PREFIX}/settled/{self._settled}"
-        self._client.key_value_set(f"{here}/of/{self.index}", json.dumps(value))
+        what = f"{decide.__module__}.{decide.__qualname__}"
+        self._client.key_value_set(f"{here}/of/{self.index}", json.dumps([what, value]))
         if self.first:
             with _patience() as pause:
                 while len(found := self._client.key_value_dir_get(f"{here}/of/")) < self.count:
                     pause()
                     tick()
-            values = {int(key.rpartition("/")[2]): json.loads(text) for key, text in found}
-            decision = decide([values[i] for i in range(self.count)])
-            self._client.key_value_set(f"{here}/decision", json.dumps(decision))
+            told = {int(key.rpartition("/")[2]): json.loads(text) for key, text in found}
+            try:
+                if len(settled := sorted({what for what, _ in told.values()})) > 1:
+                    raise RuntimeError(f"the processes are at different places of the job: {' and '.join(settled)}")
+                decision = decide([told[i][1] for i in range(self.count)])
+                text = json.dumps({"decision": decision})
+            except Exception as error:
+                text = json.dumps({"error": f"{type(error).__name__}: {error}"})
+                self._client.key_value_set(f"{here}/decision", text)
+                raise
+            self._client.key_value_set(f"{here}/decision", text)
             return decision
         with _patience() as pause:
             while (text := self._get(f"{here}/decision")) is None:
                 pause()
-        return json.loads(text)
+        answer = json.loads(text)
+        if "error" in answer:
+            raise RuntimeError(f"process 0 could not decide: {answer['error']}")
+        return answer["decision"]
 
     def wait(self, tick: Callable[[], object] = lambda: None) -> None:
         """Returns when every process has called this; calls `tick` now and then until then."""
@@ -315,7 +331,7 @@ def read_part(run: Run, name: str, *, without: Collection[str] = ()) -> dict[str
     return arrays
 
 
-def _disagreement(values: list[dict[str, Any]]) -> str:
+def _disagreement(values: list[Any]) -> str:
     """How the other processes differ from process 0, in words; empty where they do not."""
     if not all(isinstance(value, dict) and "config" in value for value in values):
         return "the processes were not given the same command"

@@ -227,7 +227,7 @@ from jaxinterp.processes import current, open_run
 
 def main(words):
     if len(words) > 2:
-        processes.machine = lambda: {"jax": words[2]}
+        processes.versions = lambda: {"jax": words[2]}
     open_run(words[0], {"seed": int(words[1]), "attacks": {"pgd": {"steps": 3}}})
     print(current().settle(current().index, sum))
 
