@@ -22,7 +22,7 @@ import tyro
 from jaxinterp import models, plots
 from jaxinterp.cli import guarded
 from jaxinterp.dissect import CONVENTIONS, counts
-from jaxinterp.processes import open_run
+from jaxinterp.processes import current, open_run
 from jaxinterp.runs import versions
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import UNDECIDED, Answer, Units, dissected, verdict
@@ -80,17 +80,18 @@ def main(setting: Units) -> None:
         claim = f"{word} units detect a {category} in {nodes[-1]} than in {nodes[0]}"
         settled = verdict(signed, 0.0) if any(share.any() for share in shares) else UNDECIDED
         answers.append(Answer(claim, f"{ends[0].mean:.1%} to {ends[1].mean:.1%}, difference {more:.3f}", settled))
-    run.write_json(
-        "answers.json",
-        {
-            "study": "dissect_layers",
-            "config": run.config,
-            "versions": versions(),
-            "images": first.dissection.images,
-            "answers": [dataclasses.asdict(answer) for answer in answers],
-            "results": results,
-        },
-    )
+    if current().first:
+        run.write_json(
+            "answers.json",
+            {
+                "study": "dissect_layers",
+                "config": run.config,
+                "versions": versions(),
+                "images": first.dissection.images,
+                "answers": [dataclasses.asdict(answer) for answer in answers],
+                "results": results,
+            },
+        )
     for node, found in results.items():
         print(f"{node}, {layers[node].units} units")
         for convention, table in found.items():

@@ -202,27 +202,26 @@ def attacked(
 ) -> dict[str, np.ndarray]:
     """The targeted attack on one network or ensemble: images, success and L2 norm of every picture, computed once."""
     network, params = source
-    parts = []
-    for number, chosen in enumerate(rows(len(images), setting.batch_size)):
-        part = f"{name.replace(' ', '-')}-{number:06d}"
-        stored = run.read_part(part)
-        if stored is None:
-            print(f"attacking {name}: pictures {chosen[0] + 1} to {chosen[-1] + 1}", flush=True)
-            found = run_to_end(
-                attack,
-                network.bind(params),
-                jnp.asarray(images[chosen]),
-                jnp.asarray(labels[chosen]),
-                jnp.asarray(targets[chosen]),
-                key=jax.random.key(setting.seed),
-                run=run,
-                part=part,
-            )
-            stored = {key: np.asarray(getattr(found, key)) for key in ("images", "success", "l2", "linf")}
-            if processes.current().first:
-                run.write_part(part, stored)
-                run.remove_state(part)
-        parts.append(stored)
+    group, chunks = processes.current(), rows(len(images), setting.batch_size)
+    names = [f"{name.replace(' ', '-')}-{number:06d}" for number in range(len(chunks))]
+    missing = group.told([number for number, part in enumerate(names) if run.read_part(part) is None])
+    for number in group.share(missing):
+        chosen, part = chunks[number], names[number]
+        print(f"attacking {name}: pictures {chosen[0] + 1} to {chosen[-1] + 1}", flush=True)
+        found = run_to_end(
+            attack,
+            network.bind(params),
+            jnp.asarray(images[chosen]),
+            jnp.asarray(labels[chosen]),
+            jnp.asarray(targets[chosen]),
+            key=jax.random.key(setting.seed),
+            run=run,
+            part=part,
+        )
+        run.write_part(part, {key: np.asarray(getattr(found, key)) for key in ("images", "success", "l2", "linf")})
+        run.remove_state(part)
+    group.wait()
+    parts = [processes.read_part(run, part) for part in names]
     return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
 
 

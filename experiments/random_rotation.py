@@ -26,7 +26,7 @@ from jaxinterp import load, plots
 from jaxinterp.cli import guarded
 from jaxinterp.dissect import counts
 from jaxinterp.network import Network, identity
-from jaxinterp.processes import open_run
+from jaxinterp.processes import current, open_run
 from jaxinterp.runs import versions
 from jaxinterp.statistics import Estimate
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Units, dissected
@@ -133,21 +133,22 @@ def main(setting: Rotations) -> None:
             CONFIRMED if moved < 1e-4 else NOT_CONFIRMED,
         )
     )
-    run.write_json(
-        "answers.json",
-        {
-            "study": "random_rotation",
-            "config": run.config,
-            "versions": versions(),
-            "images": layer.dissection.images,
-            "answers": [dataclasses.asdict(answer) for answer in answers],
-            "results": {
-                "amounts": amounts,
-                "units that detect": units.tolist(),
-                "concepts detected": concepts.tolist(),
+    if current().first:
+        run.write_json(
+            "answers.json",
+            {
+                "study": "random_rotation",
+                "config": run.config,
+                "versions": versions(),
+                "images": layer.dissection.images,
+                "answers": [dataclasses.asdict(answer) for answer in answers],
+                "results": {
+                    "amounts": amounts,
+                    "units that detect": units.tolist(),
+                    "concepts detected": concepts.tolist(),
+                },
             },
-        },
-    )
+        )
     for answer in answers:
         print(f"{answer.verdict:<30} {answer.claim}: {answer.measured}")
     print(f"\n{layer.dissection.images} images; {run.directory}/answers.json")

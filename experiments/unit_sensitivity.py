@@ -30,6 +30,7 @@ from jaxinterp.dissect import MINIMUM
 from jaxinterp.dissect.detectors import Convention
 from jaxinterp.dissect.dissection import extractor
 from jaxinterp.dissect.sensitivity import MEASURES, Enrichment, change, correlation, enrichment, mean_over_pairs
+from jaxinterp.processes import current
 from jaxinterp.statistics import Estimate, spearman
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Units, begin, dissected
 
@@ -154,7 +155,8 @@ def main(setting: Sensitive) -> None:
                 for unit in range(layer.units)
             ]
     columns = ("attack", "node", "unit", "label", "category", "iou", "detector", *MEASURES, "norm")
-    study.run.write_table("units.csv", columns, rows)
+    if current().first:
+        study.run.write_table("units.csv", columns, rows)
     if counted:
         figure = plots.bars(counted, ylabel=f"detectors (IoU > {MINIMUM}) among {setting.top} units")
         plots.save(figure, study.run.directory / "enrichment.png")

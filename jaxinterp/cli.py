@@ -729,6 +729,8 @@ def main(args: list[str] | None = None) -> int:
         chosen, rest = _taken("--precision", words)
         if processes.current().count > 1 and rest and rest[0] in commands and rest[0] not in _SHARED:
             raise ValueError(f"--distributed: {rest[0]} is not shared by processes; {', '.join(_SHARED)} are")
+        if chosen is not None and rest[:1] == ["bench"]:
+            raise ValueError("--precision: bench has --formats, and computes each in a precision of its own")
         with precision.using(chosen):
             tyro.extras.subcommand_cli_from_dict(
                 commands,

@@ -1,7 +1,7 @@
 """Attacks: image steps a second, against the bare gradients that they are made of, and what formats change.
 
 An image step is a backward pass that an example paid for, or a forward pass of an attack without gradients. The
-operations of a step are those of the program in which the attack loops.
+operations of a step are those of the program in which the attack loops, of which each iteration may hold several.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack, AttackResult
 from jaxinterp.attacks.driver import coerce
 from jaxinterp.attacks.spec import from_spec
-from jaxinterp.bench import formats
-from jaxinterp.bench.cost import cost, program_bytes
+from jaxinterp.bench import formats, forward
+from jaxinterp.bench.cost import Cost, cost, program_bytes
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
@@ -138,17 +138,37 @@ def steps_taken(result: AttackResult) -> int:
     return int(np.sum(np.where(np.asarray(result.backward) > 0, result.backward, result.forward)))
 
 
+def iterations(steps: float | int, spent: Cost | None, step: Cost | None) -> float:
+    """How often a program of steps is run for so many, which holds several where it costs as much as several.
+
+    Args:
+        steps: steps taken, in batches.
+        spent: what the program costs.
+        step: what one step of a batch costs as it is written: a gradient, or a forward pass.
+    """
+    if spent is None or step is None or not step.flops:
+        return steps
+    return steps / max(1, round(spent.flops / step.flops))
+
+
+def step_cost(model: Model, images: Any, labels: Any, result: AttackResult) -> Cost | None:
+    """What a step of an attack costs as it is written."""
+    if np.any(result.backward):
+        return as_written(by_image, model, images, labels)
+    return as_written(forward.logits, model, images)
+
+
 def _account(setting: Setting, attack: Attack, model: Model, form: str, result: Callable[[], AttackResult]) -> Account:
     images, labels = setting.images(), setting.labels
     steps = steps_taken(result())
     with computing_in(form):
         compiled = _loop(attack, model, images, labels, setting.key()).compile()
-        bare = as_written(by_image, model, images, labels)
+        bare = step_cost(model, images, labels, result())
     spent, runs = cost(compiled), steps / setting.batch
     return Account(
         steps,
-        None if spent is None else spent.times(runs),
-        None if bare is None or not np.any(result().backward) else bare.times(runs),
+        None if spent is None else spent.times(iterations(runs, spent, bare)),
+        None if bare is None else bare.times(runs),
         program_bytes(compiled),
     )
 

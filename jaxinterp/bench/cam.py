@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxinterp import cam
 from jaxinterp.bench import formats, forward
+from jaxinterp.bench.attacks import peer_form
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, measure, program
 from jaxinterp.bench.setting import Setting
@@ -64,9 +65,18 @@ def bench(
                 return Account(setting.batch, spent, None, size)
 
             tasks.append(Task(f"{method} {form}", run, account, "images", form, over=(f"forward {form}", 1.0)))
-    ours = f"gradcam {setting.forms[0]}"
-    for name, peer in (peers or {}).items():
-        tasks.append(Task(name, peer, lambda: Account(setting.batch), "images", setting.forms[0], over=(ours, 1.0)))
+    if peers:
+        form = peer_form(setting)
+        ours = f"gradcam {form}"
+        if form not in setting.forms:
+
+            def as_peers():
+                with computing_in(form):
+                    return cam.maps(setting.network, setting.params, images, labels, "gradcam")
+
+            tasks.append(Task(ours, as_peers, lambda: Account(setting.batch), "images", form))
+        for name, peer in peers.items():
+            tasks.append(Task(name, peer, lambda: Account(setting.batch), "images", form, over=(ours, 1.0)))
     found = Found(measure(tasks, rounds=setting.rounds, peak=setting.peak))
     first, *others = setting.forms
     for form in others:

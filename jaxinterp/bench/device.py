@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,28 +178,38 @@ def _available(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/
 # ---- Energy ------------------------------------------------------------------------------------------------
 
 
-def energy_meter(device: Any = None, powercap: Path = Path("/sys/class/powercap")) -> Callable[[], float] | None:
-    """A function that returns the joules used so far, or None where nothing tells.
+def energy_meter(number: int = 1, powercap: Path = Path("/sys/class/powercap")) -> Callable[[], float] | None:
+    """A function that returns the joules that the first devices have used so far, or None where nothing tells.
 
-    An NVIDIA GPU's counter through NVML, where the package nvidia-ml-py is installed; for a CPU the counters of its
-    packages (RAPL), where the system lets this user read them. The latter counts every process on the machine.
+    The counters of NVIDIA GPUs through NVML, where the package nvidia-ml-py is installed; for CPUs the counters of the
+    machine's packages (RAPL), where the system lets this user read them. The latter count every process.
     """
-    device = jax.local_devices()[0] if device is None else device
-    if device.platform in ("gpu", "cuda"):
-        return _nvml(getattr(device, "local_hardware_id", None) or 0)
-    return _rapl(powercap) if device.platform == "cpu" else None
+    devices = jax.local_devices()[:number]
+    if devices[0].platform in ("gpu", "cuda"):
+        return _nvml([getattr(device, "local_hardware_id", None) or 0 for device in devices])
+    return _rapl(powercap) if devices[0].platform == "cpu" else None
 
 
-def _nvml(index: int) -> Callable[[], float] | None:
+def _nvml(indices: Sequence[int]) -> Callable[[], float] | None:
+    """Of GPUs by their numbers among those that this process sees; NVML itself sees all of the machine."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  # optional: only GPUs have it
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        names = [visible[i] if visible else str(i) for i in indices]
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+            for name in names
+        ]
+
+        def joules() -> float:
+            return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1e3
+
+        joules()
     except Exception:  # not installed, no driver, an older GPU: it has no counter, and measuring goes on without
         return None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    return joules
 
 
 def _rapl(powercap: Path) -> Callable[[], float] | None:

@@ -51,9 +51,13 @@ def network_in(form: str, network: Network, params: Params) -> tuple[Network, Pa
     return dataclasses.replace(network, apply=InBfloat16(network.apply)), half
 
 
+PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "default"}
+"""The precision of matrix products that belongs to a format."""
+
+
 def computing_in(form: str) -> contextlib.AbstractContextManager[Any]:
-    """The precision of matrix products that belongs to a format, for programs that are traced inside the block."""
-    return jax.default_matmul_precision({"float32": "highest", "tf32": "high", "bf16": "default"}[form])
+    """The precision of a format, for programs that are traced inside the block."""
+    return jax.default_matmul_precision(PRECISIONS[form])
 
 
 # ---- What it does to results -------------------------------------------------------------------------------

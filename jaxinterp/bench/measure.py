@@ -116,7 +116,7 @@ def measure(tasks: Sequence[Task], *, rounds: int, peak: Callable[[str], Peak]) 
     """
     runs = {task.name: task.run for task in tasks}
     compiling, times = warmed(runs), interleaved(runs, rounds)
-    meter = device.energy_meter()
+    meters = {number: device.energy_meter(number) for number in sorted({task.devices for task in tasks})}
     rows = []
     for task in tasks:
         seconds, made, account = middle(times[task.name]), compiling[task.name], task.account()
@@ -141,7 +141,7 @@ def measure(tasks: Sequence[Task], *, rounds: int, peak: Callable[[str], Peak]) 
             other, count = task.over
             row["over"] = {"what": other, "times": count}
             row["over"] |= middle([r / count for r in ratios(times[task.name], times[other])])
-        if meter is not None:
+        if (meter := meters[task.devices]) is not None:
             joules = _joules(task.run, meter)
             row["joules"] = {"of a run": joules, "of a unit of work": joules / account.work}
         used = device.memory_used()

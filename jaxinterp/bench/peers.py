@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp.bench.attacks import PEER_STEPS, peer_form
+from jaxinterp.bench.formats import computing_in
 from jaxinterp.bench.records import cores
 from jaxinterp.bench.setting import Setting
 from jaxinterp.weights import validation
@@ -74,7 +75,8 @@ class Peers:
         """By how much the logits of the two frameworks differ, relative to the largest."""
         with self._torch.no_grad():
             theirs = self.module(self._images).cpu().numpy()
-        ours = np.asarray(self.setting.network.bind(self.setting.params)(self.setting.images()))
+        with computing_in(peer_form(self.setting)):
+            ours = np.asarray(self.setting.network.bind(self.setting.params)(self.setting.images()))
         return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
     def attacks(self, batch: int | None = None) -> Mapping[str, Callable[[], Any]]:

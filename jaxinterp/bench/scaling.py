@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxinterp import attacks, parallel
 from jaxinterp.attacks.attack import Attack, AttackResult
-from jaxinterp.bench.attacks import choose, steps_taken
+from jaxinterp.bench.attacks import choose, iterations, step_cost, steps_taken
 from jaxinterp.bench.cost import collectives, cost, program_bytes
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, measure
@@ -89,12 +89,12 @@ def _task(setting: Setting, attack: Attack, kind: str, number: int, batch: int, 
         with computing_in(form):
             state = attacks.start(attack, model, images, labels, key=setting.key())
             compiled = attacks.lowered(attack, model, state).compile()
+            share = step_cost(model, images[: batch // number], labels[: batch // number], latest["result"])
         talk = collectives(compiled.as_text() or "")
         more.update({"collectives": talk.total, "collectives in loops": talk.in_loops})
         spent = cost(compiled)  # of one device's share
-        return Account(
-            steps, None if spent is None else spent.times(number * steps / batch), None, program_bytes(compiled)
-        )
+        runs = number * iterations(steps / batch, spent, share)
+        return Account(steps, None if spent is None else spent.times(runs), None, program_bytes(compiled))
 
     return Task(f"{kind}, {number} x {batch // number}", run, account, "image steps", form, number, more=more)
 

@@ -78,6 +78,7 @@ class Setting:
             "batch": self.batch,
             "rounds": self.rounds,
             "formats": list(self.forms),
+            "matmul_precision": {form: formats.PRECISIONS[form] for form in self.forms},
             "seed": self.seed,
             "device": first.device_kind,
             "devices": jax.local_device_count(),

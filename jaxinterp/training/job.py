@@ -21,7 +21,7 @@ from jaxinterp.network import Network, Params
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run
 from jaxinterp.training import consistent
-from jaxinterp.training.loop import Fitted, Loss, fit
+from jaxinterp.training.loop import Fitted, Loss, check, fit
 from jaxinterp.weights import checkpoint, load
 
 METHODS = ("standard", "adversarial", "consistent")
@@ -134,6 +134,8 @@ def train(
     loss = recipe.loss(network)
     source, count = _open(data, network, labels, data_dir, limit)
     tested = None if held_out is None else _open(held_out, network, labels, data_dir, None)
+    chosen = source if count == len(source) else _First(source, count)
+    check(chosen, recipe.epochs, recipe.batch_size, parallel.global_mesh())
     run = open_run(
         out,
         {
@@ -150,7 +152,6 @@ def train(
     if params is None:
         params = models.init(model, jax.random.key(recipe.seed), network.num_classes)
     steps = recipe.epochs * -(-count // recipe.batch_size)
-    chosen = source if count == len(source) else _First(source, count)
     fitted = fit(
         loss,
         params,

@@ -130,7 +130,7 @@ def fit(
         OSError: the state cannot be stored.
     """
     mesh = parallel.global_mesh() if mesh is None else mesh
-    _check(source, epochs, batch_size, mesh)
+    check(source, epochs, batch_size, mesh)
     group, count = processes.current(), len(source)
     per_epoch = math.ceil(count / batch_size)
     reader = _Reader(source, batch_size, mesh)
@@ -186,7 +186,8 @@ def fit(
     )
 
 
-def _check(source: Source, epochs: int, batch_size: int, mesh: Mesh | None) -> None:
+def check(source: Source, epochs: int, batch_size: int, mesh: Mesh | None) -> None:
+    """Raises ValueError as `fit` for numbers out of range and examples without labels, before anything is written."""
     for what, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{what} must be at least 1, got {value}")

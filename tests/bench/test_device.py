@@ -1,5 +1,8 @@
 """What devices can do: published peaks by name, measured ones, counters of energy, free memory."""
 
+import sys
+import types
+
 import jax
 import pytest
 
@@ -74,6 +77,29 @@ def test_no_counter_of_energy(tmp_path):
     assert device.energy_meter(powercap=tmp_path) is None
     (tmp_path / "intel-rapl:0").mkdir()  # there, but not to be read
     assert device.energy_meter(powercap=tmp_path) is None
+
+
+def test_energy_of_the_gpus_that_a_process_sees(monkeypatch):
+    """NVML numbers all GPUs of the machine; names of those that are visible are numbers or identifiers."""
+    used = {3: 1000, "GPU-5": 500, 0: 7, 1: 11}
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: used[handle],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    meter = device._nvml([0, 1])
+    assert meter is not None
+    assert meter() == pytest.approx(0.018)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
+    meter = device._nvml([0, 1])
+    assert meter is not None
+    assert meter() == pytest.approx(1.5)
+    used[3] += 250
+    assert meter() == pytest.approx(1.75)
+    assert device._nvml([2]) is None
 
 
 def test_memory(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from jaxinterp import attacks, cli
 from jaxinterp.bench import attacks as attack_bench
 from jaxinterp.bench import device, job, scaling
+from jaxinterp.bench.cost import Cost
 from jaxinterp.bench.device import Peak
 
 SMALL = ("--model", "small_cnn", "--weights", "seeded", "--size", "8", "--batch", "2", "--rounds", "2")
@@ -23,7 +24,7 @@ SMALL = ("--model", "small_cnn", "--weights", "seeded", "--size", "8", "--batch"
 def peaks(monkeypatch):
     """Peaks that are known, so that shares of them can be computed again; nothing tells energy."""
     monkeypatch.setattr("jaxinterp.bench.setting._peak", lambda form: Peak(1e11, 1e10, "measured"))
-    monkeypatch.setattr(device, "energy_meter", lambda: None)
+    monkeypatch.setattr(device, "energy_meter", lambda number: None)
 
 
 def bench(out: Path, *arguments: str) -> list[dict]:
@@ -192,6 +193,7 @@ def test_comparing(tmp_path, capsys):
         (["dissect", "--node", "conv9"], "--node: small_cnn has no node 'conv9'"),
         (["scaling", "--devices", "99"], "--devices: there are 8, got 99"),
         (["scaling", "--devices", "0"], "--devices must be at least 1, got 0"),
+        (["models", "--precision", "highest"], "--precision: bench has --formats"),
         (["models", "--peers"], "--peers goes with attacks and cam, not with models"),
         (["--compare", "/none.jsonl", "/none.jsonl"], "/none.jsonl"),
     ],
@@ -221,6 +223,22 @@ def test_steps_are_what_examples_paid_for():
     result = attacks.run(attacks.FGSM(), model, images, labels, key=jax.random.key(0))
     counts = {"forward": jnp.array([5, 3], jnp.int32), "backward": jnp.array([4, 0], jnp.int32)}
     assert attack_bench.steps_taken(dataclasses.replace(result, **counts)) == 4 + 3
+
+
+def test_operations_of_an_attack_whose_iterations_hold_many_passes():
+    """SPSA looks at several points in one iteration, and each of them is a pass that was paid for."""
+    assert attack_bench.iterations(20, Cost(100.0, 1), Cost(105.0, 1)) == 20
+    assert attack_bench.iterations(20, Cost(410.0, 1), Cost(100.0, 1)) == 5
+    assert attack_bench.iterations(20, None, Cost(1.0, 1)) == 20
+    model, images, labels = problem()
+    setting = job.prepare("small_cnn", weights="seeded", size=8, batch=2, rounds=1, forms=("float32",), seed=0)
+    attack = attacks.SPSA(steps=2, samples=16, chunk=4)
+    result = attacks.run(attack, model, images, labels, key=jax.random.key(0))
+    found = attack_bench._account(setting, attack, model, "float32", lambda: result)
+    assert found.work == int(np.sum(result.forward))
+    assert found.cost is not None
+    assert found.network is not None
+    assert found.cost.flops == pytest.approx(found.network.flops, rel=0.35)
 
 
 def test_peers_that_are_missing_are_named(monkeypatch, tmp_path, capsys):

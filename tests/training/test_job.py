@@ -40,6 +40,7 @@ def test_a_trained_network_is_loaded_like_any_other(examples, tmp_path, capsys):
         (["--model", "small_cn"], "unknown model 'small_cn'"),
         (["--eps", "0"], "eps must be two bounds"),
         (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch-size", "12"], "batch_size must be a multiple of the 8 devices, got 12"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--data", "mnist5k:all"], "expected mnist5k:train or mnist5k:test"),
         (["--node", "conv4"], "small_cnn has no node 'conv4'"),
@@ -47,8 +48,9 @@ def test_a_trained_network_is_loaded_like_any_other(examples, tmp_path, capsys):
 )
 def test_bad_input(examples, tmp_path, capsys, words, message):
     data = [] if "--data" in words else ["--data", examples]
-    assert cli.main(["train", *data, *words, "--batch-size", "8", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["train", *data, "--batch-size", "8", *words, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.exhaustive
