@@ -40,7 +40,7 @@ from jaxinterp.processes import open_run
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
-from jaxinterp.study import Answer, conclude, verdict
+from jaxinterp.study import UNDECIDED, Answer, conclude, verdict
 from jaxinterp.weights import digest, load
 
 LOSSES, LOGITS = "mean of losses", "mean of logits"
@@ -98,6 +98,9 @@ def main(setting: Transfer) -> None:
     judges = {name: ensemble.of([member], image_size=size) for name, member in loaded.items()}
     tried = {name: judges.get(name, source) for name, source in sources.items()}  # all take pictures of one size
     ensemble.of(list(loaded.values()))  # refuses other classes
+    consistency.count(10**9, setting.share)  # and a share that is none
+    if setting.node is not None:
+        loaded[setting.members[0]][0].check_node(setting.node, argument="--node")
     [attack] = choose_attacks([setting.attack]).values()
 
     names = labeltrees.read_classes(setting.classes) if setting.classes else whole.classes
@@ -149,15 +152,18 @@ def main(setting: Transfer) -> None:
         print(f"\n{title}")
         for name, row in table.items():
             print(f"  {name:<22}" + "   ".join(f"{judge}: {value:.2f}" for judge, value in row.items()))
-    levels = neurons(setting, judges[setting.members[0]], images, labels, made[LOSSES], affinity)
-    for name, value in levels["estimates"].items():
+    levels = None
+    if enough(int(np.sum(made[LOSSES]["success"])), setting.share):
+        levels = neurons(setting, judges[setting.members[0]], images, labels, made[LOSSES], affinity)
+    estimates = {} if levels is None else levels["estimates"]
+    for name, value in estimates.items():
         print(f"{name:<58}{value}")
     draw(run, whole, results, levels, made, images, labels, targets)
     conclude(
         run,
         "ensemble_attack",
         len(right),
-        answers(setting, lost, reached, levels["estimates"]),
+        answers(setting, lost, reached, estimates),
         {
             **{
                 title: {n: {j: f"{e:.2f}" for j, e in row.items()} for n, row in found.items()}
@@ -165,8 +171,8 @@ def main(setting: Transfer) -> None:
             },
             "success on the source": {name: f"{share(found['success']):.2f}" for name, found in made.items()},
             "l2": {name: f"{np.mean(found['l2']):.3g}" for name, found in made.items()},
-            "levels": {name: format(value, ".4f") for name, value in levels["estimates"].items()},
-            "units": levels["units"],
+            "levels": {name: format(value, ".4f") for name, value in estimates.items()},
+            "units": None if levels is None else levels["units"],
         },
     )
 
@@ -282,6 +288,15 @@ def neurons(
     }
 
 
+def enough(successes: int, share: float) -> bool:
+    """Whether levels can be told from so many pictures, and from all of them but one."""
+    try:
+        consistency.count(successes - 1, share)
+    except ValueError:
+        return False
+    return True
+
+
 def jackknife(whole: float, without: list[float]) -> Estimate:
     """A statistic of all pictures with its interval, from the same without each of them (Tukey 1958)."""
     n = len(without)
@@ -319,6 +334,9 @@ def answers(
         ("levels are lower on adversarial than on clean pictures", "fall from clean to adversarial"),
         ("levels are lower on adversarial pictures than with random signs", "fall from random signs to adversarial"),
     ):
+        if name not in levels:
+            found.append(Answer(what, "too few pictures were attacked with success", UNDECIDED))
+            continue
         fall = levels[name]
         found.append(Answer(what, f"by {fall}, {fall.count} pictures", verdict(fall, 0.0)))
     return found
@@ -328,7 +346,7 @@ def draw(
     run: Run,
     network: Network,
     results: dict[str, dict[str, dict[str, Estimate]]],
-    levels: dict[str, Any],
+    levels: dict[str, Any] | None,
     made: dict[str, dict[str, np.ndarray]],
     images: np.ndarray,
     labels: np.ndarray,
@@ -340,6 +358,22 @@ def draw(
     panels = {"the target is seen": results["target"], "the true class is lost": results["lost"]}
     figure = plots.matrices(panels, row="made on", column="tried on", unit="share of pictures")
     plots.save(figure, run.directory / "transfer.png")
+    if levels is not None:
+        draw_levels(run, levels)
+    shown = []
+    for i in range(min(4, len(images))):
+        row = [(f"{network.class_name(labels[i])}, target {network.class_name(targets[i])}", images[i])]
+        row += [
+            (name if found["success"][i] else f"{name}: failed", found["images"][i]) for name, found in made.items()
+        ]
+        delta = made[LOSSES]["images"][i] - images[i]
+        factor = plots.magnification(delta)
+        shown.append([*row, (f"change × {factor}", np.clip(0.5 + factor * delta, 0, 1))])
+    plots.save(plots.gallery(shown), run.directory / "pictures.png", bits=8)
+
+
+def draw_levels(run: Run, levels: dict[str, Any]) -> None:
+    """Consistency levels of all units, from the highest on."""
     sorted_ = {name: np.sort(v[np.isfinite(v)])[::-1] for name, v in levels["by unit"].items()}
     shares = np.linspace(0, 1, 41)
     lines = {
@@ -353,16 +387,6 @@ def draw(
         reference=("random pictures", np.full(len(shares), levels["chance"])),
     )
     plots.save(figure, run.directory / "levels.png")
-    shown = []
-    for i in range(min(4, len(images))):
-        row = [(f"{network.class_name(labels[i])}, target {network.class_name(targets[i])}", images[i])]
-        row += [
-            (name if found["success"][i] else f"{name}: failed", found["images"][i]) for name, found in made.items()
-        ]
-        delta = made[LOSSES]["images"][i] - images[i]
-        factor = plots.magnification(delta)
-        shown.append([*row, (f"change × {factor}", np.clip(0.5 + factor * delta, 0, 1))])
-    plots.save(plots.gallery(shown), run.directory / "pictures.png", bits=8)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ class Smooth(Setting):
 def specs(setting: Smooth, side: int) -> dict[str, str]:
     """Attacks as text by a short name."""
     small = side <= _SMALL
-    l2 = f"eps={setting.l2 or (0.5 if small else 1.0):g},steps={setting.steps}"
-    linf = f"eps={setting.linf or (3.0 if small else 1.0):g}/255,steps={setting.steps}"
+    l2 = f"eps={(0.5 if small else 1.0) if setting.l2 is None else setting.l2:g},steps={setting.steps}"
+    linf = f"eps={(3.0 if small else 1.0) if setting.linf is None else setting.linf:g}/255,steps={setting.steps}"
     search = f"search_steps={setting.search_steps},steps={setting.search_iterations}"
     pgd, cw = f"norm=l2,random_start=false,{l2}", f"initial_const=0.3,{search}"
     return {
@@ -279,7 +279,11 @@ def main(setting: Smooth) -> None:
     """Attacks with and without smoothing, side by side."""
     if setting.attack:
         raise ValueError("--attack: this study chooses its attacks; see --l2, --linf, --steps and --search-steps")
-    side = jaxinterp.models.network(setting.model).image_size
+    network = jaxinterp.models.network(setting.model)
+    for name in setting.transfer:
+        if (classes := jaxinterp.load(name)[0].num_classes) != network.num_classes:
+            raise ValueError(f"--transfer {name} has {classes} classes, {network.name} has {network.num_classes}")
+    side = network.image_size
     texts = specs(setting, side)
     asked = dataclasses.replace(setting, attack=tuple(texts.values()))
     study = begin("smooth_attacks", asked, {"share": SHARE, "transfer": list(setting.transfer)})

@@ -21,9 +21,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from jaxinterp import apis, attacks, effect, plots, processes
 from jaxinterp.attacks.attack import norm
-from jaxinterp.attacks.driver import example_keys
+from jaxinterp.attacks.driver import coerce, example_keys
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.job import begin
@@ -110,24 +110,27 @@ def fooled(model: Model, images: jax.Array, labels: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(classify(model, images[:, j])) != labels for j in range(images.shape[1])], axis=1)
 
 
-def lost(service: apis.VisionAPI, clean: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """[B] whether the service's first label is another one than that of the clean picture."""
+def first_labels(service: apis.VisionAPI | None, images: Any, counts: np.ndarray) -> np.ndarray:
+    """[B] what the service sees first, asked about the pictures that count only; NaN where it is not asked."""
 
-    def first(image):
-        labels = service.labels(image)
+    def first(image: np.ndarray) -> str:
+        labels = service.labels(image) if service is not None else ()
         return labels[0].name if labels else ""
 
-    return np.array([first(a) != first(b) for a, b in zip(clean, images, strict=True)])
+    asked = counts & (service is not None)
+    return np.array([first(np.asarray(x)) if ask else np.nan for x, ask in zip(images, asked, strict=True)], object)
 
 
-@contextlib.contextmanager
-def asked(setting: Texts) -> Iterator[apis.VisionAPI | None]:
-    """The service, if there is one."""
+def lost(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """[B] whether first labels differ; NaN where the service was not asked."""
+    return np.array([np.nan if isinstance(a, float) else float(a != b) for a, b in zip(before, after, strict=True)])
+
+
+def client(setting: Texts) -> contextlib.AbstractContextManager[apis.VisionAPI | None]:
+    """The service, if there is one; nobody is asked yet. Raises ValueError as `apis.HTTPVision`."""
     if setting.service is None:
-        yield None
-        return
-    with apis.HTTPVision(setting.service, key_variable=setting.key_variable, rate=setting.rate) as service:
-        yield service
+        return contextlib.nullcontext()
+    return apis.HTTPVision(setting.service, key_variable=setting.key_variable, rate=setting.rate)
 
 
 def analyse(
@@ -138,12 +141,17 @@ def analyse(
     images: np.ndarray,
     labels: np.ndarray,
     targets: np.ndarray,
+    counts: np.ndarray,
     service: apis.VisionAPI | None,
 ) -> dict[str, np.ndarray]:
-    """Of every picture [B,H,W,3] and opacity the numbers `NAMES`, shares of kinds, and an example."""
+    """Of every picture [B,H,W,3] and opacity the numbers `NAMES`, shares of kinds, and an example.
+
+    The service is asked about the pictures that count [B] only, and once about each as it is.
+    """
     clean, key = jnp.asarray(images), jax.random.key(setting.seed)
     keys = example_keys(key, clean)
     others = jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys)
+    before = first_labels(service, images, counts)
     measured, shares, examples = [], [], []
     for opacity in opacities:
         attack = dataclasses.replace(text, opacity=opacity)
@@ -154,9 +162,7 @@ def analyse(
         success = np.asarray(result.success)
         reached = np.where(success, np.asarray(classify(model, result.images)), targets)
         e = effect.pse(model, clean, result.images, labels, reached, setting.cell)
-        seen = np.full((2, len(labels)), np.nan)
-        if service is not None:
-            seen = np.stack([lost(service, images, np.asarray(x[:, 0])) for x in (drawn, noise)])
+        seen = [lost(before, first_labels(service, x[:, 0], counts)) for x in (drawn, noise)]
         columns = [
             *(x.mean(1) for x in (by_text, by_noise)),
             *(x.any(1) for x in (by_text, by_noise)),
@@ -181,6 +187,8 @@ def main(setting: Texts) -> None:
     if setting.draws < 1:
         raise ValueError(f"--draws must be at least 1, got {setting.draws}")
     text = attacks.TransparentText(text=setting.text, queries=setting.queries)
+    coerce(text)
+    service = client(setting)
     config = {name: getattr(setting, name) for name in ("draws", "cell", "service")}
 
     def check(network: Network) -> None:
@@ -206,10 +214,11 @@ def main(setting: Texts) -> None:
     equipped = job.attacks[text.name]
     assert isinstance(equipped, attacks.TransparentText)
     mine, _ = shared_chunks(run, (text.name,), seen, setting.batch_size)
-    with asked(setting) as service:
+    with service as vision:
         for start in tqdm(mine, desc="overlays", unit="chunk"):
             batch, targets = load_chunk(job.source, seen, every[start], size)
-            made = analyse(setting, equipped, opacities, model, batch.images, batch.labels, targets, service)
+            pictures = batch.images, batch.labels, targets, np.asarray(batch.mask)
+            made = analyse(setting, equipped, opacities, model, *pictures, vision)
             run.write_part(part_name(text.name, start), {name: each[batch.mask] for name, each in made.items()})
     processes.current().wait()
     parts = [arrays for _, _, arrays in stored_parts(run, (text.name,), seen, setting.batch_size)]

@@ -86,7 +86,9 @@ class HTTPVision:
             raise ValueError("url must be http://HOST:PORT or https://HOST, got another form") from None
         if parsed.userinfo:  # not shown
             raise ValueError("url must not hold a name or a password; the key comes from the environment")
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        if parsed.query or parsed.fragment:  # not shown either: that is where some services want their key
+            raise ValueError("url must not hold a query or a fragment; the key comes from the environment")
+        if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"url must be http://HOST:PORT or https://HOST, got {str(url)[:_QUOTED]!r}")
         here = _is_this_machine(parsed.host)
         if key_variable is not None:

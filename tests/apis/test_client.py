@@ -381,7 +381,7 @@ def test_keys_that_cannot_be_sent(monkeypatch):
         ("ftp://host", {}, "must be http://HOST:PORT or https://HOST, got 'ftp://host'"),
         ("localhost:80", {}, "must be http://HOST:PORT"),
         ("http://host:many", {}, "must be http://HOST:PORT"),
-        ("http://host/?key=1", {}, "must be http://HOST:PORT"),
+        ("http://host/?key=1", {}, "must not hold a query or a fragment"),
         ("http://me:secret@host", {}, "must not hold a name or a password"),
         ("http://host", {"timeout": 0}, "timeout must be above 0"),
         ("http://host", {"backoff": -1}, "backoff and patience must be at least 0"),

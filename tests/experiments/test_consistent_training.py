@@ -88,6 +88,11 @@ def test_answers_follow_from_the_classes(ensembles):
         *(CONFIRMED, CONFIRMED, UNDECIDED, CONFIRMED, UNDECIDED),
         *(CONFIRMED, CONFIRMED, UNDECIDED),
     ]
+    # With too few successes there are no levels.
+    without = ensembles.answers(setting, lost, reached, {})
+    assert [answer.verdict for answer in without[:6]] == verdicts[:6]
+    assert [answer.verdict for answer in without[6:]] == [UNDECIDED] * 2
+    assert [ensembles.enough(n, 0.2) for n in (0, 1, 2, 3)] == [False, False, False, True]
 
 
 def test_bad_input_is_named(training, ensembles, tmp_path):

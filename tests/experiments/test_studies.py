@@ -175,6 +175,31 @@ def test_transparent_text(tmp_path, monkeypatch):
         text.main(dataclasses.replace(asked, opacities=(0.0, 0.5)))
 
 
+def test_a_service_is_asked_about_pictures_that_count(tmp_path):
+    """Fillers of the last chunk are not sent; without a service nothing is known."""
+    text, sent = importlib.import_module("transparent_text"), []
+
+    class Counting(Reader):
+        def labels(self, image):
+            sent.append(image)
+            return super().labels(image)
+
+    images = np.stack([np.full((4, 4, 3), 0.9), np.eye(4)[..., None] * np.ones(3), np.full((4, 4, 3), 0.9)])
+    counts = np.array([True, True, False])
+    before = text.first_labels(Counting(), images, counts)
+    assert before[:2].tolist() == ["bright", "dark"]
+    assert len(sent) == 2
+    after = text.first_labels(Counting(), images[::-1], counts)
+    np.testing.assert_array_equal(text.lost(before, after), [0, 0, np.nan])
+    after = text.first_labels(Counting(), images[[1, 1, 0]], counts)
+    np.testing.assert_array_equal(text.lost(before, after), [1, 0, np.nan])
+    assert np.isnan(text.lost(text.first_labels(None, images, counts), after)).all()
+    with pytest.raises(ValueError, match="url must not hold a query") as found:
+        text.main(text.Texts(service="https://there.example/v1?key=abc123", out=tmp_path / "out"))
+    assert "abc123" not in str(found.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_secret_text(tmp_path, monkeypatch):
     secret = importlib.import_module("secret_text")
     assert secret.recovered("burn the letter", ("B urn", "THE lettering")) == (True, 1.0)
