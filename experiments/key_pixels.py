@@ -305,18 +305,15 @@ class Table:
             for other in self.right:
                 if other != self.name:
                     row[f"deceives {other}"] = format(self.transferred(attack, other), ".3f")
-            row["kinds"] = " ".join(f"{kind} {self.mean(self.kinds(attack)[:, i]):.2f}" for i, kind in enumerate(KINDS))
+            row["kinds"] = " ".join(
+                f"{kind} {self.mean(self.get(attack, 'kinds')[:, i]):.2f}" for i, kind in enumerate(KINDS)
+            )
             if attack in KEYS:
                 row["kinds of pixels"] = " ".join(
-                    f"{kind} {self.mean(self.kinds(attack, 'kinds of pixels')[:, i]):.2f}"
-                    for i, kind in enumerate(KINDS)
+                    f"{kind} {self.mean(self.get(attack, 'kinds of pixels')[:, i]):.2f}" for i, kind in enumerate(KINDS)
                 )
             rows[attack] = row
         return rows
-
-    def kinds(self, attack: str, what: str = "kinds") -> np.ndarray:
-        """[squares, kinds] shares, not numbers where the square was not seen rightly."""
-        return np.where(self.right[self.name][:, None], self.found[f"{attack}/{what}"], np.nan)
 
     def first(self, attack: str, what: str) -> np.ndarray:
         """[squares] of key pixels at confidence zero, of others at the weakest strength; only of successes."""
@@ -425,7 +422,9 @@ def draw(
     figure = plots.matrices(transfers, row="made on", column="tried on", unit="share of squares deceived")
     plots.save(figure, run.directory / "transfer.png")
     shares = {
-        f"{attack}, {short(model)}": {kind: t.mean(t.kinds(attack)[:, i]).interval for i, kind in enumerate(KINDS)}
+        f"{attack}, {short(model)}": {
+            kind: t.mean(t.get(attack, "kinds")[:, i]).interval for i, kind in enumerate(KINDS)
+        }
         for model, t in tables.items()
         for attack in (KEYS[0], "PGD")
     }
