@@ -107,7 +107,7 @@ def heat(attribution: Float[Array, "*n H W C"]) -> Float[Array, "*n H W"]:
 def _problem(model: Model, images: Any, classes: Any):
     model = as_model(model)
     images, several = check_several(model, images, classes)
-    return model, images, several, lambda result: result if jnp.ndim(classes) == 2 else result[:, 0]
+    return model, images, several, lambda result: result if np.ndim(classes) == 2 else result[:, 0]
 
 
 def over(images: Float[Array, "b H W C"], baseline: Any) -> Float[Array, "b H W C"]:
@@ -115,7 +115,7 @@ def over(images: Float[Array, "b H W C"], baseline: Any) -> Float[Array, "b H W 
     try:
         spread = jnp.broadcast_to(jnp.asarray(baseline, jnp.float32), images.shape)
     except ValueError:
-        raise ValueError(f"baseline {jnp.shape(baseline)} must broadcast to the images {images.shape}") from None
+        raise ValueError(f"baseline {np.shape(baseline)} must broadcast to the images {images.shape}") from None
     if not isinstance(spread, Tracer):
         known = np.asarray(baseline)
         if known.size and not (np.min(known) >= 0 and np.max(known) <= 1):

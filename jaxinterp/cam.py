@@ -74,7 +74,7 @@ def maps(
     if node is None:
         node = network.cam_node or _last_map(network, params, images)
     result = _program(network, method, node)(params, images, several)
-    return result if jnp.ndim(classes) == 2 else result[:, 0]
+    return result if np.ndim(classes) == 2 else result[:, 0]
 
 
 def check_method(network: Network, method: str, node: str | None = None) -> None:

@@ -220,8 +220,8 @@ def pse(
     """
     model = as_model(model)
     method, scale = _choice("method", method, METHODS), _choice("scale", scale, SCALES)
-    if jnp.shape(adversarial) != jnp.shape(clean):
-        raise ValueError(f"adversarial images {jnp.shape(adversarial)} and clean images {jnp.shape(clean)} must match")
+    if np.shape(adversarial) != np.shape(clean):
+        raise ValueError(f"adversarial images {np.shape(adversarial)} and clean images {np.shape(clean)} must match")
     clean, labels, targets, _ = check(model, clean, labels, targets, names=("clean", "labels"))
     adversarial = check(model, adversarial, labels, names=("adversarial", "labels"))[0]
     if not clean.size:

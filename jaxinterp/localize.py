@@ -90,9 +90,9 @@ def four_maps(
 
 
 def _same_shape(clean: Any, adversarial: Any) -> None:
-    if jnp.shape(clean) != jnp.shape(adversarial):
+    if np.shape(clean) != np.shape(adversarial):
         raise ValueError(
-            f"adversarial images {jnp.shape(adversarial)} and clean images {jnp.shape(clean)} must have the same shape"
+            f"adversarial images {np.shape(adversarial)} and clean images {np.shape(clean)} must have the same shape"
         )
 
 

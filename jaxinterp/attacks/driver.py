@@ -99,8 +99,8 @@ def start(
     if initial is not None:
         if not hasattr(attack, "warm"):
             raise TypeError(f"{type(attack).__name__} cannot begin at given images: it has no warm start")
-        if jnp.shape(initial) != images.shape:
-            raise ValueError(f"initial must have the images' shape {images.shape}, got {jnp.shape(initial)}")
+        if np.shape(initial) != images.shape:
+            raise ValueError(f"initial must have the images' shape {images.shape}, got {np.shape(initial)}")
         initial = check(model, initial, labels, names=("initial", "labels"))[0]
     own, common = apart(attack)
     return _start(mesh_of(images))(own, (common, model), (images, labels, targets, keys, support, initial))

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxinterp.dissect import exactsum
 from jaxinterp.dissect.exactsum import ExactSum
@@ -54,7 +54,7 @@ def init(units: int) -> Moments:
     return Moments(exactsum.init(4, units))
 
 
-def update(moments: Moments, features: Float[Array, "batch h w units"], valid: Any = None) -> Moments:
+def update(moments: Moments, features: Float[Any, "batch h w units"], valid: Any = None) -> Moments:
     """Adds a batch.
 
     Args:
