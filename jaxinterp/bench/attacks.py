@@ -144,18 +144,18 @@ def iterations(steps: float | int, spent: Cost | None, step: Cost | None) -> flo
     Args:
         steps: steps taken, in batches.
         spent: what the program costs.
-        step: what one step of a batch costs as it is written: a gradient, or a forward pass.
+        step: what the program of one step of a batch costs, a gradient or a forward pass, see `costs_of_step`.
     """
     if spent is None or step is None or not step.flops:
-        return steps
+        return float(steps)
     return steps / max(1, round(spent.flops / step.flops))
 
 
-def step_cost(model: Model, images: Any, labels: Any, result: AttackResult) -> Cost | None:
-    """What a step of an attack costs as it is written."""
+def costs_of_step(model: Model, images: Any, labels: Any, result: AttackResult) -> tuple[Cost | None, Cost | None]:
+    """What a step of an attack costs, a gradient or a forward pass: its program, and as it is written."""
     if np.any(result.backward):
-        return as_written(by_image, model, images, labels)
-    return as_written(forward.logits, model, images)
+        return program(gradient, model, images, labels)[0], as_written(by_image, model, images, labels)
+    return program(forward.jitted, model, images)[0], as_written(forward.logits, model, images)
 
 
 def _account(setting: Setting, attack: Attack, model: Model, form: str, result: Callable[[], AttackResult]) -> Account:
@@ -163,11 +163,11 @@ def _account(setting: Setting, attack: Attack, model: Model, form: str, result: 
     steps = steps_taken(result())
     with computing_in(form):
         compiled = _loop(attack, model, images, labels, setting.key()).compile()
-        bare = step_cost(model, images, labels, result())
+        step, bare = costs_of_step(model, images, labels, result())
     spent, runs = cost(compiled), steps / setting.batch
     return Account(
         steps,
-        None if spent is None else spent.times(iterations(runs, spent, bare)),
+        None if spent is None else spent.times(iterations(runs, spent, step)),
         None if bare is None else bare.times(runs),
         program_bytes(compiled),
     )

@@ -18,7 +18,7 @@ def logits(model: Model, images: Any) -> Float[Array, "b k"]:
     return model(images)
 
 
-_forward = jax.jit(canonical(logits))
+jitted = jax.jit(canonical(logits))
 
 
 def task(model: Model, images: Float[Array, "b h w c"], form: str) -> Task:
@@ -26,11 +26,11 @@ def task(model: Model, images: Float[Array, "b h w c"], form: str) -> Task:
 
     def run():
         with computing_in(form):
-            return _forward(model, images)
+            return jitted(model, images)
 
     def account():
         with computing_in(form):
-            spent, size = program(_forward, model, images)
+            spent, size = program(jitted, model, images)
             return Account(len(images), spent, as_written(logits, model, images), size)
 
     return Task(f"forward {form}", run, account, "images", form)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxinterp import attacks, parallel
 from jaxinterp.attacks.attack import Attack, AttackResult
-from jaxinterp.bench.attacks import choose, iterations, step_cost, steps_taken
+from jaxinterp.bench.attacks import choose, costs_of_step, iterations, steps_taken
 from jaxinterp.bench.cost import collectives, cost, program_bytes
 from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, measure
@@ -89,7 +89,9 @@ def _task(setting: Setting, attack: Attack, kind: str, number: int, batch: int, 
         with computing_in(form):
             state = attacks.start(attack, model, images, labels, key=setting.key())
             compiled = attacks.lowered(attack, model, state).compile()
-            share = step_cost(model, images[: batch // number], labels[: batch // number], latest["result"])
+            alone = network.bind(params)
+            rows = setting.images(batch // number), setting.labels_of(batch // number)
+            share, _ = costs_of_step(alone, *rows, latest["result"])
         talk = collectives(compiled.as_text() or "")
         more.update({"collectives": talk.total, "collectives in loops": talk.in_loops})
         spent = cost(compiled)  # of one device's share

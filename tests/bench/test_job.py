@@ -236,9 +236,14 @@ def test_operations_of_an_attack_whose_iterations_hold_many_passes():
     result = attacks.run(attack, model, images, labels, key=jax.random.key(0))
     found = attack_bench._account(setting, attack, model, "float32", lambda: result)
     assert found.work == int(np.sum(result.forward))
+    step, written = attack_bench.costs_of_step(model, images, labels, result)
     assert found.cost is not None
     assert found.network is not None
-    assert found.cost.flops == pytest.approx(found.network.flops, rel=0.35)
+    assert step is not None
+    assert written is not None
+    passes = found.work / 2  # of the batch
+    assert found.cost.flops == pytest.approx(passes * step.flops, rel=0.35)
+    assert found.network.flops == pytest.approx(passes * written.flops)
 
 
 def test_peers_that_are_missing_are_named(monkeypatch, tmp_path, capsys):
