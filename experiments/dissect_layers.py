@@ -62,7 +62,7 @@ def main(setting: Units) -> None:
             for category, d in zip(categories, detectors, strict=True):
                 series = panels.setdefault(f"units that detect, {convention}", {}).setdefault(category, [])
                 series.append(proportion(int(d), layer.units))
-    figure = plots.curves(panels, range(len(nodes)), xlabel="layer: " + ", ".join(nodes))
+    figure = plots.curves(panels, range(len(nodes)), xlabel="layer", names=nodes)
     plots.save(figure, run.directory / "detectors.png")
 
     first, last = layers[nodes[0]], layers[nodes[-1]]

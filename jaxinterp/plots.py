@@ -648,6 +648,7 @@ def curves(
     xlabel: str,
     reference: tuple[str, ArrayLike] | None = None,
     log: bool = False,
+    names: Sequence[str] | None = None,
     colours: Mapping[str, str] | None = None,
 ) -> Figure:
     """Means with their 95 % intervals against a parameter.
@@ -658,6 +659,7 @@ def curves(
         xlabel: its name.
         reference: name and values of a line without an interval, drawn in every panel.
         log: whether `x` has a logarithmic axis.
+        names: of the values of `x`, where they are no numbers.
         colours: of lines, by name.
 
     Returns:
@@ -670,7 +672,7 @@ def curves(
         raise ValueError("panels is empty, expected at least one measure and one line")
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    every = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     figure = Figure(figsize=(max(4.2 * columns, 5.4) + 0.4, 3.4 * rows + 0.7), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
@@ -680,7 +682,7 @@ def curves(
             if len(estimates) != len(x):
                 raise ValueError(f"{title}, {name}: {len(estimates)} estimates for {len(x)} values of {xlabel}")
             mean, low, high = np.array([e.interval for e in estimates], np.float64).T
-            i = names.index(name)
+            i = every.index(name)
             colour = (colours or {}).get(name, LINES[i % len(LINES)])
             axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
             axes.plot(x, mean, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
@@ -690,6 +692,8 @@ def curves(
             axes.set_xscale("log")
             axes.set_xticks(list(x), [f"{value:g}" for value in x])
             axes.xaxis.set_minor_formatter(NullFormatter())
+        if names is not None:
+            axes.set_xticks(list(x), list(names), rotation=25, ha="right", rotation_mode="anchor")
         axes.set_title(title, size=10.5)
         axes.set_xlabel(xlabel)
         quiet(axes)

@@ -475,6 +475,8 @@ def test_curves_draw_means_bands_and_the_reference():
     assert lines["b"].get_color() == next(line for line in second.lines if line.get_label() == "b").get_color()
     assert lines["a"].get_color() != lines["b"].get_color()
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "b", "null"}
+    named = plots.curves(panels, (0, 1), xlabel="layer", names=("stem", "head"))
+    assert [label.get_text() for label in named.axes[0].get_xticklabels()] == ["stem", "head"]
     with pytest.raises(ValueError, match="one, a: 2 estimates for 3 values of eps"):
         plots.curves(panels, (1, 2, 4), xlabel="eps")
     with pytest.raises(ValueError, match="at least one measure"):
