@@ -35,10 +35,9 @@ from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 from PIL import Image
-from scipy import stats
 
 from jaxinterp.runs import replacing
-from jaxinterp.statistics import Estimate
+from jaxinterp.statistics import Estimate, spearman
 
 KINDS = ("none", "suppression", "balanced", "promotion")
 """Names of the kinds of cells; a kind's code is its position."""
@@ -512,10 +511,8 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
         if zero.any():
             axes.axvline(floor[0], color="#999999", lw=0.8, ls=":", zorder=0)
             axes.axhline(floor[1], color="#999999", lw=0.8, ls=":", zorder=0)
-        if size.size > 1 and np.ptp(size) > 0 and np.ptp(effect) > 0:
-            rho = f"= {np.corrcoef(stats.rankdata(size), stats.rankdata(effect))[0, 1]:.2f}"
-        else:
-            rho = "undefined"
+        correlation = spearman(size, effect)
+        rho = f"= {correlation:.2f}" if math.isfinite(correlation) else "undefined"
         cells = f"{size.size:,} cells" + (f", {int(zero.sum()):,} with a zero" if zero.any() else "")
         axes.set_title(f"{_wrap(attack, 3.2, 10.0, lines=1)}\nSpearman's ρ {rho}; {cells}", size=9.5)
         axes.grid(color="#dddddd", lw=0.6)

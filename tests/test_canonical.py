@@ -392,10 +392,12 @@ MODELS = {
         ("mlp", False),
         ("column vectors", False),
         ("nnx cnn", True),
-        ("nnx cnn, wide", False),
         *(
             pytest.param(*more, marks=pytest.mark.exhaustive)
-            for more in (("mlp of 100 classes", True), ("nchw", False), ("nchw, wide", True), ("attention", True))
+            for more in (
+                *(("mlp of 100 classes", True), ("nnx cnn, wide", False), ("nchw", False)),
+                *(("nchw, wide", True), ("attention", True)),
+            )
         ),
     ],
 )

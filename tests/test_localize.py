@@ -336,7 +336,7 @@ def some_of(names, always):
     return [pytest.param(name, marks=() if name in always else pytest.mark.exhaustive) for name in names]
 
 
-@pytest.mark.parametrize("name", some_of(REFINED, ("ifgsm", "cw")))
+@pytest.mark.parametrize("name", some_of(REFINED, ("ifgsm",)))
 def test_a_refined_attack_stays_on_its_support_and_succeeds_there(name):
     """On the half of the image that matters most; the perturbation found before is where it begins."""
     (network, params), (clean, _) = small(), images()

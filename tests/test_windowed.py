@@ -166,7 +166,7 @@ def test_windows_change_no_bit(name, method):
 
 @pytest.mark.parametrize(
     "cells",
-    ["of each", (1, 7), *(pytest.param(more, marks=pytest.mark.exhaustive) for more in ("stripes", 40))],
+    ["of each", *(pytest.param(more, marks=pytest.mark.exhaustive) for more in ((1, 7), "stripes", 40))],
     ids=str,
 )
 def test_windows_of_any_cells(cells):

@@ -399,6 +399,8 @@ SPREAD = (*PAPER, "square-linf")
 CUT = tuple(case for case in KINDS if case != "hopskipjump-l2")
 # A stock module is differentiated as the others are.
 STOCK = ("ifgsm",)
+# What the driver, not the attack, sees to: without a search and with one.
+TWO = ("ifgsm", "cw")
 
 
 def _case(case, *more, always):
@@ -419,6 +421,10 @@ def spread_attacks(test):
 
 def some_attacks(test):
     return _attacks(PAPER)(test)
+
+
+def two_attacks(test):
+    return _attacks(TWO)(test)
 
 
 def each_attack_over(problems, *, kinds=KINDS, targeted=PAPER):
@@ -450,7 +456,7 @@ def test_neither_order_nor_neighbours_matter(case, name):
         assert_same(attack_on(case, p.take(rows)), rows_of(whole, rows))
 
 
-@some_attacks
+@two_attacks
 def test_an_odd_batch_is_part_of_a_larger_one(case):
     rows = [6, 1, 4]
     part = attack_on(case, problem("network-targeted").take(rows))
@@ -583,7 +589,7 @@ def test_a_constant_added_to_all_logits_changes_nothing(case):
                 np.testing.assert_allclose(getattr(result, distance), getattr(expected, distance), atol=1e-3)
 
 
-@some_attacks
+@two_attacks
 def test_a_gradient_that_is_not_a_number_at_one_pixel_spoils_only_that_pixel(case):
     p = problem("linear")
 
@@ -628,7 +634,7 @@ def test_logits_that_are_not_numbers_leave_a_finite_result(case):
 # Rule 5: a run can be cut into pieces
 
 
-@each_attack_over(SMALL, kinds=PAPER, targeted=())
+@each_attack_over(SMALL, kinds=TWO, targeted=())
 def test_run_is_one_program_and_a_loop_of_steps(case, name):
     attack, p, expected = CASES[case], problem(name), solved(case, name)
     arguments = (p.model, p.images, p.labels, p.targets)
@@ -750,7 +756,7 @@ class Traces:
         return self.count - before
 
 
-@some_attacks
+@two_attacks
 def test_two_values_share_one_program(case):
     p, field = problem("linear"), SWEEPS[case]
     model = Traces(p.model)
@@ -766,7 +772,7 @@ def test_two_values_share_one_program(case):
         assert model.during(with_value, other) <= again
 
 
-@some_attacks
+@two_attacks
 def test_a_sweep_is_one_program_and_separate_runs(case):
     p, field = problem("network-targeted"), SWEEPS[case]
     model = Traces(p.model)
@@ -833,7 +839,7 @@ def test_keys_decide_random_starts_and_nothing_else(case):
 # 64 bits
 
 
-@pytest.mark.parametrize("case", CASES)
+@each_attack
 def test_states_have_32_bits_whatever_the_default(case):
     """With jax_enable_x64, too, a step keeps the types of the state, which a loop needs; nothing is compiled."""
     p = problem("network-targeted" if case in ("apgdt", "autoattack") else "linear")
@@ -882,7 +888,7 @@ def test_16_bits_are_judged_as_they_are(case):
     np.testing.assert_array_equal(result.success, classes != labels)
 
 
-@pytest.mark.parametrize("case", ["pgd-linf", "pgd-l2"])
+@_attacks(["pgd-l2"], ["pgd-linf", "pgd-l2"])
 def test_the_same_bits_with_64_bits(case):
     p = problem("linear")
     with jax.enable_x64(True):

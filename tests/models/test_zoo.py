@@ -172,7 +172,9 @@ def test_cam_sums_to_the_logit(name: str):
     assert np.all(np.abs(expected) > 1e-4 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "squeezenet1_1", "small_cnn"])
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet20", pytest.param("squeezenet1_1", marks=pytest.mark.exhaustive), "small_cnn"]
+)
 def test_cam_maps(name: str):
     """cam.maps is what the definition says; SqueezeNet's maps are the classes' own feature maps."""
     net, params = models.network(name), jax.tree.map(jnp.asarray, seeded.params(models.shapes(name)))
