@@ -79,6 +79,7 @@ def main(setting: Watermarking) -> None:
     if not 1 <= setting.quality <= 100:
         raise ValueError(f"--quality must be from 1 to 100, got {setting.quality}")
     size = models.network(setting.model).image_size
+    embedding.check_even((size, size, 3))
     marks = watermarks.installed(size) if setting.watermarks is None else watermarks.read(setting.watermarks, size)
     for name, reason in marks.damaged:
         print(f"left out: {name}: {reason}")
