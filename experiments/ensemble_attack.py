@@ -315,7 +315,7 @@ def answers(
 
     def gain(claim: str, flags: dict[tuple[str, str], np.ndarray], name: str, other: str, judges: Any) -> Answer:
         by_picture = np.mean([flags[name, j].astype(float) - flags[other, j] for j in judges], axis=0)
-        estimate = bootstrap_mean(by_picture, seed=setting.seed)
+        estimate = bootstrap_mean(by_picture, seed=setting.seed, bounds=(-1, 1))
         return Answer(claim, f"by {estimate}, {estimate.count} pictures", verdict(estimate, 0.0))
 
     found = []

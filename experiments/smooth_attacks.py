@@ -229,7 +229,7 @@ def transfer(setting: Smooth, study: Study) -> tuple[dict[str, Any], list[Answer
         for pair in itertools.permutations(names, 2):
             for i, wrong in broken[smooth][pair].items():
                 gained.setdefault(i, []).append(wrong - broken[rough][pair][i])
-        more = bootstrap_mean([np.mean(each) for each in gained.values()], seed=setting.seed)
+        more = bootstrap_mean([np.mean(each) for each in gained.values()], seed=setting.seed, bounds=(-1, 1))
         claim = f"{smooth} transfers to other networks more often than {rough}"
         answers.append(Answer(claim, f"by {more}, {more.count} pictures", verdict(more, 0.0)))
     table = {
@@ -249,7 +249,7 @@ def compared(smooth: str, rough: str, found: Mapping[str, Mapping[str, np.ndarra
         return bootstrap_mean(values, seed=seed)
 
     a, b = found[smooth], found[rough]
-    more = mean(a["success"].astype(float) - b["success"].astype(float))
+    more = bootstrap_mean(a["success"].astype(float) - b["success"].astype(float), seed=seed, bounds=(-1, 1))
     rates = f"{a['success'].mean():.0%} and {b['success'].mean():.0%}"
     answers = [
         Answer(f"(a) {smooth} succeeds as often as {rough}", f"{rates}, difference {more}", verdict(more, -FEWER))

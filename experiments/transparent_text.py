@@ -227,15 +227,15 @@ def main(setting: Texts) -> None:
     of = {name: measured[..., i] for i, name in enumerate(NAMES)}
     shown = tuple(range(len(opacities)))
 
-    def mean(values):
-        return bootstrap_mean(values, seed=setting.seed)
+    def mean(values, *bounds):
+        return bootstrap_mean(values, seed=setting.seed, bounds=bounds or None)
 
     def share(values):
         return proportion(int(values.sum()), len(values))
 
     found = {
-        "one overlay": [mean(of["one"][:, i]) for i in shown],
-        "noise of its size": [mean(of["noise"][:, i]) for i in shown],
+        "one overlay": [mean(of["one"][:, i], 0, 1) for i in shown],
+        "noise of its size": [mean(of["noise"][:, i], 0, 1) for i in shown],
         f"any of {setting.draws} overlays": [share(of["any"][:, i]) for i in shown],
         f"any of {setting.draws} noises": [share(of["any noise"][:, i]) for i in shown],
         f"search, {setting.queries} queries": [share(of["search"][:, i]) for i in shown],
@@ -248,14 +248,14 @@ def main(setting: Texts) -> None:
         for name, level in PUBLISHED.items():
             claim = f"opacity {opacity:g}: one overlay, without a query, loses {name} of the pictures"
             answers.append(Answer(claim, format(found["one overlay"][i]), verdict(found["one overlay"][i], level)))
-        more = mean(of["one"][:, i] - of["noise"][:, i])
+        more = mean(of["one"][:, i] - of["noise"][:, i], -1, 1)
         claim = f"opacity {opacity:g}: one overlay loses more pictures than noise of its size"
         answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
         if setting.service is not None:
-            more = mean(of["service"][:, i] - of["service noise"][:, i])
+            more = mean(of["service"][:, i] - of["service noise"][:, i], -1, 1)
             claim = f"opacity {opacity:g}: on the service, one overlay loses more pictures than noise of its size"
             answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
-    more = mean(of["one"][:, -1] - of["one"][:, 0])
+    more = mean(of["one"][:, -1] - of["one"][:, 0], -1, 1)
     claim = f"one overlay of opacity {opacities[-1]:g} loses more pictures than one of {opacities[0]:g}"
     answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
     likeness = {name: [mean(of[name][:, i]) for i in shown] for name in ("ssim", "psnr", "queries")}

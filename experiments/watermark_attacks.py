@@ -241,8 +241,8 @@ def answers(
 ) -> list[Answer]:
     """The paper's directions, and what the controls say."""
 
-    def more(claim: str, gain: np.ndarray) -> Answer:
-        estimate = bootstrap_mean(gain, seed=setting.seed)
+    def more(claim: str, gain: np.ndarray, bounds: tuple[int, int] | None = None) -> Answer:
+        estimate = bootstrap_mean(gain, seed=setting.seed, bounds=bounds)
         return Answer(claim, f"by {estimate}, {estimate.count} pictures", verdict(estimate, 0.0))
 
     found = []
@@ -253,10 +253,11 @@ def answers(
             share = proportion(int(mine["success"].sum()), len(mine["success"]))
             claim = f"{transform}: success above the published {PUBLISHED:.2%} (other networks)"
             found.append(Answer(claim, f"{share:.1%}, {share.count} pictures", verdict(share, PUBLISHED)))
-        found.append(more(f"{transform}: succeeds more often than the JPEG alone", mine["success"] - alone))
+        found.append(more(f"{transform}: succeeds more often than the JPEG alone", mine["success"] - alone, (-1, 1)))
         for source, other in (("noise", "pictures of noise"), ("random signs", "random signs of the same norms")):
             theirs = by[f"{transform}, {source}"]
-            found.append(more(f"{transform}: succeeds more often than {other}", mine["success"] - theirs["success"]))
+            gain = mine["success"] - theirs["success"]
+            found.append(more(f"{transform}: succeeds more often than {other}", gain, (-1, 1)))
             gain = np.log2(theirs["queries"]) - np.log2(mine["queries"])
             found.append(more(f"{transform}: needs fewer queries than {other} (log2 of the ratio)", gain))
     if cifar:
