@@ -58,6 +58,7 @@ Goal = Literal["untargeted", "targeted"]
 GOALS: tuple[Goal, ...] = ("untargeted", "targeted")
 NORMS = ("l0", "l1", "l2", "linf")
 KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
+FOLDERS = 9  # of watermarks: the pictures of scikit-image
 CHANGED = 1e-3  # of a pixel, that counts for groups
 _SMALL = 64  # side up to which a picture is small
 # Radii at which some pictures resist, of small and of other pictures.
@@ -155,7 +156,11 @@ def entries(setting: Compared, side: int) -> list[Entry]:
         **{f"HopSkipJump {norm}": hop_skip_jump(norm, q) for norm in ("L2", "Linf")},
         "Transparent text": f"transparent-text:opacity=0.3,queries={max(1, q - 1)}"
         + (",text=go|no|stop" if small else ""),
-        **{f"Watermark {name}": f"watermark:transform={name.lower()},rounds=2" for name in ("Haar", "DCT")},
+        **{
+            f"Watermark {name}": f"watermark:transform={name.lower()},rounds={rounds},"
+            f"failures={max(1, min(10, (q - 1) // (FOLDERS * rounds)))}"
+            for name, rounds in (("Haar", 2), ("DCT", 10))  # the method's; the budget cuts down its ten pictures
+        },
         "sPGD L2": f"spgd:eps={l2},steps={n}",
         "sBIM": f"sbim:eps={linf},steps={n}",
         "sC&W": f"scw:{search}",
