@@ -382,7 +382,7 @@ def answers(table: Mapping[tuple[str, Goal], Sequence[Mapping[str, Any]]], seed:
                 found.append(Answer(claim, f"by {more}, {more.count} pictures", verdict(more, 0.0)))
     shares = [[row[f"share_{kind}"] for kind in KINDS] for rows in table.values() for row in rows if row["success"]]
     occur = [min(each) > 0 for each in shares if np.all(np.isfinite(each))]
-    every = proportion(sum(occur), len(occur))
+    every = proportion(int(np.sum(occur)), len(occur))
     if every.count:
         claim = "all three kinds of cells occur in most perturbations, over all attacks"
         found.append(Answer(claim, f"in {every:.2f} of {every.count}", verdict(every, 0.5)))
