@@ -38,19 +38,19 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxinterp import attacks, cam, effect, models, plots, processes, watermarks
+from jaxinterp import attacks, cam, models, plots, processes, watermarks
 from jaxinterp.attacks.spec import from_spec, record
 from jaxinterp.cli import guarded
 from jaxinterp.explain.compute import explain_batch, map_method
 from jaxinterp.explain.tables import SHARE_COLUMNS, image_rows
-from jaxinterp.job import Job, attacking, begin, choose_attacks
+from jaxinterp.job import Job, attacking, choose_attacks
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Progress, chunk_size, chunks, classify_resized, load_chunk
 from jaxinterp.processes import open_run, read_part
 from jaxinterp.runs import Run, file_name
 from jaxinterp.similarity import ssim
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
-from jaxinterp.study import Answer, Setting, conclude, verdict
+from jaxinterp.study import Answer, Setting, conclude, survey, verdict
 from jaxinterp.supplies import supplied
 from jaxinterp.weights import checkpoint, load
 
@@ -471,7 +471,9 @@ def main(setting: Compared) -> None:
             raise ValueError(f"--{name} must be positive and finite, got {value}")
     if not setting.goals:
         raise ValueError("--goals must be untargeted, targeted or both, got none")
-    side = models.network(setting.model).image_size
+    network = models.network(setting.model)
+    cam.check_method(network, map_method(network, setting.maps))
+    side = network.image_size
     chosen = selected(entries(setting, side), setting.attack)
     if not chosen:
         raise ValueError(f"--goals {' '.join(setting.goals)} fits no attack")
@@ -483,25 +485,7 @@ def main(setting: Compared) -> None:
     def marks() -> watermarks.Watermarks:
         return watermarks.installed(side) if setting.watermarks is None else watermarks.read(setting.watermarks, side)
 
-    def check(network: Network) -> None:
-        effect.grid(network.image_size, network.image_size, setting.cell)
-        cam.check_method(network, map_method(network, setting.maps))
-
-    job = begin(
-        "compare",
-        setting.pictures,
-        model=setting.model,
-        chosen={},
-        config={"cell": setting.cell, "maps": setting.maps},
-        check=check,
-        out=setting.out or Path("results/compare_all") / setting.model,
-        labels=setting.labels,
-        data_dir=None,
-        limit=setting.limit,
-        seed=setting.seed,
-        batch_size=setting.batch_size,
-        say=print,
-    )
+    job = survey("compare_all", setting, {}, {"maps": setting.maps})
     others = {name: load(name) for name in others_of(setting, job.network)}
     runs: list[tuple[Entry, Goal]] = [(entry, goal) for entry in chosen for goal in entry.goals]
     done: dict[tuple[str, Goal], Run] = {}

@@ -63,7 +63,7 @@ def begin(
     model: str,
     chosen: Mapping[str, Attack],
     config: Mapping[str, Any],
-    check: Callable[[Network], None],
+    check: Callable[[Network], object],
     out: Path,
     labels: str,
     data_dir: Path | None,

@@ -144,8 +144,8 @@ def test_transparent_text(tmp_path, monkeypatch):
     monkeypatch.setattr(apis, "HTTPVision", lambda url, **settings: contextlib.nullcontext(Reader()))
     assert tyro.cli(text.Texts, args=["--opacities", "0.1", "0.3"]).opacities == (0.1, 0.3)
     pictures = tuple(samples("cifar10", crop=Crop(32)).paths[:2])
-    asked = text.Texts(pictures, "cifar10_cnn", (0.9, 0.001), "go", draws=3, queries=15, cell=16, service="there")
-    asked = dataclasses.replace(asked, labels="names", batch_size=2, out=tmp_path / "text")
+    asked = text.Texts(pictures, "cifar10_cnn", 16, tmp_path / "text", labels="names", batch_size=2)
+    asked = dataclasses.replace(asked, opacities=(0.9, 0.001), text="go", draws=3, queries=15, service="there")
     text.main(asked)
     record = json.loads((tmp_path / "text" / "answers.json").read_text())
     assert record["pictures"] == 2
