@@ -96,6 +96,7 @@ def main(setting: Keys) -> None:
     weights = {name: checkpoint.read_manifest(checkpoint.default_root() / name, name=name) for name in loaded}
     config = {
         **{"study": "key_pixels", "weights": {name: m["source"]["sha256"] for name, m in weights.items()}},
+        **{"data": data.digest},
         **{key: value for key, value in dataclasses.asdict(setting).items() if key not in ("data", "training", "out")},
         **{"strengths": {name: list(values) for name, values in STRENGTHS.items()}},
     }
