@@ -33,7 +33,7 @@ from jaxinterp.attacks.spec import record
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, open_source
 from jaxinterp.dissect import consistency
-from jaxinterp.job import choose_attacks, identity
+from jaxinterp.job import check_seed, choose_attacks, identity
 from jaxinterp.network import Network, features
 from jaxinterp.pictures import classify, random_targets
 from jaxinterp.processes import open_run
@@ -87,8 +87,10 @@ def main(setting: Transfer) -> None:
     """Attacks, tries, looks at neurons, answers."""
     if len(setting.members) < 2 or set(setting.members) & set(setting.held_out):
         raise ValueError("--members: expected at least two networks, none of which is held out")
-    if setting.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {setting.batch_size}")
+    for name, value in (("batch-size", setting.batch_size), ("limit", 1 if setting.limit is None else setting.limit)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_seed(setting.seed)
     loaded = {name: load(name) for name in (*setting.members, *setting.held_out)}
     together = [loaded[name] for name in setting.members]
     sources = {name: loaded[name] for name in setting.members}

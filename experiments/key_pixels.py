@@ -32,7 +32,10 @@ import tyro
 from tqdm import tqdm
 
 from jaxinterp import attacks, cam, effect, load, plots, processes
+from jaxinterp.attacks.driver import coerce
 from jaxinterp.cli import guarded
+from jaxinterp.job import check_seed
+from jaxinterp.models.detectors import IMAGE_SIZE
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import classify
 from jaxinterp.processes import open_run, read_part
@@ -89,6 +92,11 @@ def main(setting: Keys) -> None:
     for name in ("crops", "rounds", "steps", "cell", "batch_size"):
         if getattr(setting, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(setting, name)}")
+    if setting.crops > generated.HELD_OUT_CROPS:
+        raise ValueError(f"--crops must be at most {generated.HELD_OUT_CROPS}, got {setting.crops}")
+    check_seed(setting.seed)
+    effect.grid(IMAGE_SIZE, IMAGE_SIZE, setting.cell)
+    coerce(attacks.KeyPixels(eps=setting.eps, rho=setting.rho))
     data = generated.make(setting.data)
     accuracy = detectors.ensure(data, setting.training)
     squares = chosen(data.test, setting.crops)

@@ -34,7 +34,7 @@ from jaxinterp.attacks import lettering
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, Example, open_source
 from jaxinterp.data.samples import CLASSES
-from jaxinterp.job import identity
+from jaxinterp.job import check_seed, identity
 from jaxinterp.processes import open_run, read_part
 from jaxinterp.similarity import psnr, ssim
 from jaxinterp.statistics import bootstrap_mean, proportion
@@ -138,9 +138,6 @@ def tried(example: Example, reader: apis.OCREngine, setting: Secrets, opacities:
     number = zlib.crc32(example.id.encode())
     secret, rng = PHRASES[number % len(PHRASES)], np.random.default_rng((setting.seed, number))
     mask = typesetting.render(secret, setting.font)
-    if mask.shape[0] > setting.side or mask.shape[1] > setting.side:
-        what = typesetting.what_fits(secret, (0.0,), setting.side, setting.side)
-        raise ValueError(f"--font {setting.font}: {secret!r} does not fit in {setting.side} pixels; {what}")
     image = np.asarray(example.image)
     measured, shown = [], []
     for place in PLACES:
@@ -167,6 +164,14 @@ def main(setting: Secrets) -> None:
         raise ValueError(f"--opacities must be above 0 and at most 1, got {setting.opacities}")
     if setting.limit is not None and setting.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {setting.limit}")
+    for name in ("font", "side"):
+        if getattr(setting, name) < 1:
+            raise ValueError(f"--{name} must be at least 1 pixel, got {getattr(setting, name)}")
+    check_seed(setting.seed)
+    for phrase in PHRASES:
+        if max(typesetting.render(phrase, setting.font).shape) > setting.side:
+            what = typesetting.what_fits(phrase, (0.0,), setting.side, setting.side)
+            raise ValueError(f"--font {setting.font}: {phrase!r} does not fit in {setting.side} pixels; {what}")
     given = list(setting.pictures) or ["samples:imagenet"]
     crop, classes = Crop(setting.side), CLASSES["imagenet"]
     source = open_source(given if len(given) > 1 else given[0], crop=crop, classes=classes, labels="predicted")

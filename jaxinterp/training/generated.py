@@ -49,6 +49,7 @@ from jaxinterp.runs import Run, replacing
 from jaxinterp.training.loop import Outcome, fit
 
 RECIPES = ("splice", "resampled", "autoencoder")
+HELD_OUT_CROPS = 30  # squares of every test picture, unless others are asked for
 FILTERS = ("nearest", "bilinear", "bicubic", "transposed")
 
 _SHORT = 320  # side to which pictures are reduced
@@ -123,7 +124,7 @@ def make(
     *,
     pictures: Sequence[str | os.PathLike[str]] = (),
     crops: int = 100,
-    held_out_crops: int = 30,
+    held_out_crops: int = HELD_OUT_CROPS,
     epochs: int = 13,
     seed: int = 0,
 ) -> Generated:

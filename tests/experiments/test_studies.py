@@ -234,8 +234,23 @@ def test_secret_text(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (asked.out / "parts").iterdir()}
     secret.main(asked)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    with pytest.raises(ValueError, match=r"--font 60: .* does not fit in 96 pixels; size \d+ fits"):
-        secret.main(dataclasses.replace(asked, font=60, out=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # Longer phrases than that of the first picture count, too.
+        ({"font": 60, "side": 420}, r"--font 60: 'burn the letter' does not fit in 420 pixels; size \d+ fits"),
+        ({"font": 0}, "--font must be at least 1 pixel, got 0"),
+        ({"side": 0}, "--side must be at least 1 pixel, got 0"),
+        ({"seed": -1}, "--seed must be from 0 to"),
+    ],
+)
+def test_secrets_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, given, message):
+    secret = importlib.import_module("secret_text")
+    with pytest.raises(ValueError, match=message):
+        secret.main(secret.Secrets(out=tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.exhaustive
