@@ -39,7 +39,7 @@ from jaxinterp.job import identity
 from jaxinterp.models.layers import Conv, Linear
 from jaxinterp.models.registry import Module
 from jaxinterp.network import Network, features
-from jaxinterp.pictures import classify
+from jaxinterp.pictures import classify, labelled
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run
 from jaxinterp.statistics import Estimate, student_mean
@@ -141,7 +141,6 @@ def main(setting: Training) -> None:
     net = network(classes)
     train, test = (open_source(text, crop=None, classes=classes) for text in (setting.train, setting.test))
     check(train, setting.epochs, setting.batch_size, parallel.global_mesh())
-    consistency.count(len(test), setting.share)
     config = {
         key: value for key, value in dataclasses.asdict(setting).items() if key not in ("out", "seeds", "train", "test")
     }
@@ -150,9 +149,9 @@ def main(setting: Training) -> None:
         "train": identity(train, [setting.train], len(train)),
         "test": identity(test, [setting.test], len(test)),
     }
+    images, labels, _ = labelled(test)
+    consistency.count(len(images), setting.share)
     run = open_run(setting.out, config)
-    examples = [test[i] for i in range(len(test))]
-    images, labels = np.stack([e.image for e in examples]), np.array([e.label for e in examples], np.int32)
     found: dict[str, list[dict[str, np.ndarray]]] = {method: [] for method in METHODS}
     for seed in range(setting.seeds):
         for method in METHODS:

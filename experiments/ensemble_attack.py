@@ -35,7 +35,7 @@ from jaxinterp.data import Crop, open_source
 from jaxinterp.dissect import consistency
 from jaxinterp.job import check_seed, choose_attacks, identity
 from jaxinterp.network import Network, features
-from jaxinterp.pictures import classify, random_targets
+from jaxinterp.pictures import Selection, classify, labelled, random_targets
 from jaxinterp.processes import open_run
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run
@@ -60,7 +60,7 @@ class Transfer:
         classes: File with a line for every class that begins with its label in the tree; None means the classes' names.
         share: Of the pictures that are a unit's top ones; few pictures need a large one.
         pool: A unit's activation on a picture: its highest value, where units that saturate are tied, or its mean.
-        labels: As in `jaxinterp attack`.
+        labels: As in `jaxinterp attack`; pictures without a label are left out.
         limit: Use only the first so many pictures.
         seed: Of targets and random signs.
         batch_size: Pictures that are attacked at once.
@@ -130,15 +130,14 @@ def main(setting: Transfer) -> None:
             "weights": {name: digest(name) for name in loaded},
         },
     )
-    examples = [source[i] for i in range(total)]
-    images, labels = np.stack([e.image for e in examples]), np.array([e.label for e in examples], np.int32)
+    images, labels, ids = labelled(Selection(source, tuple(range(total))))
     seen = {name: predicted(judge, images, setting.batch_size) for name, judge in judges.items()}
     right = np.flatnonzero(np.all([found == labels for found in seen.values()], axis=0))
-    print(f"{len(right)} of {total} pictures are classified correctly by all {len(seen)} networks, and attacked")
+    print(f"{len(right)} of {len(labels)} pictures are classified correctly by all {len(seen)} networks, and attacked")
     if len(right) < 2:
         raise ValueError(f"expected at least two pictures that all networks classify correctly, got {len(right)}")
     images, labels = images[right], labels[right]
-    targets = random_targets([examples[i].id for i in right], labels, count, setting.seed)
+    targets = random_targets([ids[i] for i in right], labels, count, setting.seed)
 
     made = {name: attacked(run, name, tried[name], attack, images, labels, targets, setting) for name in tried}
     lost, reached = {}, {}

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from jaxinterp import apis, plots, processes, typesetting
 from jaxinterp.attacks import lettering
 from jaxinterp.cli import guarded
-from jaxinterp.data import Crop, Example, open_source
+from jaxinterp.data import Crop, DamagedImage, Example, open_source
 from jaxinterp.data.samples import CLASSES
 from jaxinterp.job import check_seed, identity
 from jaxinterp.processes import open_run, read_part
@@ -185,11 +185,23 @@ def main(setting: Secrets) -> None:
         names = [f"picture-{i:06d}" for i in range(count)]
         missing = group.told([i for i, part in enumerate(names) if run.read_part(part) is None])
         for i in tqdm(group.share(missing), desc="secrets", unit="picture"):
-            made = tried(source[i], reader, setting, opacities)
+            try:
+                example = source[i]
+            except DamagedImage as error:
+                run.write_part(names[i], {"damaged": np.array((error.id, error.reason))})
+                continue
+            made = tried(example, reader, setting, opacities)
             kept = made if i < SHOWN else {key: made[key] for key in ("measured", "clean", "secret")}
             run.write_part(names[i], kept)
         group.wait()
-    parts = [read_part(run, part) for part in names]
+    every_part = [read_part(run, part) for part in names]
+    damaged = [tuple(map(str, part["damaged"])) for part in every_part if "damaged" in part]
+    for picture, reason in damaged:
+        print(f"  {picture}: could not be read: {reason}")
+    parts = [part for part in every_part if "damaged" not in part]
+    count = len(parts)
+    if not count:
+        raise ValueError("no picture could be read")
     measured = np.stack([part["measured"] for part in parts])  # [pictures, places, opacities, 5]
     whole, similar, likeness, ratio, contrast = np.moveaxis(measured, -1, 0)
     clean = np.stack([part["clean"] for part in parts])
@@ -220,20 +232,22 @@ def main(setting: Secrets) -> None:
     )
     plots.save(plots.curves(panels, opacities, xlabel="opacity", log=True), run.directory / "recovery.png")
     rows = []
-    for part in parts[:SHOWN]:
+    for part in (part for part in parts if "shown" in part):
         for p, place in enumerate(PLACES):
             row = [(f"{part['secret']}, {place}", part["original"])]
             for i, opacity in enumerate(opacities):
                 says = "read" if part["measured"][p, i, 0] else "not read"
                 row.append((f"{opacity:g}: {says}", part["shown"][p, i] / 255))
             rows.append(row)
-    plots.save(plots.gallery(rows), run.directory / "examples.png")
+    if rows:
+        plots.save(plots.gallery(rows), run.directory / "examples.png")
     results: dict[str, Any] = {
         title: {
             place: {f"{o:g}": format(e) for o, e in zip(opacities, each, strict=True)} for place, each in lines.items()
         }
         for title, lines in panels.items()
     }
+    results["damaged"] = damaged
     results["recovered without a text"] = f"{int(clean[:, 0].sum())} of {count}"
     results["share of letters read without a text"] = format(mean(clean[:, 1]))
     conclude(run, "secret_text", count, answers, results)

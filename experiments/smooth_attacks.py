@@ -41,7 +41,7 @@ from jaxinterp import data, plots
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS, as_json
 from jaxinterp.network import Network
-from jaxinterp.pictures import classify_resized
+from jaxinterp.pictures import Selection, classify_resized
 from jaxinterp.robustness import evaluate
 from jaxinterp.runs import file_name
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
@@ -194,7 +194,8 @@ def clean_pictures(setting: Smooth, network: Network) -> dict[str, np.ndarray]:
     asked = pictures if len(pictures) > 1 else pictures[0]
     source = data.open_source(asked, crop=crop, classes=network.classes, labels=setting.labels)
     count = len(source) if setting.limit is None else min(setting.limit, len(source))
-    return {(item := source[i]).id: np.asarray(item.image) for i in range(count)}
+    whole = data.batches(Selection(source, tuple(range(count))), count, on_damaged=lambda error: None)  # listed before
+    return {name: image for batch in whole for name, image in zip(batch.ids, batch.images, strict=True) if name}
 
 
 def transfer(setting: Smooth, study: Study) -> tuple[dict[str, Any], list[Answer]]:

@@ -126,13 +126,16 @@ def test_bad_input_is_named(training, ensembles, tmp_path):
 def test_a_small_training_is_measured(training, tmp_path, capsys):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (120, 28, 28, 3), np.uint8)
-    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(120) % 10)
-    data = str(tmp_path / "data.npz")
+    labels = np.arange(120) % 10
+    np.savez(tmp_path / "train.npz", images=images, labels=labels)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.where(labels == 3, -1, labels))
+    data, test = (str(tmp_path / f"{name}.npz") for name in ("train", "test"))
     setting = training.Training(
-        train=data, test=data, seeds=2, epochs=1, batch_size=40, steps=2, share=0.05, out=tmp_path / "out"
+        train=data, test=test, seeds=2, epochs=1, batch_size=40, steps=2, share=0.05, out=tmp_path / "out"
     )
     training.main(setting)
     first = capsys.readouterr().out
+    assert "12 of 120 pictures are left out" in first
     assert "level of units whose top pictures are random" in first
     for figure in ("measures", "levels", "units", "consistent-1"):
         assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 5_000

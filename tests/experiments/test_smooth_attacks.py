@@ -73,6 +73,14 @@ def test_a_pair_is_compared_picture_by_picture(study):
     assert [answer.verdict for answer in study.compared("n", "r", {"n": nothing, "r": rough}, 0)] == [NOT_CONFIRMED]
 
 
+def test_transfer_leaves_out_a_damaged_picture(study, tmp_path):
+    (tmp_path / "a.png").write_text("not a picture")
+    pictures = (str(tmp_path / "a.png"), *samples("cifar10", crop=Crop(32)).paths[:2])
+    found = study.clean_pictures(study.Smooth(pictures), study.jaxinterp.models.network("cifar10_cnn"))
+    assert [*found] == [Path(path).name for path in pictures[1:]]
+    assert all(image.shape == (32, 32, 3) for image in found.values())
+
+
 @pytest.mark.exhaustive
 def test_the_whole_study_on_two_pictures(study, tmp_path):
     pictures = tuple(samples("cifar10", crop=Crop(32)).paths[:2])

@@ -200,7 +200,7 @@ def test_a_service_is_asked_about_pictures_that_count(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_secret_text(tmp_path, monkeypatch):
+def test_secret_text(tmp_path, monkeypatch, capsys):
     secret = importlib.import_module("secret_text")
     assert secret.recovered("burn the letter", ("B urn", "THE lettering")) == (True, 1.0)
     assert secret.recovered("code 4096", ("code", "x", "40 96")) == (False, 1.0)
@@ -215,10 +215,15 @@ def test_secret_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(apis, "ocr_engine", lambda name: Reader())
     assert tyro.cli(secret.Secrets, args=["--engine", "tesseract"]).engine == "tesseract"
-    asked = secret.Secrets(opacities=(0.05, 0.5), font=12, side=96, limit=4, out=tmp_path / "secret")
+    (tmp_path / "broken.jpg").write_text("not a picture")
+    pictures = (str(tmp_path / "broken.jpg"), *samples("imagenet", crop=None).paths)
+    asked = secret.Secrets(pictures, (0.05, 0.5), font=12, side=96, limit=5, out=tmp_path / "secret")
     secret.main(asked)
+    assert "broken.jpg: could not be read: not a picture" in capsys.readouterr().out
     record = json.loads((asked.out / "answers.json").read_text())
-    parts = [np.load(path) for path in sorted((asked.out / "parts").iterdir())]
+    damaged, *parts = [np.load(path) for path in sorted((asked.out / "parts").iterdir())]
+    assert str(damaged["damaged"][0]) == record["results"]["damaged"][0][0] == "broken.jpg"
+    assert record["pictures"] == 4
     ids = samples("imagenet", crop=None).ids[:4]
     phrases = [secret.PHRASES[zlib.crc32(name.encode()) % 6] for name in ids]
     assert [str(part["secret"]) for part in parts] == phrases
