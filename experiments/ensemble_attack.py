@@ -115,6 +115,7 @@ def main(setting: Transfer) -> None:
     asked = list(setting.pictures) or ["samples:imagenet" if count == 1000 else "samples:cifar10"]
     source = open_source(asked if len(asked) > 1 else asked[0], crop=crop, classes=whole.classes, labels=setting.labels)
     total = len(source) if setting.limit is None else min(setting.limit, len(source))
+    images, labels, ids = labelled(Selection(source, tuple(range(total))))
     run = open_run(
         setting.out,
         {
@@ -130,7 +131,6 @@ def main(setting: Transfer) -> None:
             "weights": {name: digest(name) for name in loaded},
         },
     )
-    images, labels, ids = labelled(Selection(source, tuple(range(total))))
     seen = {name: predicted(judge, images, setting.batch_size) for name, judge in judges.items()}
     right = np.flatnonzero(np.all([found == labels for found in seen.values()], axis=0))
     print(f"{len(right)} of {len(labels)} pictures are classified correctly by all {len(seen)} networks, and attacked")
