@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from jaxinterp import attacks, labeltrees, plots, processes
+from jaxinterp import attacks, labeltrees, parallel, plots, processes
 from jaxinterp.canonical import canonical
 from jaxinterp.cli import guarded
 from jaxinterp.data import Concepts, SegmentedArrays, open_source
@@ -39,14 +39,14 @@ from jaxinterp.job import identity
 from jaxinterp.models.layers import Conv, Linear
 from jaxinterp.models.registry import Module
 from jaxinterp.network import Network, features
-from jaxinterp.pictures import classify
+from jaxinterp.pictures import classify, labelled
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run
 from jaxinterp.statistics import Estimate, student_mean
 from jaxinterp.study import Answer, conclude, verdict
 from jaxinterp.training.consistent import fast_gradient
 from jaxinterp.training.job import Recipe
-from jaxinterp.training.loop import fit
+from jaxinterp.training.loop import check, fit
 
 METHODS = ("standard", "adversarial", "consistent")
 NODE = "conv3"
@@ -129,11 +129,18 @@ def main(setting: Training) -> None:
     for name in ("seeds", "epochs", "batch_size", "steps"):
         if getattr(setting, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(setting, name)}")
+    for name in ("train_eps", "eps"):
+        if not 0 < getattr(setting, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {getattr(setting, name)}")
+    for name in ("lr", "beta"):
+        if not 0 <= getattr(setting, name) < float("inf"):
+            raise ValueError(f"--{name} must be finite and not negative, got {getattr(setting, name)}")
     tree = labeltrees.open_tree(setting.tree)
     classes = {"fashion": labeltrees.FASHION}.get(setting.tree, tuple("0123456789"))
     affinity = consistency.affinity(tree.distances(classes))
     net = network(classes)
     train, test = (open_source(text, crop=None, classes=classes) for text in (setting.train, setting.test))
+    check(train, setting.epochs, setting.batch_size, parallel.global_mesh())
     config = {
         key: value for key, value in dataclasses.asdict(setting).items() if key not in ("out", "seeds", "train", "test")
     }
@@ -142,9 +149,9 @@ def main(setting: Training) -> None:
         "train": identity(train, [setting.train], len(train)),
         "test": identity(test, [setting.test], len(test)),
     }
+    images, labels, _ = labelled(test)
+    consistency.count(len(images), setting.share)
     run = open_run(setting.out, config)
-    examples = [test[i] for i in range(len(test))]
-    images, labels = np.stack([e.image for e in examples]), np.array([e.label for e in examples], np.int32)
     found: dict[str, list[dict[str, np.ndarray]]] = {method: [] for method in METHODS}
     for seed in range(setting.seeds):
         for method in METHODS:

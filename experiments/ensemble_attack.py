@@ -33,9 +33,9 @@ from jaxinterp.attacks.spec import record
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, open_source
 from jaxinterp.dissect import consistency
-from jaxinterp.job import choose_attacks, identity
+from jaxinterp.job import check_seed, choose_attacks, identity
 from jaxinterp.network import Network, features
-from jaxinterp.pictures import classify, random_targets
+from jaxinterp.pictures import Selection, classify, labelled, random_targets
 from jaxinterp.processes import open_run
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run
@@ -60,7 +60,7 @@ class Transfer:
         classes: File with a line for every class that begins with its label in the tree; None means the classes' names.
         share: Of the pictures that are a unit's top ones; few pictures need a large one.
         pool: A unit's activation on a picture: its highest value, where units that saturate are tied, or its mean.
-        labels: As in `jaxinterp attack`.
+        labels: As in `jaxinterp attack`; pictures without a label are left out.
         limit: Use only the first so many pictures.
         seed: Of targets and random signs.
         batch_size: Pictures that are attacked at once.
@@ -87,8 +87,10 @@ def main(setting: Transfer) -> None:
     """Attacks, tries, looks at neurons, answers."""
     if len(setting.members) < 2 or set(setting.members) & set(setting.held_out):
         raise ValueError("--members: expected at least two networks, none of which is held out")
-    if setting.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {setting.batch_size}")
+    for name, value in (("batch-size", setting.batch_size), ("limit", 1 if setting.limit is None else setting.limit)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_seed(setting.seed)
     loaded = {name: load(name) for name in (*setting.members, *setting.held_out)}
     together = [loaded[name] for name in setting.members]
     sources = {name: loaded[name] for name in setting.members}
@@ -113,6 +115,7 @@ def main(setting: Transfer) -> None:
     asked = list(setting.pictures) or ["samples:imagenet" if count == 1000 else "samples:cifar10"]
     source = open_source(asked if len(asked) > 1 else asked[0], crop=crop, classes=whole.classes, labels=setting.labels)
     total = len(source) if setting.limit is None else min(setting.limit, len(source))
+    images, labels, ids = labelled(Selection(source, tuple(range(total))))
     run = open_run(
         setting.out,
         {
@@ -128,15 +131,13 @@ def main(setting: Transfer) -> None:
             "weights": {name: digest(name) for name in loaded},
         },
     )
-    examples = [source[i] for i in range(total)]
-    images, labels = np.stack([e.image for e in examples]), np.array([e.label for e in examples], np.int32)
     seen = {name: predicted(judge, images, setting.batch_size) for name, judge in judges.items()}
     right = np.flatnonzero(np.all([found == labels for found in seen.values()], axis=0))
-    print(f"{len(right)} of {total} pictures are classified correctly by all {len(seen)} networks, and attacked")
+    print(f"{len(right)} of {len(labels)} pictures are classified correctly by all {len(seen)} networks, and attacked")
     if len(right) < 2:
         raise ValueError(f"expected at least two pictures that all networks classify correctly, got {len(right)}")
     images, labels = images[right], labels[right]
-    targets = random_targets([examples[i].id for i in right], labels, count, setting.seed)
+    targets = random_targets([ids[i] for i in right], labels, count, setting.seed)
 
     made = {name: attacked(run, name, tried[name], attack, images, labels, targets, setting) for name in tried}
     lost, reached = {}, {}
@@ -315,7 +316,7 @@ def answers(
 
     def gain(claim: str, flags: dict[tuple[str, str], np.ndarray], name: str, other: str, judges: Any) -> Answer:
         by_picture = np.mean([flags[name, j].astype(float) - flags[other, j] for j in judges], axis=0)
-        estimate = bootstrap_mean(by_picture, seed=setting.seed)
+        estimate = bootstrap_mean(by_picture, seed=setting.seed, bounds=(-1, 1))
         return Answer(claim, f"by {estimate}, {estimate.count} pictures", verdict(estimate, 0.0))
 
     found = []

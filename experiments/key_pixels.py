@@ -9,8 +9,9 @@ detectors, as by train_detectors.py.
 
 Success is made equal in two ways. The others run at the smallest radius at which they succeed on as many squares as key
 pixels do; and, on every square, at the smallest radius that succeeds there, which is generous, since nobody who attacks
-would know it. L0 is the share of pixels that change. Intervals are over pictures: squares of one picture are alike, so
-their mean counts as one value.
+would know it. L0 is the share of pixels that change. Intervals of means are over pictures: squares of one picture are
+alike, so their mean counts as one value. Those of shares of squares that are deceived are exact ones over squares, and
+too narrow by that; no claim rests on them.
 
 Writes answers.json, norms.png, transfer.png, kinds.png and pictures.png. A stopped run continues.
 
@@ -32,7 +33,10 @@ import tyro
 from tqdm import tqdm
 
 from jaxinterp import attacks, cam, effect, load, plots, processes
+from jaxinterp.attacks.driver import coerce
 from jaxinterp.cli import guarded
+from jaxinterp.job import check_seed
+from jaxinterp.models.detectors import IMAGE_SIZE
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import classify
 from jaxinterp.processes import open_run, read_part
@@ -89,6 +93,11 @@ def main(setting: Keys) -> None:
     for name in ("crops", "rounds", "steps", "cell", "batch_size"):
         if getattr(setting, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(setting, name)}")
+    if setting.crops > generated.HELD_OUT_CROPS:
+        raise ValueError(f"--crops must be at most {generated.HELD_OUT_CROPS}, got {setting.crops}")
+    check_seed(setting.seed)
+    effect.grid(IMAGE_SIZE, IMAGE_SIZE, setting.cell)
+    coerce(attacks.KeyPixels(eps=setting.eps, rho=setting.rho))
     data = generated.make(setting.data)
     accuracy = detectors.ensure(data, setting.training)
     squares = chosen(data.test, setting.crops)
@@ -96,6 +105,7 @@ def main(setting: Keys) -> None:
     weights = {name: checkpoint.read_manifest(checkpoint.default_root() / name, name=name) for name in loaded}
     config = {
         **{"study": "key_pixels", "weights": {name: m["source"]["sha256"] for name, m in weights.items()}},
+        **{"data": data.digest},
         **{key: value for key, value in dataclasses.asdict(setting).items() if key not in ("data", "training", "out")},
         **{"strengths": {name: list(values) for name, values in STRENGTHS.items()}},
     }

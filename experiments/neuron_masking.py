@@ -157,7 +157,7 @@ def main(setting: Masking) -> None:
             if number == 0:
                 continue
             gain = accuracy["sensitive"]["fixed"][i].astype(float) - random_fixed[:, i].mean(axis=0)
-            found = bootstrap_mean(gain[success], seed=setting.seed)
+            found = bootstrap_mean(gain[success], seed=setting.seed, bounds=(-1, 1))
             better = int((random_fixed[:, i].mean(axis=1) >= accuracy["sensitive"]["fixed"][i].mean()).sum())
             claim = (
                 f"{attack}: silencing the {number} most sensitive units saves more fixed images than {number} random"

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from jaxinterp import apis, plots, processes, typesetting
 from jaxinterp.attacks import lettering
 from jaxinterp.cli import guarded
-from jaxinterp.data import Crop, Example, open_source
+from jaxinterp.data import Crop, DamagedImage, Example, open_source
 from jaxinterp.data.samples import CLASSES
-from jaxinterp.job import identity
+from jaxinterp.job import check_seed, identity
 from jaxinterp.processes import open_run, read_part
 from jaxinterp.similarity import psnr, ssim
 from jaxinterp.statistics import bootstrap_mean, proportion
@@ -138,9 +138,6 @@ def tried(example: Example, reader: apis.OCREngine, setting: Secrets, opacities:
     number = zlib.crc32(example.id.encode())
     secret, rng = PHRASES[number % len(PHRASES)], np.random.default_rng((setting.seed, number))
     mask = typesetting.render(secret, setting.font)
-    if mask.shape[0] > setting.side or mask.shape[1] > setting.side:
-        what = typesetting.what_fits(secret, (0.0,), setting.side, setting.side)
-        raise ValueError(f"--font {setting.font}: {secret!r} does not fit in {setting.side} pixels; {what}")
     image = np.asarray(example.image)
     measured, shown = [], []
     for place in PLACES:
@@ -167,6 +164,14 @@ def main(setting: Secrets) -> None:
         raise ValueError(f"--opacities must be above 0 and at most 1, got {setting.opacities}")
     if setting.limit is not None and setting.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {setting.limit}")
+    for name in ("font", "side"):
+        if getattr(setting, name) < 1:
+            raise ValueError(f"--{name} must be at least 1 pixel, got {getattr(setting, name)}")
+    check_seed(setting.seed)
+    for phrase in PHRASES:
+        if max(typesetting.render(phrase, setting.font).shape) > setting.side:
+            what = typesetting.what_fits(phrase, (0.0,), setting.side, setting.side)
+            raise ValueError(f"--font {setting.font}: {phrase!r} does not fit in {setting.side} pixels; {what}")
     given = list(setting.pictures) or ["samples:imagenet"]
     crop, classes = Crop(setting.side), CLASSES["imagenet"]
     source = open_source(given if len(given) > 1 else given[0], crop=crop, classes=classes, labels="predicted")
@@ -180,11 +185,23 @@ def main(setting: Secrets) -> None:
         names = [f"picture-{i:06d}" for i in range(count)]
         missing = group.told([i for i, part in enumerate(names) if run.read_part(part) is None])
         for i in tqdm(group.share(missing), desc="secrets", unit="picture"):
-            made = tried(source[i], reader, setting, opacities)
+            try:
+                example = source[i]
+            except DamagedImage as error:
+                run.write_part(names[i], {"damaged": np.array((error.id, error.reason))})
+                continue
+            made = tried(example, reader, setting, opacities)
             kept = made if i < SHOWN else {key: made[key] for key in ("measured", "clean", "secret")}
             run.write_part(names[i], kept)
         group.wait()
-    parts = [read_part(run, part) for part in names]
+    every_part = [read_part(run, part) for part in names]
+    damaged = [tuple(map(str, part["damaged"])) for part in every_part if "damaged" in part]
+    for picture, reason in damaged:
+        print(f"  {picture}: could not be read: {reason}")
+    parts = [part for part in every_part if "damaged" not in part]
+    count = len(parts)
+    if not count:
+        raise ValueError("no picture could be read")
     measured = np.stack([part["measured"] for part in parts])  # [pictures, places, opacities, 5]
     whole, similar, likeness, ratio, contrast = np.moveaxis(measured, -1, 0)
     clean = np.stack([part["clean"] for part in parts])
@@ -209,26 +226,28 @@ def main(setting: Secrets) -> None:
                 f"SSIM {panels['SSIM'][place][i].mean:.4f}, contrast {panels['contrast of letters'][place][i].mean:.3f}"
             )
             answers.append(Answer(claim, f"{rates[place][i]}, {beside}", verdict(rates[place][i], PUBLISHED)))
-    more = mean(whole[:, 1].mean(1) - whole[:, 0].mean(1))
+    more = bootstrap_mean(whole[:, 1].mean(1) - whole[:, 0].mean(1), seed=setting.seed, bounds=(-1, 1))
     answers.append(
         Answer("secrets are recovered more often on flat ground, over all opacities", f"by {more}", verdict(more, 0.0))
     )
     plots.save(plots.curves(panels, opacities, xlabel="opacity", log=True), run.directory / "recovery.png")
     rows = []
-    for part in parts[:SHOWN]:
+    for part in (part for part in parts if "shown" in part):
         for p, place in enumerate(PLACES):
             row = [(f"{part['secret']}, {place}", part["original"])]
             for i, opacity in enumerate(opacities):
                 says = "read" if part["measured"][p, i, 0] else "not read"
                 row.append((f"{opacity:g}: {says}", part["shown"][p, i] / 255))
             rows.append(row)
-    plots.save(plots.gallery(rows), run.directory / "examples.png")
+    if rows:
+        plots.save(plots.gallery(rows), run.directory / "examples.png")
     results: dict[str, Any] = {
         title: {
             place: {f"{o:g}": format(e) for o, e in zip(opacities, each, strict=True)} for place, each in lines.items()
         }
         for title, lines in panels.items()
     }
+    results["damaged"] = damaged
     results["recovered without a text"] = f"{int(clean[:, 0].sum())} of {count}"
     results["share of letters read without a text"] = format(mean(clean[:, 1]))
     conclude(run, "secret_text", count, answers, results)

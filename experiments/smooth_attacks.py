@@ -41,7 +41,7 @@ from jaxinterp import data, plots
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS, as_json
 from jaxinterp.network import Network
-from jaxinterp.pictures import classify_resized
+from jaxinterp.pictures import Selection, classify_resized
 from jaxinterp.robustness import evaluate
 from jaxinterp.runs import file_name
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
@@ -194,7 +194,8 @@ def clean_pictures(setting: Smooth, network: Network) -> dict[str, np.ndarray]:
     asked = pictures if len(pictures) > 1 else pictures[0]
     source = data.open_source(asked, crop=crop, classes=network.classes, labels=setting.labels)
     count = len(source) if setting.limit is None else min(setting.limit, len(source))
-    return {(item := source[i]).id: np.asarray(item.image) for i in range(count)}
+    whole = data.batches(Selection(source, tuple(range(count))), count, on_damaged=lambda error: None)  # listed before
+    return {name: image for batch in whole for name, image in zip(batch.ids, batch.images, strict=True) if name}
 
 
 def transfer(setting: Smooth, study: Study) -> tuple[dict[str, Any], list[Answer]]:
@@ -229,7 +230,7 @@ def transfer(setting: Smooth, study: Study) -> tuple[dict[str, Any], list[Answer
         for pair in itertools.permutations(names, 2):
             for i, wrong in broken[smooth][pair].items():
                 gained.setdefault(i, []).append(wrong - broken[rough][pair][i])
-        more = bootstrap_mean([np.mean(each) for each in gained.values()], seed=setting.seed)
+        more = bootstrap_mean([np.mean(each) for each in gained.values()], seed=setting.seed, bounds=(-1, 1))
         claim = f"{smooth} transfers to other networks more often than {rough}"
         answers.append(Answer(claim, f"by {more}, {more.count} pictures", verdict(more, 0.0)))
     table = {
@@ -249,7 +250,7 @@ def compared(smooth: str, rough: str, found: Mapping[str, Mapping[str, np.ndarra
         return bootstrap_mean(values, seed=seed)
 
     a, b = found[smooth], found[rough]
-    more = mean(a["success"].astype(float) - b["success"].astype(float))
+    more = bootstrap_mean(a["success"].astype(float) - b["success"].astype(float), seed=seed, bounds=(-1, 1))
     rates = f"{a['success'].mean():.0%} and {b['success'].mean():.0%}"
     answers = [
         Answer(f"(a) {smooth} succeeds as often as {rough}", f"{rates}, difference {more}", verdict(more, -FEWER))

@@ -18,6 +18,7 @@ import tyro
 
 from jaxinterp import plots
 from jaxinterp.cli import guarded
+from jaxinterp.job import check_seed
 from jaxinterp.training import detectors, generated
 
 SHOWN = 4  # pictures in the figure
@@ -34,6 +35,9 @@ def main(
         epochs: How often a detector goes through it.
         seed: Of the set and of the training.
     """
+    if epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {epochs}")
+    check_seed(seed)
     made = generated.make(data, seed=seed)
     count = len(set(made.train.pictures)), len(set(made.test.pictures))
     print(f"{len(made.train.labels)} squares of {count[0]} pictures, {len(made.test.labels)} of {count[1]} held out")

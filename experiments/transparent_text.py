@@ -22,8 +22,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +35,11 @@ from jaxinterp.attacks.attack import norm
 from jaxinterp.attacks.driver import coerce, example_keys
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
-from jaxinterp.job import begin
-from jaxinterp.network import Model, Network
+from jaxinterp.network import Model
 from jaxinterp.pictures import chunk_size, chunks, classify, load_chunk, part_name, shared_chunks, stored_parts
 from jaxinterp.similarity import psnr, ssim
 from jaxinterp.statistics import bootstrap_mean, proportion
-from jaxinterp.study import Answer, conclude, verdict
+from jaxinterp.study import Answer, Asked, conclude, survey, verdict
 
 KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 PUBLISHED = {"36 %": 0.36, "52 %": 0.52}  # of pictures lost, on two services
@@ -50,43 +48,28 @@ _draw = jax.jit(attacks.TransparentText.drawn, static_argnums=3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
-    """What is attacked, and with which texts.
+class Texts(Asked):
+    """What `Asked` has, and the texts.
 
     Attributes:
-        pictures: Picture files and folders, as in `jaxinterp attack`; none means the labelled pictures of the
-            `samples` extra.
-        model: Network, converted with `jaxinterp convert`.
+        cell: Side of a cell, in pixels.
         opacities: Of the letters, 0 to 1.
         text: Phrases, separated by |.
         draws: Overlays of each picture that are tried without a query.
         queries: Of the search, for each picture.
-        cell: Side of the cells, in pixels.
         service: URL of a vision service that sees the overlays, too; None means none.
         key_variable: Environment variable with the service's key.
         rate: Requests to the service a second, at most.
-        out: Results directory; None means results/transparent_text/MODEL.
-        labels: As in `jaxinterp attack`.
-        limit: Use only the first so many pictures.
-        seed: Of the overlays, the noise and the bootstrap.
-        batch_size: Pictures that are attacked at once.
     """
 
-    pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    model: str = "efficientnet_lite0"
+    cell: int = 28
     opacities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     text: str = "sample|copyright|confidential"
     draws: int = 20
     queries: int = 100
-    cell: int = 28
     service: str | None = None
     key_variable: str | None = None
     rate: float | None = None
-    out: Path | None = None
-    labels: str = "auto"
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int = 4
 
 
 NAMES = ("one", "noise", "any", "any noise", "search", "queries", "ssim", "psnr", "service", "service noise")
@@ -189,26 +172,8 @@ def main(setting: Texts) -> None:
     text = attacks.TransparentText(text=setting.text, queries=setting.queries)
     coerce(text)
     service = client(setting)
-    config = {name: getattr(setting, name) for name in ("draws", "cell", "service")}
-
-    def check(network: Network) -> None:
-        effect.grid(network.image_size, network.image_size, setting.cell)
-
-    job = begin(
-        "transparent_text",
-        setting.pictures,
-        model=setting.model,
-        chosen={text.name: text},
-        config={"opacities": opacities, **config},
-        check=check,
-        out=setting.out or Path("results/transparent_text") / setting.model,
-        labels=setting.labels,
-        data_dir=None,
-        limit=setting.limit,
-        seed=setting.seed,
-        batch_size=setting.batch_size,
-        say=print,
-    )
+    config = {"opacities": opacities, "draws": setting.draws, "service": setting.service}
+    job = survey("transparent_text", setting, {text.name: text}, config)
     run, seen, model = job.run, job.pictures, job.network.bind(job.params)
     every, size = chunks(seen, setting.batch_size), chunk_size(seen, setting.batch_size)
     equipped = job.attacks[text.name]
@@ -227,15 +192,15 @@ def main(setting: Texts) -> None:
     of = {name: measured[..., i] for i, name in enumerate(NAMES)}
     shown = tuple(range(len(opacities)))
 
-    def mean(values):
-        return bootstrap_mean(values, seed=setting.seed)
+    def mean(values, *bounds):
+        return bootstrap_mean(values, seed=setting.seed, bounds=bounds or None)
 
     def share(values):
         return proportion(int(values.sum()), len(values))
 
     found = {
-        "one overlay": [mean(of["one"][:, i]) for i in shown],
-        "noise of its size": [mean(of["noise"][:, i]) for i in shown],
+        "one overlay": [mean(of["one"][:, i], 0, 1) for i in shown],
+        "noise of its size": [mean(of["noise"][:, i], 0, 1) for i in shown],
         f"any of {setting.draws} overlays": [share(of["any"][:, i]) for i in shown],
         f"any of {setting.draws} noises": [share(of["any noise"][:, i]) for i in shown],
         f"search, {setting.queries} queries": [share(of["search"][:, i]) for i in shown],
@@ -248,14 +213,14 @@ def main(setting: Texts) -> None:
         for name, level in PUBLISHED.items():
             claim = f"opacity {opacity:g}: one overlay, without a query, loses {name} of the pictures"
             answers.append(Answer(claim, format(found["one overlay"][i]), verdict(found["one overlay"][i], level)))
-        more = mean(of["one"][:, i] - of["noise"][:, i])
+        more = mean(of["one"][:, i] - of["noise"][:, i], -1, 1)
         claim = f"opacity {opacity:g}: one overlay loses more pictures than noise of its size"
         answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
         if setting.service is not None:
-            more = mean(of["service"][:, i] - of["service noise"][:, i])
+            more = mean(of["service"][:, i] - of["service noise"][:, i], -1, 1)
             claim = f"opacity {opacity:g}: on the service, one overlay loses more pictures than noise of its size"
             answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
-    more = mean(of["one"][:, -1] - of["one"][:, 0])
+    more = mean(of["one"][:, -1] - of["one"][:, 0], -1, 1)
     claim = f"one overlay of opacity {opacities[-1]:g} loses more pictures than one of {opacities[0]:g}"
     answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
     likeness = {name: [mean(of[name][:, i]) for i in shown] for name in ("ssim", "psnr", "queries")}

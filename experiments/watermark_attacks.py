@@ -79,6 +79,7 @@ def main(setting: Watermarking) -> None:
     if not 1 <= setting.quality <= 100:
         raise ValueError(f"--quality must be from 1 to 100, got {setting.quality}")
     size = models.network(setting.model).image_size
+    embedding.check_even((size, size, 3))
     marks = watermarks.installed(size) if setting.watermarks is None else watermarks.read(setting.watermarks, size)
     for name, reason in marks.damaged:
         print(f"left out: {name}: {reason}")
@@ -240,8 +241,8 @@ def answers(
 ) -> list[Answer]:
     """The paper's directions, and what the controls say."""
 
-    def more(claim: str, gain: np.ndarray) -> Answer:
-        estimate = bootstrap_mean(gain, seed=setting.seed)
+    def more(claim: str, gain: np.ndarray, bounds: tuple[int, int] | None = None) -> Answer:
+        estimate = bootstrap_mean(gain, seed=setting.seed, bounds=bounds)
         return Answer(claim, f"by {estimate}, {estimate.count} pictures", verdict(estimate, 0.0))
 
     found = []
@@ -252,10 +253,11 @@ def answers(
             share = proportion(int(mine["success"].sum()), len(mine["success"]))
             claim = f"{transform}: success above the published {PUBLISHED:.2%} (other networks)"
             found.append(Answer(claim, f"{share:.1%}, {share.count} pictures", verdict(share, PUBLISHED)))
-        found.append(more(f"{transform}: succeeds more often than the JPEG alone", mine["success"] - alone))
+        found.append(more(f"{transform}: succeeds more often than the JPEG alone", mine["success"] - alone, (-1, 1)))
         for source, other in (("noise", "pictures of noise"), ("random signs", "random signs of the same norms")):
             theirs = by[f"{transform}, {source}"]
-            found.append(more(f"{transform}: succeeds more often than {other}", mine["success"] - theirs["success"]))
+            gain = mine["success"] - theirs["success"]
+            found.append(more(f"{transform}: succeeds more often than {other}", gain, (-1, 1)))
             gain = np.log2(theirs["queries"]) - np.log2(mine["queries"])
             found.append(more(f"{transform}: needs fewer queries than {other} (log2 of the ratio)", gain))
     if cifar:

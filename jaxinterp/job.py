@@ -63,7 +63,7 @@ def begin(
     model: str,
     chosen: Mapping[str, Attack],
     config: Mapping[str, Any],
-    check: Callable[[Network], None],
+    check: Callable[[Network], object],
     out: Path,
     labels: str,
     data_dir: Path | None,
@@ -100,8 +100,7 @@ def begin(
     for name, value in (("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"--seed must be from 0 to {_LARGEST_SEED}, got {seed}")
+    check_seed(seed)
     network, params = load(model)
     check(network)
     marks = None if watermarks is None else read_watermarks(watermarks, network.image_size)
@@ -160,6 +159,12 @@ def begin(
     if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
     return Job(run, network, params, equipped, selected, seen, source.label_origin)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that JAX or numpy does not take."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"--seed must be from 0 to {_LARGEST_SEED}, got {seed}")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import graphlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,11 @@ class LabelTree:
             )
         above = [self._above(label) for label in classes]
         number = {label: i for i, label in enumerate(dict.fromkeys(a for ways in above for a in ways))}
+        try:
+            graphlib.TopologicalSorter({label: self.parents.get(label, ()) for label in number}).prepare()
+        except graphlib.CycleError as error:
+            way = " above ".join(map(repr, error.args[1]))
+            raise ValueError(f"the label tree {self.name}: labels are above themselves: {way}") from None
         far = 2**20  # more than any way
         up = np.full((len(classes), len(number)), far, np.int32)
         for row, ways in zip(up, above, strict=True):

@@ -182,6 +182,31 @@ def _check_fits(network: Network, model: Model, images: np.ndarray) -> None:
         raise ValueError(f"{network.name} cannot take images of {size}: {error}") from error
 
 
+def labelled(source: Source, say: Callable[[str], object] = print) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images [N,H,W,C], labels [N] and ids of the pictures that can be read and have a label.
+
+    Args:
+        source: the pictures.
+        say: is told how many are left out, and which.
+
+    Raises:
+        ValueError: there is none, or they have different shapes.
+    """
+    damaged: list[DamagedImage] = []
+    found = next(batches(source, max(1, len(source)), on_damaged=damaged.append), None)
+    kept = np.zeros(0, bool) if found is None else found.mask & (found.labels >= 0)
+    if found is None or not kept.any():
+        raise ValueError(f"pictures: none of {len(source)} can be read and has a label, expected at least one")
+    if not kept.all():
+        say(f"{len(source) - kept.sum()} of {len(source)} pictures are left out")
+    for error in damaged:
+        say(f"  {error.id}: could not be read: {error.reason}")
+    for place in np.flatnonzero(found.mask & (found.labels < 0)):
+        say(f"  {found.ids[place]}: has no label")
+    ids = tuple(name for name, keep in zip(found.ids, kept, strict=True) if keep)
+    return found.images[kept], found.labels[kept], ids
+
+
 def random_targets(ids: Sequence[str], labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
     """A class other than the label for every picture, from the seed and the picture's id alone."""
     digests = np.array([zlib.crc32(name.encode()) for name in ids], np.uint32)

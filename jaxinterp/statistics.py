@@ -32,13 +32,23 @@ class Estimate:
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def bootstrap_mean(values: Sequence[Any] | np.ndarray, *, seed: int, level: float = 0.95) -> Estimate:
+def bootstrap_mean(
+    values: Sequence[Any] | np.ndarray,
+    *,
+    seed: int,
+    level: float = 0.95,
+    bounds: tuple[float | int, float | int] | None = None,
+) -> Estimate:
     """The mean of the finite values with a bias-corrected and accelerated bootstrap interval.
+
+    Resampling values that are all alike shows no spread: the interval has no width then, unless `bounds` are given.
 
     Args:
         values: one for each picture; those that are not finite are left out.
         seed: of the resampling.
         level: of the interval.
+        bounds: between which values can lie, such as 0 and 1 of successes. Where all are alike, the interval allows
+            for as many at a bound as may exist without one of them being seen: 20 of 20 are no proof of all.
     """
     from scipy.stats import bootstrap
 
@@ -47,9 +57,12 @@ def bootstrap_mean(values: Sequence[Any] | np.ndarray, *, seed: int, level: floa
     if finite.size == 0:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     mean = float(np.mean(finite))
-    if finite.size == 1 or np.ptp(finite) == 0:
-        spread = float("nan") if finite.size == 1 else mean
-        return Estimate(mean, spread, spread, int(finite.size))
+    if finite.size == 1:
+        return Estimate(mean, float("nan"), float("nan"), 1)
+    if np.ptp(finite) == 0:
+        unseen = proportion(0, finite.size, level=level).high
+        low, high = (mean, mean) if bounds is None else (mean + unseen * (bound - mean) for bound in bounds)
+        return Estimate(mean, low, high, int(finite.size))
     interval = bootstrap(
         (finite,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)
     ).confidence_interval

@@ -21,10 +21,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from jaxinterp import processes
+from jaxinterp import effect, job, processes
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.concepts import Dissected
 from jaxinterp.explain import Explained, explain
+from jaxinterp.job import Job
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import chunks, part_name
 from jaxinterp.processes import open_run, read_part
@@ -38,16 +39,14 @@ CONFIRMED, NOT_CONFIRMED, UNDECIDED = "confirmed", "not confirmed", "undecided a
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What every study is asked.
+class Asked:
+    """What every study of cells is asked.
 
     Attributes:
         pictures: Picture files and folders; none means the labelled ImageNet pictures of the `samples` extra.
         model: Network, converted with `jaxinterp convert`.
-        attack: As in `jaxinterp explain`; may be given several times. None means the four of the paper.
         cell: Side of a cell, in pixels.
-        maps: Class activation maps, as in `jaxinterp explain`.
-        out: Results directory; studies of one model may share it. None means results/study/MODEL.
+        out: Results directory; None means one in results/ by the names of the study and the network.
         labels: As in `jaxinterp explain`.
         limit: Use only the first so many pictures.
         seed: Of targets, random starts, shuffled controls and the bootstrap.
@@ -56,14 +55,26 @@ class Setting:
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     model: str = "efficientnet_lite0"
-    attack: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     cell: int = 14
-    maps: str = "auto"
     out: Path | None = None
     labels: str = "auto"
     limit: int | None = None
     seed: int = 0
     batch_size: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting(Asked):
+    """What a study of a run of `jaxinterp explain` is asked.
+
+    Attributes:
+        out: Results directory; studies of one model may share it. None means results/study/MODEL.
+        attack: As in `jaxinterp explain`; may be given several times. None means the four of the paper.
+        maps: Class activation maps, as in `jaxinterp explain`.
+    """
+
+    attack: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    maps: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +207,25 @@ def begin(name: str, setting: Setting, config: Mapping[str, Any], attacks: Seque
     return Study(name, found, run, setting.seed)
 
 
+def survey(name: str, setting: Asked, chosen: Mapping[str, Attack], config: Mapping[str, Any]) -> Job:
+    """Opens the pictures and the results directory of a study that attacks by itself; see `jaxinterp.job.begin`."""
+    return job.begin(
+        name,
+        setting.pictures,
+        model=setting.model,
+        chosen=chosen,
+        config={"cell": setting.cell, **config},
+        check=lambda network: effect.grid(network.image_size, network.image_size, setting.cell),
+        out=setting.out or Path("results") / name / setting.model,
+        labels=setting.labels,
+        data_dir=None,
+        limit=setting.limit,
+        seed=setting.seed,
+        batch_size=setting.batch_size,
+        say=print,
+    )
+
+
 def problem(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Clean and adversarial images, true classes and targets of a chunk."""
     return arrays["clean"], arrays["adversarial"], arrays["labels"], arrays["targets"]
@@ -247,10 +277,10 @@ def dissected(setting: Units, out: Path | None = None, model: str | tuple[Networ
         print(f"{setting.data} does not exist and is made of the installed pictures")
         broden.make((), setting.data)
     group.wait()
-    job = concepts.prepare(
+    prepared = concepts.prepare(
         f"broden:{setting.data}", model=model or setting.model, nodes=setting.node, quantile=setting.quantile
     )
     if out is None:
         nodes = "" if not setting.node else "-" + file_name("-".join(setting.node))
         out = Path("results/dissect") / f"{setting.model}{nodes}"
-    return concepts.dissect(job, out, cache=setting.data.with_name(setting.data.name + ".packed"))
+    return concepts.dissect(prepared, out, cache=setting.data.with_name(setting.data.name + ".packed"))

@@ -32,6 +32,12 @@ def test_classes_without_a_common_ancestor():
         LabelTree("t", {"a": ("x",), "b": ("y",)}).distances(["a", "b"])
 
 
+def test_labels_above_themselves():
+    parents = {"a": ("x",), "b": ("x",), "x": ("y",), "y": ("z",), "z": ("x",)}
+    with pytest.raises(ValueError, match=r"tree t: labels are above themselves: '[xyz]' above '[xyz]' above '[xyz]'"):
+        LabelTree("t", parents).distances(["a", "b"])
+
+
 def test_files(tmp_path):
     path = tmp_path / "is_a.txt"
     path.write_text("# WordNet\nn1 n2\nn1 n3\n\nn0 n1\n")

@@ -10,6 +10,7 @@ from PIL import Image
 from jaxinterp import explain, models
 from jaxinterp import job as jobs
 from jaxinterp import pictures as seen
+from jaxinterp.data import DamagedImage, Example
 from jaxinterp.explain.page import figure_path
 from jaxinterp.runs import Run, file_name
 from jaxinterp.weights import checkpoint, seeded
@@ -73,6 +74,29 @@ def test_images_that_the_network_cannot_take(tmp_path):
     np.savez(tmp_path / "grey.npz", images=np.zeros((2, 32, 32), np.uint8))
     with pytest.raises(ValueError, match=r"small_cnn cannot take images of 32 x 32 pixels and 1 channel: "):
         job(tmp_path / "grey.npz", tmp_path / "out")
+
+
+class Mixed:
+    """Four pictures: one is damaged, one has no label."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise DamagedImage("b", "cut short")
+        return Example(np.full((2, 2, 3), index / 4, np.float32), (3, 5, -1, 7)[index], "abcd"[index])
+
+
+def test_pictures_that_are_damaged_or_have_no_label_are_left_out_and_said():
+    said = []
+    images, labels, ids = seen.labelled(Mixed(), said.append)
+    np.testing.assert_array_equal(images[:, 0, 0, 0], [0, 0.75])
+    assert (labels.tolist(), ids) == ([3, 7], ("a", "d"))
+    assert said == ["2 of 4 pictures are left out", "  b: could not be read: cut short", "  c: has no label"]
+    for few in ((1, 2), (1,), ()):
+        with pytest.raises(ValueError, match=f"none of {len(few)} can be read and has a label"):
+            seen.labelled(seen.Selection(Mixed(), few), said.append)
 
 
 def test_the_survey_takes_no_larger_batches_than_there_are_pictures(tmp_path, monkeypatch):

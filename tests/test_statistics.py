@@ -42,6 +42,14 @@ def test_degenerate_samples():
     assert (same.low, same.high) == (0.5, 0.5)
 
 
+def test_values_that_are_all_alike_have_the_interval_of_a_share():
+    found, exact = bootstrap_mean([1.0] * 20, seed=0, bounds=(0, 1)), proportion(20, 20)
+    np.testing.assert_allclose(found.interval, exact.interval, rtol=1e-12)
+    difference = bootstrap_mean([0.0] * 20, seed=0, bounds=(-1, 1))
+    np.testing.assert_allclose([difference.low, difference.high], [exact.low - 1, 1 - exact.low], rtol=1e-12)
+    assert bootstrap_mean([0, 1] * 9, seed=0, bounds=(0, 1)) == bootstrap_mean([0, 1] * 9, seed=0)
+
+
 def test_the_same_seed_gives_the_same_interval(rng):
     values = rng.random(20)
     assert bootstrap_mean(values, seed=3) == bootstrap_mean(values, seed=3)

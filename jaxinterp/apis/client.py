@@ -9,6 +9,7 @@ no attribute, message or log.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import email.utils
 import ipaddress
@@ -118,11 +119,11 @@ class HTTPVision:
         return self._asked("text", to_png(image), read_text)
 
     def close(self) -> None:
-        """Ends the connection and the thread; the next request would begin anew."""
+        """Ends the connection and the thread, and requests of other threads; the next one would begin anew."""
         with self._starting:
             loop, http, self._loop, self._http = self._loop, self._http, None, None
         if loop is not None:
-            asyncio.run_coroutine_threadsafe(http.aclose(), loop).result()
+            asyncio.run_coroutine_threadsafe(_ended(http), loop).result()
             loop.call_soon_threadsafe(loop.stop)
 
     def __enter__(self) -> HTTPVision:
@@ -178,10 +179,11 @@ class HTTPVision:
         """Status, headers and body of one answer; _Passing where there is none."""
         import httpx
 
-        loop = self._running()
-        exchange = asyncio.run_coroutine_threadsafe(self._exchange(where, body), loop)
+        exchange = self._begun(where, body)
         try:
             return exchange.result()
+        except concurrent.futures.CancelledError:
+            raise ServiceError(f"{where}: the client was closed before the answer came") from None
         except (TimeoutError, httpx.TimeoutException):
             raise _Passing(f"did not answer within {self.timeout:g} seconds") from None
         except httpx.ConnectError:
@@ -192,13 +194,13 @@ class HTTPVision:
             exchange.cancel()
             raise
 
-    async def _exchange(self, where: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+    async def _exchange(self, http: Any, where: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
         headers = {"Content-Type": "image/png", "Accept": "application/json", "Accept-Encoding": "identity"}
         if self.key_variable is not None:
             headers["Authorization"] = f"Bearer {_key(self.key_variable)}"
         async with (
             asyncio.timeout(self.timeout),
-            self._http.stream("POST", where, content=body, headers=headers) as response,
+            http.stream("POST", where, content=body, headers=headers) as response,
         ):
             packed = response.headers.get("content-encoding", "identity")
             if packed.strip().lower() not in ("", "identity"):
@@ -210,8 +212,8 @@ class HTTPVision:
                     raise BadAnswer(f"{where}: the answer is longer than {self.max_bytes} bytes", response.status_code)
             return response.status_code, response.headers, bytes(answer)
 
-    def _running(self) -> asyncio.AbstractEventLoop:
-        """The loop that requests run in, in a thread of its own: only there can one be ended at its deadline."""
+    def _begun(self, where: str, body: bytes) -> concurrent.futures.Future[Any]:
+        """An exchange in a loop that has a thread of its own: only there can one be ended at its deadline."""
         import httpx
 
         with self._starting:
@@ -219,7 +221,7 @@ class HTTPVision:
                 self._loop = asyncio.new_event_loop()
                 self._http = httpx.AsyncClient(timeout=self.timeout, follow_redirects=False, trust_env=self._proxies)
                 threading.Thread(target=_serve, args=(self._loop,), name="jaxinterp-http", daemon=True).start()
-            return self._loop
+            return asyncio.run_coroutine_threadsafe(self._exchange(self._http, where, body), self._loop)
 
     def _words(self, answer: bytes) -> str:
         """What the service says about its status, shortened, on one line and without the key."""
@@ -230,6 +232,15 @@ class HTTPVision:
             text = text.replace(_key(self.key_variable), "***")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return f": {text[:_QUOTED]}" if text else ""
+
+
+async def _ended(http: Any) -> None:
+    """Ends all requests and the connection; without it those who wait for an answer would wait for ever."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await http.aclose()
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import io
 import json
 import os
 import socket
@@ -28,7 +29,7 @@ from jaxinterp.data.decode import decode_pixels, stored_size
 from jaxinterp.data.source import DamagedImage
 
 _TYPES = ("application/octet-stream", "image/")
-_DRAINED = 2**18  # bytes of a refused request that are read
+_DRAINED, _DRAINING = 2**18, 1.0  # bytes of a refused request that are read, and seconds that this may take
 
 
 class _Refused(Exception):
@@ -37,6 +38,30 @@ class _Refused(Exception):
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None):
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
+
+
+class _Timely(io.RawIOBase):
+    """What a connection receives until a deadline, however little at a time."""
+
+    def __init__(self, connection: socket.socket, patience: float | int):
+        self.connection, self.patience = connection, patience
+        self.begin()
+
+    def begin(self) -> None:
+        """Sets the deadline anew."""
+        self.end = time.monotonic() + self.patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises _Refused at the deadline."""
+        left = self.end - time.monotonic()
+        if left > 0:
+            self.connection.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                return self.connection.recv_into(buffer)
+        raise _Refused(408, f"the request did not arrive within {self.patience:g} seconds")
 
 
 class Server(ThreadingHTTPServer):
@@ -65,10 +90,11 @@ class Server(ThreadingHTTPServer):
             api: what answers.
             host: address to listen on; the default is reached from this machine only.
             port: 0 means any that is free, see `url`.
-            about: what GET / tells, beside whether there are labels and text.
+            about: what GET / tells beside "labels" and "text", which are true unless it says otherwise.
             key_variable: name of the environment variable with the key that requests must bring as a bearer token;
                 None means that anyone is served.
-            timeout: seconds that a client may take to send a request.
+            timeout: seconds that a client may take to send a request, from its first byte to its last, or to read an
+                answer, and that a connection may be idle.
             max_bytes: of a picture's file.
             max_pixels: of a picture.
             connections: at once; the next one is told to come again.
@@ -89,7 +115,7 @@ class Server(ThreadingHTTPServer):
             raise ValueError(f"the environment variable {key_variable!r}, which is to hold the key, is not set")
         self.api, self.key_variable, self.say = api, key_variable, say
         self.patience, self.max_bytes, self.max_pixels = timeout, max_bytes, max_pixels
-        self.about = {"service": "jaxinterp", **(about or {})}
+        self.about = {"service": "jaxinterp", "labels": True, "text": True, **(about or {})}
         self._free = threading.BoundedSemaphore(connections)
         super().__init__((host, port), _Handler)
 
@@ -135,8 +161,24 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        self.request.settimeout(self.server.patience)
         super().setup()
+        self.received = _Timely(self.connection, self.server.patience)
+        self.rfile = io.BufferedReader(self.received)
+
+    def handle_one_request(self) -> None:
+        """The deadline of a request begins with its first byte."""
+        self.requestline, self.command = "", ""
+        self.received.begin()
+        try:
+            self.rfile.peek(1)  # type: ignore[attr-defined]  # it is buffered
+        except _Refused:  # nothing was asked
+            self.close_connection = True
+            return
+        self.received.begin()
+        try:
+            super().handle_one_request()
+        except _Refused as error:  # in the headers
+            self.send_error(error.status, str(error))
 
     def do_GET(self) -> None:
         self._answered(self._about)
@@ -186,18 +228,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(413, f"the picture's file is larger than {self.server.max_bytes} bytes")
         if not int(length):
             raise _Refused(400, "the body is empty, where a picture was expected")
-        body, end = bytearray(), time.monotonic() + self.server.patience
-        while len(body) < int(length):
-            try:
-                part = self.rfile.read1(min(2**16, int(length) - len(body)))  # type: ignore[attr-defined]  # it is buffered
-            except TimeoutError:
-                part, end = b"", 0.0
-            if time.monotonic() > end:
-                raise _Refused(408, f"the picture did not arrive within {self.server.patience:g} seconds")
-            if not part:
-                raise _Refused(400, f"the body was cut short at {len(body)} of {int(length)} bytes")
-            body += part
-        return bytes(body)
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise _Refused(400, f"the body was cut short at {len(body)} of {int(length)} bytes")
+        return body
 
     def _picture(self, body: bytes) -> Any:
         try:
@@ -227,6 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: dict[str, Any], headers: Mapping[str, str]) -> None:
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        self.connection.settimeout(self.server.patience)
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
@@ -244,17 +279,16 @@ class _Handler(BaseHTTPRequestHandler):
 
         A connection that is closed with something unread is reset, which may take the answer away from its reader.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, _Refused):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(0.2)
-            left = _DRAINED
-            while left > 0 and (part := self.connection.recv(left)):
+            rest, left = _Timely(self.connection, _DRAINING), _DRAINED
+            while left > 0 and (part := rest.read(left)):
                 left -= len(part)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library refuses (a malformed request, an unknown method), in the same form."""
         self.close_connection = True
-        self.command = getattr(self, "command", None) or "GET"
+        self.command = self.command or "GET"
         self.request_version = "HTTP/1.1"
         code, headers = (405, {"Allow": "GET, POST"}) if code == 501 else (code, {})
         with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ from jaxinterp.data import Arrays
 from jaxinterp.network import Params
 from jaxinterp.pictures import classify
 from jaxinterp.processes import open_run
-from jaxinterp.runs import Run
+from jaxinterp.runs import Run, differences
 from jaxinterp.statistics import Estimate, proportion
 from jaxinterp.training.generated import Generated, Squares
 from jaxinterp.training.loop import Outcome, fit
@@ -150,7 +150,7 @@ def save(
         source={
             "file": "trained by jaxinterp.training.detectors",
             "sha256": whole.hexdigest(),
-            "data": hashlib.sha256(data.train.images.tobytes() + data.train.labels.tobytes()).hexdigest(),
+            "data": data.digest,
             "license": "Apache-2.0",
             "accuracy": {group: [e.mean, e.low, e.high, e.count] for group, e in trained.accuracy.items()},
             "optax": importlib.metadata.version("optax"),
@@ -180,21 +180,30 @@ def ensure(
         say: is told what is done, line by line.
 
     Raises:
-        ValueError: a checkpoint that is damaged, or trained on other squares; a directory of another config.
+        ValueError: a checkpoint that is damaged, of other squares or of another training; a directory of another
+            config.
         OSError: a checkpoint cannot be written.
     """
     place = checkpoint.default_root() if root is None else Path(root)
-    digest = hashlib.sha256(data.train.images.tobytes() + data.train.labels.tobytes()).hexdigest()
-    found = {}
-    for name in NAMES:
-        if not (place / name).is_dir():
-            say(f"{name} has no checkpoint in {place} and is trained")
-            run = open_run(out, {"detectors": list(NAMES), "data": digest, "epochs": epochs, "seed": seed})
-            params = train(name, data.train, run=run, epochs=epochs, seed=seed)
-            made = Trained(name, params, accuracy(name, params, data.test))
-            save(made, data, root=place, settings={"epochs": epochs, "seed": seed})
+    settings = {"epochs": epochs, "seed": seed}
+    wanted = {"data": data.digest, **settings}
+
+    def stored(name: str) -> dict[str, Estimate]:
         source = checkpoint.read_manifest(place / name, name=name)["source"]
-        if source.get("data") != digest:
-            raise ValueError(f"{place / name} was trained on other squares; remove it to train it anew")
-        found[name] = {group: Estimate(*values) for group, values in source["accuracy"].items()}
-    return found
+        differing = differences({key: source.get(key) for key in wanted}, wanted)
+        if differing:
+            raise ValueError(
+                f"{place / name} comes from another training; remove it to train it anew. It differs in "
+                + "; ".join(differing)
+            )
+        return {group: Estimate(*values) for group, values in source["accuracy"].items()}
+
+    missing = [name for name in NAMES if not (place / name).is_dir()]
+    found = {name: stored(name) for name in NAMES if name not in missing}  # before anything is trained
+    for name in missing:
+        say(f"{name} has no checkpoint in {place} and is trained")
+        run = open_run(out, {"detectors": list(NAMES), **wanted})
+        params = train(name, data.train, run=run, epochs=epochs, seed=seed)
+        save(Trained(name, params, accuracy(name, params, data.test)), data, root=place, settings=settings)
+        found[name] = stored(name)
+    return {name: found[name] for name in NAMES}

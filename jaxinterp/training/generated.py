@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import zlib
@@ -34,18 +35,21 @@ from jaxtyping import Array, Int, UInt8
 
 from jaxinterp import processes
 from jaxinterp.broden.make import installed
-from jaxinterp.data import Arrays
+from jaxinterp.data import Arrays, Folder
 from jaxinterp.data.decode import decode_pixels, resize_pixels
+from jaxinterp.job import identity
 from jaxinterp.jpeg import to_levels
 from jaxinterp.models.detectors import IMAGE_SIZE
 from jaxinterp.models.layers import Conv, standardize
 from jaxinterp.models.registry import Module
-from jaxinterp.network import Tap, identity
+from jaxinterp.network import Tap
+from jaxinterp.network import identity as untapped
 from jaxinterp.processes import open_run
 from jaxinterp.runs import Run, replacing
 from jaxinterp.training.loop import Outcome, fit
 
 RECIPES = ("splice", "resampled", "autoencoder")
+HELD_OUT_CROPS = 30  # squares of every test picture, unless others are asked for
 FILTERS = ("nearest", "bilinear", "bicubic", "transposed")
 
 _SHORT = 320  # side to which pictures are reduced
@@ -106,13 +110,21 @@ class Generated:
     test: Squares
     psnr: float
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all squares and labels."""
+        whole = hashlib.sha256()
+        for squares in (self.train, self.test):
+            whole.update(squares.images.tobytes() + squares.labels.tobytes())
+        return whole.hexdigest()
+
 
 def make(
     out: str | os.PathLike[str],
     *,
     pictures: Sequence[str | os.PathLike[str]] = (),
     crops: int = 100,
-    held_out_crops: int = 30,
+    held_out_crops: int = HELD_OUT_CROPS,
     epochs: int = 13,
     seed: int = 0,
 ) -> Generated:
@@ -136,10 +148,11 @@ def make(
             raise ValueError(f"{name} must be at least 1, got {value}")
     paths = [os.fspath(path) for path in pictures] or [path for group in installed() for path in group]
     names = divided([os.path.basename(path) for path in paths])
+    source = Folder(sorted(paths, key=os.path.basename), crop=None, labels="predicted", classes=2)
     run = open_run(
         out,
         {
-            **{"set": "generated", "pictures": sorted(map(os.path.basename, paths)), "crops": crops},
+            **{"set": "generated", "pictures": identity(source, paths, len(source)), "crops": crops},
             **{"held_out_crops": held_out_crops, "epochs": epochs, "seed": seed},
         },
     )
@@ -317,7 +330,7 @@ def trained_autoencoder(
     params = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
     def loss(params, x, labels, keys):
-        return Outcome(jnp.mean(jnp.square(apply(params, x, identity) - x), axis=(1, 2, 3)))
+        return Outcome(jnp.mean(jnp.square(apply(params, x, untapped) - x), axis=(1, 2, 3)))
 
     fitted = fit(
         loss,
@@ -340,4 +353,4 @@ def _rebuilt(apply: Module, params: Any, images: UInt8[np.ndarray, "n s s 3"]) -
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(apply, params, levels):
-    return apply(params, levels.astype(jnp.float32) / 255, identity)
+    return apply(params, levels.astype(jnp.float32) / 255, untapped)

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from jaxinterp import models, parallel, processes
-from jaxinterp.data import Crop, batches, open_source
+from jaxinterp.data import Crop, Tfds, batches, open_source
+from jaxinterp.data.folder import some
 from jaxinterp.data.spec import AnySource
 from jaxinterp.job import Say, identity
 from jaxinterp.network import Network, Params
@@ -108,7 +109,8 @@ def train(
 
     Args:
         data: training pictures, as `jaxinterp.data.open_source` takes them.
-        held_out: pictures on which accuracy is measured after every epoch, clean and after FGSM at the recipe's eps.
+        held_out: pictures on which accuracy is measured after every epoch, clean and after FGSM at the recipe's eps;
+            those without a label do not count.
         model: name of the network.
         recipe: how it is trained.
         out: results directory: training.csv, training.png, summary.json and ckpts/MODEL.
@@ -135,6 +137,9 @@ def train(
     source, count = _open(data, network, labels, data_dir, limit)
     tested = None if held_out is None else _open(held_out, network, labels, data_dir, None)
     chosen = source if count == len(source) else _First(source, count)
+    unlabelled = [] if tested is None else _unlabelled(tested[0])
+    if tested is not None and len(unlabelled) == tested[1]:
+        raise ValueError(f"held_out: none of {tested[1]} pictures has a label, expected at least one")
     check(chosen, recipe.epochs, recipe.batch_size, parallel.global_mesh())
     run = open_run(
         out,
@@ -149,6 +154,8 @@ def train(
         },
     )
     say(f"{count} pictures; labels: {source.label_origin}")
+    if unlabelled:
+        say(f"  {len(unlabelled)} held-out pictures have no label and do not count: {some(unlabelled)}")
     if params is None:
         params = models.init(model, jax.random.key(recipe.seed), network.num_classes)
     steps = recipe.epochs * -(-count // recipe.batch_size)
@@ -183,7 +190,10 @@ def save(params: Params, folder: Path, network: Network, model: str, origin: dic
 
 
 def accuracies(network: Network, source: Any, eps: float, batch_size: int) -> Callable[[Params], dict[str, float]]:
-    """A function from parameters to "held-out accuracy" and "held-out adversarial accuracy" (FGSM at `eps`)."""
+    """A function from parameters to "held-out accuracy" and "held-out adversarial accuracy" (FGSM at `eps`).
+
+    They are not numbers where no picture can be read and has a label.
+    """
     program, group = _correct(network), processes.current()
 
     def measure(params: Params) -> dict[str, float]:
@@ -194,13 +204,11 @@ def accuracies(network: Network, source: Any, eps: float, batch_size: int) -> Ca
         for batch in batches(source, size, shard=(group.index, group.count)):
             images, labels = parallel.shard((batch.images, batch.labels), mesh)
             clean, attacked = program(placed, images, labels, jnp.float32(eps))
-            kept = batch.mask
+            kept = batch.mask & (batch.labels >= 0)
             counts += [np.sum(kept), np.sum(np.asarray(clean)[kept]), np.sum(np.asarray(attacked)[kept])]
         seen, *right = group.settle(counts.tolist(), lambda found: np.sum(found, axis=0).tolist())
-        return {
-            "held-out accuracy": right[0] / max(seen, 1),
-            "held-out adversarial accuracy": right[1] / max(seen, 1),
-        }
+        clean, attacked = (count / seen if seen else float("nan") for count in right)
+        return {"held-out accuracy": clean, "held-out adversarial accuracy": attacked}
 
     return measure
 
@@ -227,6 +235,13 @@ class _First:
 
     def __getitem__(self, index: int) -> Any:
         return self.source[index]
+
+
+def _unlabelled(source: AnySource) -> list[str]:
+    """Ids of the pictures that are known to have no label."""
+    if isinstance(source, Tfds):  # does not tell before it is read
+        return []
+    return [source.ids[i] for i in np.flatnonzero(source.labels < 0)]
 
 
 def _listed(data: Any) -> Sequence[str]:

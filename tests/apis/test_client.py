@@ -173,6 +173,26 @@ def test_a_closed_client_begins_anew():
         api.close()
 
 
+def test_closing_ends_the_requests_of_other_threads():
+    with hostile(silent) as server:
+        api, _ = client(server.url, timeout=60)
+        found = []
+
+        def ask():
+            with pytest.raises(ServiceError, match="the client was closed before the answer came"):
+                api.labels(IMAGE)
+            found.append(True)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        end = time.monotonic() + 10
+        while not server.requests and time.monotonic() < end:
+            time.sleep(0.01)
+        api.close()
+        asking.join(10)
+        assert found
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_what_may_pass_is_tried_again(status):
     with hostile(answer("", status), answer("", status), answer(GOOD)) as server:

@@ -109,7 +109,7 @@ def test_client_and_server_agree(service, rng):
         assert api.text(image) == ("9 x 7",)
     status, headers, about = ask(service, b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
     assert (status, headers["Content-Type"]) == (200, "application/json")
-    assert about == {"service": "jaxinterp", "model": "mean"}
+    assert about == {"service": "jaxinterp", "labels": True, "text": True, "model": "mean"}
 
 
 def test_any_picture_format_will_do(service):
@@ -162,6 +162,36 @@ def test_a_picture_that_is_cut_short_or_too_slow(service):
     status, _, answer = ask(service, half)
     assert status == 408
     assert time.monotonic() - begun < 4  # less than the client's own time
+
+
+@pytest.mark.parametrize("start", [b"POST /lab", b"POST /labels HTTP/1.1\r\nX: ", post(body=png())[:-60]])
+def test_a_request_that_comes_byte_by_byte_has_one_deadline(service, start):
+    with connected(service) as connection:
+        connection.sendall(start)
+        connection.settimeout(0.05)
+        end, answer = time.monotonic() + 4, b""
+        while not answer and time.monotonic() < end:
+            connection.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"the request did not arrive within 0.4 seconds" in answer
+
+
+def test_what_is_left_of_a_refused_request_is_not_waited_for_for_long(service):
+    with connected(service) as connection:
+        connection.sendall(post("/faces", png()))
+        begun = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < begun + 4:
+                connection.sendall(b"a")
+                time.sleep(0.05)
+        assert time.monotonic() < begun + 4
+
+
+def test_an_idle_connection_is_ended_without_an_answer(service):
+    with connected(service) as connection:
+        assert connection.recv(65536) == b""
 
 
 def test_defects_and_missing_engines_are_said_without_details(capsys):
@@ -316,7 +346,8 @@ def test_serve_answers_and_ends(monkeypatch, capsys):
     monkeypatch.setattr(Server, "serve_forever", one_question)
     assert cli.main(["serve", "--model", "mean", "--port", "0", "--top", "2"]) == 0
     assert [label.name for label in seen[:2]] == ["bright", "red"]
-    assert seen[2] == {"service": "jaxinterp", "model": "mean", "size": 16, "classes": 3, "text": False}
+    about = {"service": "jaxinterp", "model": "mean", "size": 16, "classes": 3, "labels": True, "text": False}
+    assert seen[2] == about
     printed = capsys.readouterr()
     assert "mean: labels at http://127.0.0.1:" in printed.out
     assert '"POST /labels HTTP/1.1" 200' in printed.out

@@ -41,6 +41,10 @@ def test_every_attack_of_the_registry_is_compared_at_the_budget(script, passes, 
         if attack.name in ("square", "transparent-text"):
             tried = attack.steps if attack.name == "square" else attack.queries
             assert tried <= max(1, queries - 1)  # the input is asked about, too
+        if attack.name == "watermark":
+            assert attack.rounds == {"haar": 2, "dct": 10}[attack.transform]
+            assert 1 + script.FOLDERS * attack.failures * attack.rounds <= queries or attack.failures == 1
+            assert queries != 5000 or attack.failures == 10
     # Attacks in balls of one norm have one radius.
     radii = {
         norm: {float(a.eps) for a in built.values() if hasattr(a, "eps") and getattr(a, "norm", "linf") == norm}

@@ -96,29 +96,46 @@ def test_answers_follow_from_the_classes(ensembles):
 
 
 def test_bad_input_is_named(training, ensembles, tmp_path):
-    for change, message in (({"seeds": 0}, "--seeds must be at least 1"), ({"tree": "x"}, "unknown label tree 'x'")):
+    np.savez(tmp_path / "few.npz", images=np.zeros((24, 28, 28, 3), np.uint8), labels=np.arange(24) % 10)
+    few, out = str(tmp_path / "few.npz"), tmp_path / "out"
+    for change, message in (
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"tree": "x"}, "unknown label tree 'x'"),
+        ({"beta": -1.0}, "--beta must be finite and not negative, got -1.0"),
+        ({"train_eps": 0.0}, "--train-eps must be above 0 and at most 1, got 0.0"),
+        ({"eps": 1.5}, "--eps must be above 0 and at most 1, got 1.5"),
+        ({"share": 1.0}, "share must be above 0 and below 1, got 1.0"),
+        ({"share": 0.99}, "a share of 0.99 of 24 leaves no other images"),
+        ({"batch_size": 12}, "batch_size must be a multiple of the 8 devices, got 12"),
+    ):
         with pytest.raises(ValueError, match=message):
-            training.main(dataclasses.replace(training.Training(out=tmp_path), **change))
+            training.main(dataclasses.replace(training.Training(train=few, test=few, out=out), **change))
     for change, message in (
         ({"members": ("a",)}, "--members: expected at least two networks"),
         ({"held_out": ("efficientnet_lite0",)}, "none of which is held out"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"limit": 0}, "--limit must be at least 1"),
+        ({"seed": -1}, "--seed must be from 0 to"),
     ):
         with pytest.raises(ValueError, match=message):
-            ensembles.main(dataclasses.replace(ensembles.Transfer(out=tmp_path), **change))
+            ensembles.main(dataclasses.replace(ensembles.Transfer(out=out), **change))
+    assert not out.exists()
 
 
 @pytest.mark.exhaustive
 def test_a_small_training_is_measured(training, tmp_path, capsys):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (120, 28, 28, 3), np.uint8)
-    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(120) % 10)
-    data = str(tmp_path / "data.npz")
+    labels = np.arange(120) % 10
+    np.savez(tmp_path / "train.npz", images=images, labels=labels)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.where(labels == 3, -1, labels))
+    data, test = (str(tmp_path / f"{name}.npz") for name in ("train", "test"))
     setting = training.Training(
-        train=data, test=data, seeds=2, epochs=1, batch_size=40, steps=2, share=0.05, out=tmp_path / "out"
+        train=data, test=test, seeds=2, epochs=1, batch_size=40, steps=2, share=0.05, out=tmp_path / "out"
     )
     training.main(setting)
     first = capsys.readouterr().out
+    assert "12 of 120 pictures are left out" in first
     assert "level of units whose top pictures are random" in first
     for figure in ("measures", "levels", "units", "consistent-1"):
         assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 5_000

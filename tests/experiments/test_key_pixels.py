@@ -96,6 +96,26 @@ def test_the_first_squares_of_every_picture_are_attacked(study):
     assert set(found.pictures) == {"a_1.png", "b.png"}
 
 
-def test_bad_input_is_named(study, tmp_path):
-    with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
-        study.main(study.Keys(batch_size=0, out=tmp_path))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"crops": 31}, "--crops must be at most 30, got 31"),
+        ({"eps": -1.0}, "KeyPixels.eps must be finite and not negative, got -1.0"),
+        ({"rho": 1.5}, "KeyPixels.rho must be from 0 to 1, got 1.5"),
+        ({"cell": 33}, "cells must be from 1 pixel to the image's 32 x 32"),
+        ({"seed": -1}, "--seed must be from 0 to"),
+    ],
+)
+def test_bad_input_is_named(study, tmp_path, monkeypatch, given, message):
+    monkeypatch.setattr(study.generated, "make", lambda *_: pytest.fail("the set is made"))
+    with pytest.raises(ValueError, match=message):
+        study.main(study.Keys(out=tmp_path, **given))
+
+
+def test_no_training_of_detectors_is_no_number_of_epochs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    script = importlib.import_module("train_detectors")
+    monkeypatch.setattr(script.generated, "make", lambda *_: pytest.fail("the set is made"))
+    with pytest.raises(ValueError, match="--epochs must be at least 1, got 0"):
+        script.main(tmp_path, tmp_path, epochs=0)

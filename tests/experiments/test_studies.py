@@ -144,8 +144,8 @@ def test_transparent_text(tmp_path, monkeypatch):
     monkeypatch.setattr(apis, "HTTPVision", lambda url, **settings: contextlib.nullcontext(Reader()))
     assert tyro.cli(text.Texts, args=["--opacities", "0.1", "0.3"]).opacities == (0.1, 0.3)
     pictures = tuple(samples("cifar10", crop=Crop(32)).paths[:2])
-    asked = text.Texts(pictures, "cifar10_cnn", (0.9, 0.001), "go", draws=3, queries=15, cell=16, service="there")
-    asked = dataclasses.replace(asked, labels="names", batch_size=2, out=tmp_path / "text")
+    asked = text.Texts(pictures, "cifar10_cnn", 16, tmp_path / "text", labels="names", batch_size=2)
+    asked = dataclasses.replace(asked, opacities=(0.9, 0.001), text="go", draws=3, queries=15, service="there")
     text.main(asked)
     record = json.loads((tmp_path / "text" / "answers.json").read_text())
     assert record["pictures"] == 2
@@ -200,7 +200,7 @@ def test_a_service_is_asked_about_pictures_that_count(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_secret_text(tmp_path, monkeypatch):
+def test_secret_text(tmp_path, monkeypatch, capsys):
     secret = importlib.import_module("secret_text")
     assert secret.recovered("burn the letter", ("B urn", "THE lettering")) == (True, 1.0)
     assert secret.recovered("code 4096", ("code", "x", "40 96")) == (False, 1.0)
@@ -215,10 +215,15 @@ def test_secret_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(apis, "ocr_engine", lambda name: Reader())
     assert tyro.cli(secret.Secrets, args=["--engine", "tesseract"]).engine == "tesseract"
-    asked = secret.Secrets(opacities=(0.05, 0.5), font=12, side=96, limit=4, out=tmp_path / "secret")
+    (tmp_path / "broken.jpg").write_text("not a picture")
+    pictures = (str(tmp_path / "broken.jpg"), *samples("imagenet", crop=None).paths)
+    asked = secret.Secrets(pictures, (0.05, 0.5), font=12, side=96, limit=5, out=tmp_path / "secret")
     secret.main(asked)
+    assert "broken.jpg: could not be read: not a picture" in capsys.readouterr().out
     record = json.loads((asked.out / "answers.json").read_text())
-    parts = [np.load(path) for path in sorted((asked.out / "parts").iterdir())]
+    damaged, *parts = [np.load(path) for path in sorted((asked.out / "parts").iterdir())]
+    assert str(damaged["damaged"][0]) == record["results"]["damaged"][0][0] == "broken.jpg"
+    assert record["pictures"] == 4
     ids = samples("imagenet", crop=None).ids[:4]
     phrases = [secret.PHRASES[zlib.crc32(name.encode()) % 6] for name in ids]
     assert [str(part["secret"]) for part in parts] == phrases
@@ -234,8 +239,23 @@ def test_secret_text(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (asked.out / "parts").iterdir()}
     secret.main(asked)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    with pytest.raises(ValueError, match=r"--font 60: .* does not fit in 96 pixels; size \d+ fits"):
-        secret.main(dataclasses.replace(asked, font=60, out=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # Longer phrases than that of the first picture count, too.
+        ({"font": 60, "side": 420}, r"--font 60: 'burn the letter' does not fit in 420 pixels; size \d+ fits"),
+        ({"font": 0}, "--font must be at least 1 pixel, got 0"),
+        ({"side": 0}, "--side must be at least 1 pixel, got 0"),
+        ({"seed": -1}, "--seed must be from 0 to"),
+    ],
+)
+def test_secrets_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, given, message):
+    secret = importlib.import_module("secret_text")
+    with pytest.raises(ValueError, match=message):
+        secret.main(secret.Secrets(out=tmp_path / "out", **given))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.exhaustive

@@ -70,11 +70,13 @@ def test_answers_follow_from_success_and_queries(script):
         ({"failures": 0}, "--failures must be at least 1, got 0"),
         ({"quality": 101}, "--quality must be from 1 to 100, got 101"),
         ({"watermarks": Path("nowhere")}, "watermarks: no such folder: nowhere"),
+        ({"model": "inception_v3"}, "the Haar transform needs sides that two divides, got 299 x 299 pixels"),
     ],
 )
-def test_bad_input_is_named(script, given, message):
+def test_bad_input_is_named(script, given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        script.main(dataclasses.replace(script.Watermarking(model="cifar10_cnn"), **given))
+        script.main(dataclasses.replace(script.Watermarking(model="cifar10_cnn", out=tmp_path / "out"), **given))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.exhaustive

@@ -63,12 +63,21 @@ def test_an_easy_set_is_learnt_and_the_checkpoint_is_verified(tmp_path):
         load(NAME, root=tmp_path / "ckpts")
 
 
-def test_a_detector_of_other_squares_is_not_taken(tmp_path):
-    params = seeded.params(models.shapes(detectors.NAMES[0]))
+def test_a_detector_of_another_training_is_not_taken(tmp_path, monkeypatch):
+    name = detectors.NAMES[-1]  # whatever is missing before it is not trained in vain
+    monkeypatch.setattr(detectors, "train", lambda *_, **__: pytest.fail("nothing should be trained"))
     data = Generated(easy(4, 0), easy(4, 1), 0.0)
-    detectors.save(detectors.Trained(detectors.NAMES[0], params, {}), data, root=tmp_path)
-    with pytest.raises(ValueError, match="was trained on other squares; remove it"):
-        detectors.ensure(Generated(easy(4, 2), easy(4, 1), 0.0), tmp_path / "run", root=tmp_path)
+    trained = detectors.Trained(name, seeded.params(models.shapes(name)), {})
+    detectors.save(trained, data, root=tmp_path, settings={"epochs": 20, "seed": 0})
+    for other, epochs, seed, message in (
+        (Generated(easy(4, 2), data.test, 0.0), 20, 0, 'data: "'),
+        (Generated(data.train, easy(4, 2), 0.0), 20, 0, 'data: "'),
+        (data, 5, 0, "epochs: 20 there, 5 asked"),
+        (data, 20, 1, "seed: 0 there, 1 asked"),
+    ):
+        with pytest.raises(ValueError, match=f"another training; remove it to train it anew. It differs in {message}"):
+            detectors.ensure(other, tmp_path / "run", root=tmp_path, epochs=epochs, seed=seed)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

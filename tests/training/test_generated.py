@@ -1,6 +1,7 @@
 """The set of real and generated squares: recipes against closed forms, and nothing of a picture on both sides."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_every_square_is_there_as_real_and_as_generated(made):
     assert 0 < found.psnr < 20  # of an autoencoder that has hardly been trained
 
 
-def test_the_set_is_read_again_and_is_a_source(made, pictures):
+def test_the_set_is_read_again_and_is_a_source(made, pictures, tmp_path):
     out, found = made
     again = generated.make(out, pictures=pictures, crops=4, held_out_crops=3, epochs=1)
     for one, other in ((found.train, again.train), (found.test, again.test)):
@@ -104,5 +105,10 @@ def test_the_set_is_read_again_and_is_a_source(made, pictures):
     np.testing.assert_allclose(source[1].image * 255, found.test.images[1], atol=1e-3)
     with pytest.raises(ValueError, match=r"holds results of another config.*epochs"):
         generated.make(out, pictures=pictures, crops=4, held_out_crops=3, epochs=2)
+    for path in pictures:
+        shutil.copy(path, tmp_path)
+    Image.fromarray(RNG.integers(0, 256, (40, 50, 3), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"holds results of another config.*pictures"):
+        generated.make(out, pictures=sorted(tmp_path.iterdir()), crops=4, held_out_crops=3, epochs=1)
     with pytest.raises(ValueError, match="crops must be at least 1, got 0"):
         generated.make(out, pictures=pictures, crops=0)

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxinterp import cli, weights
+from jaxinterp import cli, models, weights
+from jaxinterp.data import Arrays
+from jaxinterp.training import job
 
 
 @pytest.fixture
@@ -50,6 +52,20 @@ def test_bad_input(examples, tmp_path, capsys, words, message):
     data = [] if "--data" in words else ["--data", examples]
     assert cli.main(["train", *data, "--batch-size", "8", *words, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_pictures_without_a_label_do_not_count(examples, tmp_path, monkeypatch, capsys):
+    images, labels = np.load(examples)["images"], np.array([-1] * 4 + [1] * 6 + [2] * 2)
+    with monkeypatch.context() as patched:  # a network that sees class 1 everywhere, and 2 where it is attacked
+        patched.setattr(job, "_correct", lambda network: lambda params, x, y, eps: (y == 1, y == 2))
+        found = job.accuracies(models.network("small_cnn"), Arrays(images, labels), 0.1, 8)({})
+    assert found == {"held-out accuracy": 0.75, "held-out adversarial accuracy": 0.25}
+    held_out = str(tmp_path / "held_out.npz")
+    np.savez(held_out, images=images, labels=np.full(12, -1))
+    words = ["train", "--data", examples, "--held-out", held_out, "--batch-size", "8", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert "held_out: none of 12 pictures has a label" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
