@@ -9,6 +9,7 @@ import io
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ def explain(
     *,
     model: str = "efficientnet_lite0",
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cell: int = 14,
+    cell: str = "14",
     maps: str = "auto",
     out: Path = Path("results/explain"),
     labels: str = "auto",
@@ -48,7 +49,7 @@ def explain(
         model: Network; its weights must have been converted with `jaxinterp convert`.
         attack: NAME or NAME:parameter=value,... such as cw:steps=200,kappa=2 or ifgsm:eps=4/255; may be given
             several times. `jaxinterp attack --list` explains them. Without it: ifgsm and cw.
-        cell: Side of a cell, in pixels.
+        cell: Side of a cell in pixels, or HEIGHTxWIDTH.
         maps: Class activation maps: cam, gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam, scorecam or
             ablationcam; auto means cam where the network ends in global average pooling and one linear layer, else
             gradcam.
@@ -70,7 +71,7 @@ def explain(
         pictures,
         model=model,
         specs=attack or DEFAULT_ATTACKS,
-        cell=cell,
+        cell=_cell(cell),
         method=maps,
         out=out,
         labels=labels,
@@ -83,6 +84,14 @@ def explain(
     for line in summary_lines(found.summary):
         print(line)
     print(f"\n{found.page}: open it in a browser\n{out}/images.csv, {out}/cells.csv: the tables")
+
+
+def _cell(text: str) -> int | tuple[int, int]:
+    """A cell's side or its height and width, as `jaxinterp.effect` takes them."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise ValueError(f"--cell: expected pixels, as 14, or HEIGHTxWIDTH, as 14x28, got {text!r}")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
 
 
 def attack(

@@ -98,7 +98,8 @@ class Effect:
     backward: Int[Array, " b"]
 
 
-def _sides(cell: Cell) -> tuple[int, int]:
+def sides(cell: Cell) -> tuple[int, int]:
+    """Height and width of a cell. Raises TypeError where they are no whole numbers."""
     try:
         given: Any = cell
         height, width = given if np.shape(given) == (2,) else (given, given)
@@ -115,7 +116,7 @@ def grid(height: int, width: int, cell: Cell) -> tuple[int, int]:
     Raises:
         ValueError: the cell is smaller than a pixel or larger than the image.
     """
-    ch, cw = _sides(cell)
+    ch, cw = sides(cell)
     if not (1 <= ch <= height and 1 <= cw <= width):
         raise ValueError(f"cells must be from 1 pixel to the image's {height} x {width} pixels, got {ch} x {cw}")
     return -(-height // ch), -(-width // cw)
@@ -127,7 +128,7 @@ def cell_map(height: int, width: int, cell: Cell) -> Int[Array, "h w"]:
 
 
 def _numbered(height: int, width: int, cell: Cell) -> Int[np.ndarray, "h w"]:
-    ch, cw = _sides(cell)
+    ch, cw = sides(cell)
     _, columns = grid(height, width, cell)
     return (np.arange(height, dtype=np.int32) // ch * columns)[:, None] + np.arange(width, dtype=np.int32) // cw
 
@@ -152,7 +153,7 @@ def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[np.n
         TypeError: cells that are no whole numbers; a partition that is traced.
     """
     if not hasattr(cells, "shape") or len(cells.shape) < 2:
-        cell = _sides(cells)
+        cell = sides(cells)
         return _numbered(height, width, cell)[None], grid(height, width, cell)
     if isinstance(cells, Tracer):
         raise TypeError("a partition must be concrete, since its largest number decides the shape of the result")

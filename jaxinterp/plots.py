@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import stats
 
+from jaxinterp.effect import Cell, sides
 from jaxinterp.runs import replacing
 from jaxinterp.statistics import Estimate
 
@@ -89,7 +90,7 @@ def explanation(
     target_name: str,
     predicted_name: str,
     attack: str,
-    cell: int,
+    cell: Cell,
     subtitle: str = "",
 ) -> Figure:
     """What one perturbation does to one picture, as two rows of five panels.
@@ -101,7 +102,7 @@ def explanation(
     Args:
         original: x₀, [H,W,3], [H,W,1] or [H,W], in [0, 1].
         adversarial: x′, as `original`.
-        kind: [gh,gw] codes, the positions in `KINDS`, with gh = ceil(H / cell), gw = ceil(W / cell).
+        kind: [gh,gw] codes, the positions in `KINDS`, as many as cells tile the picture.
         suppression: s, [gh,gw], in logits.
         promotion: p, [gh,gw], in logits.
         maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t) in that order, [4,h,w], in logits per position of the
@@ -110,7 +111,7 @@ def explanation(
         target_name: name of t.
         predicted_name: name of the class that the network gives x′.
         attack: name of the attack.
-        cell: side of a cell in pixels. Cells in the last row and column may be smaller.
+        cell: side of a cell in pixels, or its height and width. Cells in the last row and column may be smaller.
         subtitle: a line of facts below the title (norms, success, scores).
 
     Returns:
@@ -179,7 +180,7 @@ def explanation(
     show(panel(0, 1, heading, line), np.clip(0.5 + factor * delta, 0.0, 1.0))
 
     dimmed = 0.08 + 0.34 * _grey(after)
-    axes = panel(1, 1, "cells by kind", f"{cell} × {cell} px; opaque where s + p is large")
+    axes = panel(1, 1, "cells by kind", "{} × {} px; opaque where s + p is large".format(*sides(cell)))
     show(axes, dimmed)
     show(axes, patches, interpolation="nearest")
 
@@ -255,7 +256,7 @@ def explanation(
     return figure
 
 
-def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[int, int]) -> np.ndarray:
+def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: Cell, size: tuple[int, int]) -> np.ndarray:
     """Colours of the cells at the picture's resolution.
 
     Opacity grows with the root of the strength, from 0.3 for a cell that barely acts to 0.95 for the 98th
@@ -264,7 +265,7 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
     Args:
         kind: [gh,gw] codes, the positions in `KINDS`.
         strength: s + p, [gh,gw], not negative.
-        cell: side of a cell in pixels.
+        cell: side of a cell in pixels, or its height and width.
         size: height and width of the picture in pixels.
 
     Returns:
@@ -274,9 +275,10 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
         ValueError: the grid does not tile the picture, or a code is unknown.
     """
     codes, power = np.asarray(kind), _finite(strength, "strength")
-    if cell < 1:
+    tall, wide = sides(cell)
+    if min(tall, wide) < 1:
         raise ValueError(f"cell is {cell}, expected at least 1 pixel")
-    grid = (math.ceil(size[0] / cell), math.ceil(size[1] / cell))
+    grid = (math.ceil(size[0] / tall), math.ceil(size[1] / wide))
     if codes.shape != grid or power.shape != grid:
         raise ValueError(
             f"kind has shape {codes.shape} and strength {power.shape}; "
@@ -289,7 +291,7 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
     opacity = np.where(codes != 0, 0.3 + 0.65 * np.sqrt(share), 0.0)
     palette = np.array([to_rgb(COLOURS[name]) for name in KINDS])
     colours = np.concatenate([palette[codes], opacity[..., None]], axis=-1)
-    return colours.repeat(cell, axis=0).repeat(cell, axis=1)[: size[0], : size[1]]
+    return colours.repeat(tall, axis=0).repeat(wide, axis=1)[: size[0], : size[1]]
 
 
 def full_strength(kind: ArrayLike, strength: ArrayLike) -> float:

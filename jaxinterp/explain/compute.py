@@ -32,7 +32,7 @@ def explain_batch(
     batch: Batch,
     targets: np.ndarray,
     *,
-    cell: int,
+    cell: effect.Cell,
     cam: str,
     seed: int,
     run: Run,
@@ -48,7 +48,7 @@ def explain_batch(
         attack: the attack.
         batch: pictures [B,H,W,C]; rows that only pad it are dropped from the result.
         targets: [B] the class that each picture is attacked towards.
-        cell: side of a cell, in pixels.
+        cell: side of a cell in pixels, or its height and width.
         cam: method of the class activation maps.
         seed: of the attack's randomness and the shuffled control.
         run: where the state of a long attack is stored,
@@ -123,7 +123,7 @@ def parts(
     pictures: Pictures,
     chosen: Mapping[str, Attack],
     *,
-    cell: int,
+    cell: effect.Cell,
     cam: str,
     seed: int,
     batch_size: int,

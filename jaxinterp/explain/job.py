@@ -66,7 +66,7 @@ def explain(
     *,
     model: str = "efficientnet_lite0",
     specs: Sequence[str] = DEFAULT_ATTACKS,
-    cell: int = 14,
+    cell: effect.Cell = 14,
     method: str = "auto",
     out: Path,
     labels: str = "auto",
@@ -84,7 +84,7 @@ def explain(
             `jaxinterp.data.open_source`; none means the labelled pictures of the `samples` extra.
         model: name of the network; its weights must have been converted.
         specs: attacks as text, see `jaxinterp.attacks.spec`.
-        cell: side of a cell, in pixels.
+        cell: side of a cell in pixels, or its height and width.
         method: of the class activation maps, one of `jaxinterp.cam.METHODS`; "auto" means "cam" where the network has
             them, else "gradcam" on its last feature map.
         out: results directory.
@@ -101,8 +101,8 @@ def explain(
             the network classifies correctly.
         OSError: the results cannot be written.
     """
-    if cell < 1:
-        raise ValueError(f"--cell must be at least 1, got {cell}")
+    tall, wide = effect.sides(cell)
+    cell = tall if tall == wide else (tall, wide)  # one config for one grid
     chosen = choose_attacks(specs, PRESETS)
 
     def check(network: Network) -> None:
@@ -167,6 +167,6 @@ def explain(
             "cells.csv", tables.CELL_COLUMNS, (row for name, a in stored() for row in tables.cell_rows(name, a, cell))
         )
         run.write_json("summary.json", tables.as_json(summary))
-        page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored)
+        page.write_page(run, network, seen, job.label_origin, chosen, cell, rows, summary, stored)
     group.wait()
     return Explained(run, network, job.params, chosen, seen, rows, summary, written, batch_size)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxinterp import explorer, plots, report
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.spec import describe
+from jaxinterp.effect import Cell, sides
 from jaxinterp.explain.compute import map_method
 from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
 from jaxinterp.network import Network
@@ -41,7 +42,7 @@ def figure_path(run: Run, attack: str, picture: str) -> Path:
 
 
 def draw(
-    network: Network, attack: str, arrays: Mapping[str, np.ndarray], i: int, row: Mapping[str, Any], cell: int
+    network: Network, attack: str, arrays: Mapping[str, np.ndarray], i: int, row: Mapping[str, Any], cell: Cell
 ) -> Any:
     """The figure of picture `i` of a chunk."""
     from jaxinterp import plots
@@ -92,7 +93,7 @@ def draw_missing(
     attack: str,
     arrays: Mapping[str, np.ndarray],
     rows: Sequence[Mapping[str, Any]],
-    cell: int,
+    cell: Cell,
 ) -> None:
     """Draws the figures of a chunk that are not there yet."""
     for i, row in enumerate(rows):
@@ -107,6 +108,7 @@ def write_page(
     pictures: Pictures,
     label_origin: str,
     chosen: Mapping[str, Attack],
+    cell: Cell,
     rows: Sequence[Mapping[str, Any]],
     summary: Sequence[Mapping[str, Any]],
     chunks: Callable[[], Iterable[tuple[str, Mapping[str, np.ndarray]]]],
@@ -119,6 +121,7 @@ def write_page(
         pictures: all pictures, attacked or not.
         label_origin: where the labels come from, as text.
         chosen: the attacks by name.
+        cell: side of a cell in pixels, or its height and width.
         rows: one for every picture and attack, in the order of the page.
         summary: one row for every attack.
         chunks: reads the finished chunks, (name of the attack, arrays), from the first one on at every call.
@@ -132,7 +135,7 @@ def write_page(
             "pictures": f"{config['pictures']}, of which {len(pictures.correct)} attacked",
             "labels": label_origin,
             **{f"attack {name}": describe(attack) for name, attack in chosen.items()},
-            "cell": f"{config['cell']} x {config['cell']} pixels",
+            "cell": "{} x {} pixels".format(*sides(cell)),
             "maps": map_method(network, config["maps"]),
             "seed": str(config["seed"]),
             "weights (sha256)": config["weights"],
@@ -155,7 +158,7 @@ def write_page(
         notes=NOTES,
         overview=_overview(run, summary, chunks()),
         skipped=left_out(network, pictures),
-        explorer=explored(network.class_name, rows, chunks(), config["cell"]),
+        explorer=explored(network.class_name, rows, chunks(), cell),
     )
 
 
@@ -163,7 +166,7 @@ def explored(
     class_name: Callable[[int], str],
     rows: Sequence[Mapping[str, Any]],
     chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
-    cell: int,
+    cell: Cell,
 ) -> Iterator[dict[str, Any]]:
     """What the explorer shows: the first pictures of the run, as many as `EXPLORED` and `EXPLORED_CELLS` allow (one at
     least), under every attack.
@@ -172,7 +175,7 @@ def explored(
         class_name: names the classes.
         rows: one for every picture and attack, in the order of the page.
         chunks: the finished chunks, the attacks of the same pictures one after the other.
-        cell: side of a cell, in pixels.
+        cell: side of a cell in pixels, or its height and width.
     """
     ids = list(dict.fromkeys(row["id"] for row in rows))
     attacks = len({row["attack"] for row in rows})

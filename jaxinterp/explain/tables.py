@@ -83,14 +83,14 @@ def image_rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) 
         }
 
 
-def cell_rows(attack: str, arrays: Mapping[str, np.ndarray], cell: int) -> Iterator[dict[str, Any]]:
+def cell_rows(attack: str, arrays: Mapping[str, np.ndarray], cell: effect.Cell) -> Iterator[dict[str, Any]]:
     """One row for every cell of every picture of a chunk, with the columns `CELL_COLUMNS`."""
-    size = arrays["clean"].shape[1:3]
+    size, (tall, wide) = arrays["clean"].shape[1:3], effect.sides(cell)
     maps = np.asarray(cam.resize(jnp.asarray(arrays["maps"]), size))
     for i, name in enumerate(arrays["ids"]):
         kind = arrays["kind"][i]
         for row, column in np.ndindex(kind.shape):
-            window = (slice(row * cell, (row + 1) * cell), slice(column * cell, (column + 1) * cell))
+            window = (slice(row * tall, (row + 1) * tall), slice(column * wide, (column + 1) * wide))
             yield {
                 "id": str(name),
                 "attack": attack,
