@@ -28,6 +28,8 @@ def explain(
     model: str = "efficientnet_lite0",
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     cell: str = "14",
+    effect: str = "leave_one_out",
+    scale: str = "logit",
     maps: str = "auto",
     out: Path = Path("results/explain"),
     labels: str = "auto",
@@ -50,6 +52,10 @@ def explain(
         attack: NAME or NAME:parameter=value,... such as cw:steps=200,kappa=2 or ifgsm:eps=4/255; may be given
             several times. `jaxinterp attack --list` explains them. Without it: ifgsm and cw.
         cell: Side of a cell in pixels, or HEIGHTxWIDTH.
+        effect: What a cell does: leave_one_out, the paper's, compares the perturbation with what is left without the
+            cell; add_one_in the original with what the cell makes of it alone; first_order estimates the first from
+            gradients, all cells at once.
+        scale: Of effects: logit, the paper's, log_softmax or softmax.
         maps: Class activation maps: cam, gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam, scorecam or
             ablationcam; auto means cam where the network ends in global average pooling and one linear layer, else
             gradcam.
@@ -63,6 +69,7 @@ def explain(
         watermarks: Folder of class folders of pictures (DIR/CLASS/picture.jpg) that the attack watermark embeds;
             without it, pictures of noise.
     """
+    from jaxinterp.effect import Definition
     from jaxinterp.explain import DEFAULT_ATTACKS
     from jaxinterp.explain import explain as job
     from jaxinterp.explain.tables import summary_lines
@@ -72,6 +79,7 @@ def explain(
         model=model,
         specs=attack or DEFAULT_ATTACKS,
         cell=_cell(cell),
+        definition=Definition(effect, scale),
         method=maps,
         out=out,
         labels=labels,

@@ -15,6 +15,7 @@ log-softmax and the softmax in place of the logits. For a linear model the three
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import math
@@ -40,8 +41,13 @@ from jaxinterp.sharding import mesh_of, on_mesh
 Cell: TypeAlias = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """A cell's side in pixels, or its height and width; whole numbers of any type."""
 
-METHODS = ("leave_one_out", "add_one_in", "first_order")
-SCALES = ("logit", "log_softmax", "softmax")
+_METHODS = {"leave_one_out": "leave one out", "add_one_in": "add one in", "first_order": "first-order estimate"}
+_SCALES = {
+    "logit": ("logit", "logits"),
+    "log_softmax": ("log-probability", "log-probabilities"),
+    "softmax": ("probability", "probabilities"),
+}
+METHODS, SCALES = tuple(_METHODS), tuple(_SCALES)
 
 # Cells in one forward pass: enough to fill the machine.
 _CHUNK = {"cpu": 16}
@@ -68,6 +74,54 @@ _LABELS = {
     Kind.BALANCED: "balanced",
     Kind.PROMOTION: "promotion-dominated",
 }
+
+
+def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
+    if (chosen := str(given).replace("-", "_")) not in known:
+        raise ValueError(f"unknown {name} {given!r}{suggest(given, known)}")
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What is taken for the effect of a cell, and its words for tables and figures.
+
+    Attributes:
+        method: one of `METHODS`, see `pse`.
+        scale: one of `SCALES`.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+
+    method: str = "leave_one_out"
+    scale: str = "logit"
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", _choice("effect", self.method, METHODS))
+        object.__setattr__(self, "scale", _choice("scale", self.scale, SCALES))
+
+    def __str__(self) -> str:
+        return f"{_METHODS[self.method]}, {self.unit}"
+
+    @property
+    def score(self) -> str:
+        """What effects are differences of: logit, log-probability or probability."""
+        return _SCALES[self.scale][0]
+
+    @property
+    def unit(self) -> str:
+        """Of effects: logits, log-probabilities or probabilities."""
+        return _SCALES[self.scale][1]
+
+    @property
+    def note(self) -> str:
+        """What stands beside numbers and names: the definition in parentheses; of the paper's, nothing."""
+        return "" if self == PAPER else f" ({self})"
+
+
+PAPER = Definition()
+"""The paper's: one cell is left out, and the effects are on logits."""
 
 
 @pytree
@@ -303,12 +357,6 @@ def _cost(treedef, specs, shape: tuple[int, ...], boxes) -> windowed.Cost:
 
 def _call(model: Model, images: Array) -> Array:
     return model(images)
-
-
-def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
-    if (chosen := str(given).replace("-", "_")) not in known:
-        raise ValueError(f"unknown {name} {given!r}{suggest(given, known)}")
-    return chosen
 
 
 def _score(logits: Float[Array, "b k"], scale: str) -> Float[Array, "b k"]:

@@ -37,7 +37,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import stats
 
-from jaxinterp.effect import Cell, sides
+from jaxinterp.effect import PAPER, Cell, Definition, sides
 from jaxinterp.runs import replacing
 from jaxinterp.statistics import Estimate
 
@@ -92,6 +92,7 @@ def explanation(
     attack: str,
     cell: Cell,
     subtitle: str = "",
+    definition: Definition = PAPER,
 ) -> Figure:
     """What one perturbation does to one picture, as two rows of five panels.
 
@@ -103,8 +104,8 @@ def explanation(
         original: x₀, [H,W,3], [H,W,1] or [H,W], in [0, 1].
         adversarial: x′, as `original`.
         kind: [gh,gw] codes, the positions in `KINDS`, as many as cells tile the picture.
-        suppression: s, [gh,gw], in logits.
-        promotion: p, [gh,gw], in logits.
+        suppression: s, [gh,gw], in the unit of the definition.
+        promotion: p, [gh,gw], likewise.
         maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t) in that order, [4,h,w], in logits per position of the
             map, at the resolution of the feature map.
         true_name: name of t₀.
@@ -113,6 +114,7 @@ def explanation(
         attack: name of the attack.
         cell: side of a cell in pixels, or its height and width. Cells in the last row and column may be smaller.
         subtitle: a line of facts below the title (norms, success, scores).
+        definition: of s and p; one that is not the paper's is named.
 
     Returns:
         A figure 17 inches wide; `save` makes it 1,700 pixels.
@@ -180,7 +182,8 @@ def explanation(
     show(panel(0, 1, heading, line), np.clip(0.5 + factor * delta, 0.0, 1.0))
 
     dimmed = 0.08 + 0.34 * _grey(after)
-    axes = panel(1, 1, "cells by kind", "{} × {} px; opaque where s + p is large".format(*sides(cell)))
+    line = "{} × {} px; opaque where s + p is large".format(*sides(cell))
+    axes = panel(1, 1, "cells by kind", line + _line(definition))
     show(axes, dimmed)
     show(axes, patches, interpolation="nearest")
 
@@ -408,12 +411,15 @@ def magnified(
 
 
 @style.context(STYLE)
-def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
+def kinds_bar(
+    shares: Mapping[str, Mapping[str, tuple[float, float, float]]], *, definition: Definition = PAPER
+) -> Figure:
     """Shares of the kinds of cells for each attack, with confidence intervals.
 
     Args:
         shares: attack -> kind (a name in `KINDS`) -> (mean, low, high), fractions in [0, 1]. A kind that is
             missing or whose mean is NaN (no cell acted) is marked as having no data.
+        definition: of the effects; one that is not the paper's is named.
 
     Returns:
         A figure with one group of bars per attack and whiskers from low to high.
@@ -469,14 +475,16 @@ def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) ->
     axes.set_xlim(-0.6, len(shares) - 0.4)
     axes.set_ylim(0, 100 if axes.dataLim.y1 < 94 else 108)  # room for the number above a full bar
     axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
-    axes.set_ylabel("share of the cells" + ("" if "none" in names else " that act"))
+    axes.set_ylabel("share of the cells" + ("" if "none" in names else " that act") + _line(definition))
     quiet(axes)
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     return figure
 
 
 @style.context(STYLE)
-def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLike]) -> Figure:
+def scatter_effect(
+    norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLike], *, definition: Definition = PAPER
+) -> Figure:
     """Overall effect of every cell against the size of its perturbation, one panel per attack, on log axes.
 
     A zero has no place on a log axis: it is drawn as a ring on the dotted line at the edge, and counts in
@@ -484,7 +492,8 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
 
     Args:
         norms: attack -> ||δ_i||₂ of the cells, any shape, in pixel units of [0, 1].
-        effects: attack -> s_i + p_i of the same cells, in logits; the same attacks and shapes.
+        effects: attack -> s_i + p_i of the same cells; the same attacks and shapes.
+        definition: of the effects, for the axis.
 
     Returns:
         A figure with up to four panels in a row; Spearman's rho and the number of cells in each title.
@@ -524,18 +533,21 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
         axes.set_axisbelow(True)
     note = "  (rings: zero)" if zeros else ""
     figure.supxlabel(f"size of the cell's perturbation, ‖δᵢ‖₂{note}", size=10)
-    figure.supylabel("effect of the cell, s + p (logits)", size=10)
+    figure.supylabel(_overall(definition), size=10, multialignment="center")
     return figure
 
 
 @style.context(STYLE)
-def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLike]) -> Figure:
+def scatter_ratio(
+    effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLike], *, definition: Definition = PAPER
+) -> Figure:
     """Ratio of promotion to suppression of every cell against its overall effect, one panel per attack.
 
     Args:
-        effects: attack -> s_i + p_i of the cells, any shape, in logits.
+        effects: attack -> s_i + p_i of the cells, any shape.
         ratios: attack -> PSR_i = log2(p_i / s_i) of the same cells; may be infinite, is drawn within ±10. NaN
             marks a cell without effect, which is left out, as is a cell whose effect is 0.
+        definition: of the effects, for the axis.
 
     Returns:
         A figure with up to four panels in a row, the balanced band from -1 to 1 shaded, points coloured by
@@ -575,9 +587,18 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
         axes.set_title(heading + "\n" + ", ".join(parts).replace("%", " %"), size=9)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
-    figure.supxlabel("effect of the cell, s + p (logits)", size=10)
+    figure.supxlabel(_overall(definition), size=10)
     figure.supylabel("PSR = log₂(p / s)", size=10)
     return figure
+
+
+def _overall(definition: Definition) -> str:
+    return "effect of the cell, s + p" + (_line(definition) or f" ({definition.unit})")
+
+
+def _line(definition: Definition) -> str:
+    """The note of a definition on a line of its own, which axes are long enough for."""
+    return definition.note.replace(" ", "\n", 1)
 
 
 _NORM_LABELS = {"l0": "L0: components changed", "l1": "L1", "l2": "L2", "linf": "Linf"}

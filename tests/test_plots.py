@@ -23,7 +23,7 @@ from jaxinterp.statistics import Estimate
 PERTURBATION, KINDS = 2, 3  # positions of the panels among the figure's axes
 
 
-def case(size=(12, 10), grid_cell=4, **changes: Any) -> dict[str, Any]:
+def case(size=(12, 10), grid_cell: effect.Cell = 4, **changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     grid = tuple(math.ceil(all / one) for all, one in zip(size, effect.sides(grid_cell), strict=True))
     original = rng.uniform(0.2, 0.8, (*size, 3))
@@ -371,6 +371,24 @@ def test_ratios_are_clipped_and_cells_without_effect_left_out():
     assert axes.get_title() == "EAD (6 cells)\nsuppression 17 %, balanced 33 %, promotion 50 %"
     levels = [np.asarray(line.get_ydata())[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert levels == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("definition", "overall", "note"),
+    [
+        (effect.PAPER, "effect of the cell, s + p (logits)", ""),
+        (effect.Definition("add_one_in", "log_softmax"), None, "\n(add one in, log-probabilities)"),
+        (effect.Definition("first_order", "softmax"), None, "\n(first-order estimate, probabilities)"),
+    ],
+)
+def test_figures_name_effects_that_are_not_the_papers(definition, overall, note):
+    one = {"a": [1.0, 2.0]}
+    overall = overall or f"effect of the cell, s + p{note}"
+    assert plots.scatter_effect(one, one, definition=definition).get_supylabel() == overall
+    assert plots.scatter_ratio(one, one, definition=definition).get_supxlabel() == overall
+    (axes,) = plots.kinds_bar({"a": {"balanced": (0.1, 0.0, 0.2)}}, definition=definition).axes
+    assert axes.get_ylabel() == f"share of the cells that act{note}"
+    assert f"4 × 4 px; opaque where s + p is large{note}" in texts(plots.explanation(**case(definition=definition)))
 
 
 @pytest.mark.parametrize("draw", [plots.scatter_effect, plots.scatter_ratio])

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from jaxinterp import cam, explorer, report
+from jaxinterp.effect import Definition
 
 NAME = "<b>\"x\"</b> & 'y'"
 
@@ -182,6 +183,22 @@ def test_what_the_figures_mean_is_said_with_the_null(tmp_path):
     text = " ".join(Page(written(tmp_path)).texts)
     for word in ("suppression-dominated", "promotion-dominated", "balanced", "shuffled", "√0.30 = 0.548"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        (Definition(), "The change is undone in one cell at a time, and the network is asked again."),
+        (Definition("leave_one_out", "softmax"), "the cell had lowered the true class's probability"),
+        (Definition("add_one_in", "log_softmax"), "alone lowers the true class's log-probability"),
+        (Definition("first_order"), "is not computed but an estimate of first order"),
+    ],
+)
+def test_the_page_says_what_an_effect_is(tmp_path, definition, said):
+    page = Page(written(tmp_path, explorer=[explorer.item(**layers())], definition=definition))
+    text = " ".join("".join(page.texts).split())
+    assert said in text
+    assert ("Kinds of cells (" in text) == (f'["effect", "{definition}"]' in text) == (definition != Definition())
 
 
 def test_pictures_left_out_are_listed(tmp_path):

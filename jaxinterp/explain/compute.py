@@ -37,6 +37,7 @@ def explain_batch(
     seed: int,
     run: Run,
     part: str,
+    definition: effect.Definition = effect.PAPER,
     targeted: bool = True,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
@@ -53,6 +54,7 @@ def explain_batch(
         seed: of the attack's randomness and the shuffled control.
         run: where the state of a long attack is stored,
         part: and under which name.
+        definition: of the effects of cells.
         targeted: attack towards the targets; otherwise away from the labels, and where that succeeds, the target of
             what is explained is the class that was reached.
         progress: see `Progress`.
@@ -83,7 +85,9 @@ def explain_batch(
     if not targeted:
         wanted = jnp.where(found.success & mask, reached, wanted)
     progress("cells", 0.0)
-    cells = effect.pse(model, clean, adversarial, labels, wanted, cell)
+    cells = effect.pse(
+        model, clean, adversarial, labels, wanted, cell, method=definition.method, scale=definition.scale
+    )
     jax.block_until_ready(cells)
     progress("maps", 0.0)
     four = localize.four_maps(network, params, clean, adversarial, labels, wanted, cam)
@@ -124,6 +128,7 @@ def parts(
     chosen: Mapping[str, Attack],
     *,
     cell: effect.Cell,
+    definition: effect.Definition,
     cam: str,
     seed: int,
     batch_size: int,
@@ -157,6 +162,7 @@ def parts(
                     seed=seed,
                     run=run,
                     part=part,
+                    definition=definition,
                     progress=lambda what, done, name=name: progress(f"{name}: {what}", done),
                 )
                 run.write_part(part, arrays)

@@ -38,6 +38,7 @@ SUMMARY_COLUMNS = (
     ("l1", "median L1", ".1f"),
     ("l0", "median L0", ".0f"),
     ("forward", "median passes", ".0f"),
+    ("effect", "effect", ""),
     ("share_suppression", "suppression", ".3f"),
     ("share_balanced", "balanced", ".3f"),
     ("share_promotion", "promotion", ".3f"),
@@ -49,8 +50,10 @@ SUMMARY_COLUMNS = (
 )
 
 
-def image_rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """One row for every picture of a chunk, with the columns `IMAGE_COLUMNS`."""
+def image_rows(
+    network: Network, attack: str, arrays: Mapping[str, np.ndarray], definition: effect.Definition = effect.PAPER
+) -> Iterator[dict[str, Any]]:
+    """One row for every picture of a chunk, with the columns `IMAGE_COLUMNS` and `named`."""
     shares = np.asarray(effect.shares(jnp.asarray(arrays["kind"])))
     for i, name in enumerate(arrays["ids"]):
         label, target = int(arrays["labels"][i]), int(arrays["targets"][i])
@@ -80,11 +83,19 @@ def image_rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) 
             },
             "is_shuffled": np.mean(arrays["is_shuffled"][i]),
             "is_shuffled_sd": np.std(arrays["is_shuffled"][i]),
+            **named(definition),
         }
 
 
-def cell_rows(attack: str, arrays: Mapping[str, np.ndarray], cell: effect.Cell) -> Iterator[dict[str, Any]]:
-    """One row for every cell of every picture of a chunk, with the columns `CELL_COLUMNS`."""
+def named(definition: effect.Definition) -> dict[str, str]:
+    """A further column of every table, where effects are not the paper's."""
+    return {} if definition == effect.PAPER else {"effect": str(definition)}
+
+
+def cell_rows(
+    attack: str, arrays: Mapping[str, np.ndarray], cell: effect.Cell, definition: effect.Definition = effect.PAPER
+) -> Iterator[dict[str, Any]]:
+    """One row for every cell of every picture of a chunk, with the columns `CELL_COLUMNS` and `named`."""
     size, (tall, wide) = arrays["clean"].shape[1:3], effect.sides(cell)
     maps = np.asarray(cam.resize(jnp.asarray(arrays["maps"]), size))
     for i, name in enumerate(arrays["ids"]):
@@ -100,6 +111,7 @@ def cell_rows(attack: str, arrays: Mapping[str, np.ndarray], cell: effect.Cell) 
                 "kind": effect.Kind(kind[row, column]).label,
                 "map_label_clean": np.mean(maps[i, 0][window]),
                 "map_target_adversarial": np.mean(maps[i, 3][window]),
+                **named(definition),
             }
 
 
@@ -125,9 +137,15 @@ def summarise(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, seed: 
                 **{key: mean(key) for key in ("share_suppression", "share_balanced", "share_promotion")},
                 **{key: mean(key) for key in ("is_label", "is_target", "is_null", "is_shuffled")},
                 "rho_effect_norm": mean("rho_effect_norm"),
+                **{key: row[key] for row in mine[:1] for key in ("effect",) if key in row},
             }
         )
     return summary
+
+
+def summary_columns(summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Those of `SUMMARY_COLUMNS` that the rows have."""
+    return [column for column in SUMMARY_COLUMNS if all(column[0] in row for row in summary)]
 
 
 def as_json(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -177,5 +195,5 @@ def summary_lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
     for row in summary:
         yield f"\n{row['attack']}"
-        for key, heading, spec in SUMMARY_COLUMNS[1:]:
+        for key, heading, spec in summary_columns(summary)[1:]:
             yield f"  {heading:<16} {shown(row[key], spec)}"
