@@ -68,6 +68,7 @@ def explain(
     specs: Sequence[str] = DEFAULT_ATTACKS,
     cell: effect.Cell = 14,
     definition: effect.Definition = effect.PAPER,
+    faithful: bool = False,
     method: str = "auto",
     out: Path,
     labels: str = "auto",
@@ -87,6 +88,7 @@ def explain(
         specs: attacks as text, see `jaxinterp.attacks.spec`.
         cell: side of a cell in pixels, or its height and width.
         definition: of the effects of cells.
+        faithful: also measure how faithful the maps are, by `jaxinterp.faithfulness`.
         method: of the class activation maps, one of `jaxinterp.cam.METHODS`; "auto" means "cam" where the network has
             them, else "gradcam" on its last feature map.
         out: results directory.
@@ -108,7 +110,12 @@ def explain(
     chosen = choose_attacks(specs, PRESETS)
 
     # What is not asked for is not in the config, so that runs of earlier versions continue.
-    further = {} if definition == effect.PAPER else {"effect": definition.method, "scale": definition.scale}
+    options = (
+        ("effect", definition.method, effect.PAPER.method),
+        ("scale", definition.scale, effect.PAPER.scale),
+        ("faithfulness", faithful, False),
+    )
+    further = {name: value for name, value, default in options if value != default}
 
     def check(network: Network) -> None:
         effect.grid(network.image_size, network.image_size, cell)
@@ -146,6 +153,7 @@ def explain(
             chosen,
             cell=cell,
             definition=definition,
+            faithful=faithful,
             cam=compute.map_method(network, method),
             seed=seed,
             batch_size=batch_size,
@@ -172,7 +180,8 @@ def explain(
             for name, arrays in stored():
                 page.draw_missing(run, network, name, arrays, rows_of(name, arrays), cell, definition)
         named = tuple(tables.named(definition))
-        run.write_table("images.csv", tables.IMAGE_COLUMNS + named, rows)
+        measured = tables.FAITHFULNESS_COLUMNS if faithful else ()
+        run.write_table("images.csv", tables.IMAGE_COLUMNS + measured + named, rows)
         run.write_table(
             "cells.csv",
             tables.CELL_COLUMNS + named,

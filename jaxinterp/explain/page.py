@@ -13,7 +13,14 @@ from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.spec import describe
 from jaxinterp.effect import Cell, Definition, sides
 from jaxinterp.explain.compute import map_method
-from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, named, overview_columns, summary_columns
+from jaxinterp.explain.tables import (
+    FAITHFULNESS_COLUMNS,
+    KIND_LABELS,
+    SHARE_COLUMNS,
+    named,
+    overview_columns,
+    summary_columns,
+)
 from jaxinterp.network import Network
 from jaxinterp.pictures import Pictures, left_out
 from jaxinterp.runs import Run, file_name, machine, png_name
@@ -31,6 +38,12 @@ NOTES = (
     "perturbation. IS: interpretability score at the 70th percentile, on the map of the true class on the original "
     "picture and on the map of the target on the adversarial one; its null is the score of an even perturbation, and "
     "the shuffled control that of the same perturbation with its pixels in random order.",
+)
+FAITHFULNESS_NOTE = (
+    "Deletion and insertion: the area under the class's probability while pixels are blacked out (small is good) or "
+    "put into a black picture (large is good), 5 % at a time, in the order of the map. Average drop: the part of the "
+    "probability that is lost where the picture is multiplied by the map. Of the true class on the original picture, "
+    "and of the target on the adversarial one; the null is what a map of noise gets."
 )
 
 _EXPLORED_ARRAYS = ("clean", "adversarial", "suppression", "promotion", "ratio", "kind", "norm", "maps")
@@ -168,7 +181,7 @@ def write_page(
             }
             for row in rows
         ],
-        notes=NOTES,
+        notes=(*NOTES, FAITHFULNESS_NOTE) if FAITHFULNESS_COLUMNS[0] in summary[0] else NOTES,
         overview=_overview(run, summary, chunks(), definition),
         skipped=left_out(network, pictures),
         explorer=explored(network.class_name, rows, chunks(), cell),

@@ -21,6 +21,13 @@ IMAGE_COLUMNS = (
     *("label_map_suppression", "label_map_balanced", "label_map_promotion"),
     *("target_map_suppression", "target_map_balanced", "target_map_promotion"),
 )
+FAITHFULNESS_COLUMNS = tuple(
+    f"{measure}_{which}{null}"
+    for which in ("label", "target")
+    for measure in ("deletion", "insertion", "drop")
+    for null in ("", "_null")
+)
+"""Further columns of images.csv, where faithfulness is measured."""
 NOT_IN_ROWS = ("clean", "adversarial", "maps")
 """The large arrays of a chunk, which `image_rows` does not need."""
 CELL_COLUMNS = (
@@ -47,13 +54,20 @@ SUMMARY_COLUMNS = (
     ("is_target", "IS, target", ".3f"),
     ("is_null", "IS, null", ".3f"),
     ("is_shuffled", "IS, shuffled", ".3f"),
+    *(
+        (f"{measure}_{which}{null}", f"{name}, {whose}{', null' if null else ''}", ".3f")
+        for which, whose in (("label", "true class"), ("target", "target"))
+        for measure, name in (("deletion", "deletion"), ("insertion", "insertion"), ("drop", "average drop"))
+        for null in ("", "_null")
+    ),
 )
+"""Key, heading and format; of faithfulness and `effect` where the rows have them, see `summary_columns`."""
 
 
 def image_rows(
     network: Network, attack: str, arrays: Mapping[str, np.ndarray], definition: effect.Definition = effect.PAPER
 ) -> Iterator[dict[str, Any]]:
-    """One row for every picture of a chunk, with the columns `IMAGE_COLUMNS` and `named`."""
+    """One row for every picture of a chunk, with the columns `IMAGE_COLUMNS`, and those that were asked for."""
     shares = np.asarray(effect.shares(jnp.asarray(arrays["kind"])))
     for i, name in enumerate(arrays["ids"]):
         label, target = int(arrays["labels"][i]), int(arrays["targets"][i])
@@ -83,6 +97,7 @@ def image_rows(
             },
             "is_shuffled": np.mean(arrays["is_shuffled"][i]),
             "is_shuffled_sd": np.std(arrays["is_shuffled"][i]),
+            **{key: arrays[key][i] for key in FAITHFULNESS_COLUMNS if key in arrays},
             **named(definition),
         }
 
@@ -137,7 +152,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, seed: 
                 **{key: mean(key) for key in ("share_suppression", "share_balanced", "share_promotion")},
                 **{key: mean(key) for key in ("is_label", "is_target", "is_null", "is_shuffled")},
                 "rho_effect_norm": mean("rho_effect_norm"),
-                **{key: row[key] for row in mine[:1] for key in ("effect",) if key in row},
+                **{key: mean(key) for row in mine[:1] for key in FAITHFULNESS_COLUMNS if key in row},
+                **({"effect": mine[0]["effect"]} if mine and "effect" in mine[0] else {}),
             }
         )
     return summary
@@ -193,7 +209,9 @@ def summary_lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     def shown(value: Any, spec: str) -> str:
         return "-" if isinstance(value, float) and np.isnan(value) else format(value, spec)
 
+    columns = summary_columns(summary)[1:]
+    width = max(16, *(len(heading) for _, heading, _ in columns))
     for row in summary:
         yield f"\n{row['attack']}"
-        for key, heading, spec in summary_columns(summary)[1:]:
-            yield f"  {heading:<16} {shown(row[key], spec)}"
+        for key, heading, spec in columns:
+            yield f"  {heading:<{width}} {shown(row[key], spec)}"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import cam, effect, explain
+from jaxinterp import cam, effect, explain, faithfulness
 from jaxinterp.data import Crop, samples
 from jaxinterp.explain.tables import CELL_COLUMNS, IMAGE_COLUMNS
 from jaxinterp.pictures import random_targets
@@ -152,7 +152,7 @@ def test_pictures_of_every_sort_are_explained_or_listed(tmp_path, pictures):
     # What directories of earlier versions hold: these continue.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["cell"] == 32
-    assert not config.keys() & {"effect", "scale"}
+    assert not config.keys() & {"effect", "scale", "faithfulness"}
     assert tuple(read(tmp_path / "out" / "images.csv")[0]) == IMAGE_COLUMNS
     assert tuple(read(tmp_path / "out" / "cells.csv")[0]) == CELL_COLUMNS
     record = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -164,7 +164,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_effects_that_are_not_the_papers_of_oblong_cells(small_pictures, tmp_path):
+def test_effects_that_are_not_the_papers_of_oblong_cells_and_faithfulness(small_pictures, tmp_path):
     out, definition, cell = tmp_path / "out", effect.Definition("add_one_in", "log_softmax"), (16, 8)
     job = functools.partial(
         explain.explain,
@@ -176,7 +176,7 @@ def test_effects_that_are_not_the_papers_of_oblong_cells(small_pictures, tmp_pat
         batch_size=1,
         say=lambda line: None,
     )
-    found = job(cell=cell, definition=definition)
+    found = job(cell=cell, definition=definition, faithful=True)
     ((_, _, arrays),) = found.parts()
     assert arrays["success"].all()
     expected = effect.pse(
@@ -198,9 +198,31 @@ def test_effects_that_are_not_the_papers_of_oblong_cells(small_pictures, tmp_pat
     html = (out / "index.html").read_text()
     assert "16 x 8 pixels" in html
     assert f"kinds ({named})" in html
-    for other in ({}, {"definition": effect.Definition("add_one_in")}, {"definition": definition, "cell": (8, 16)}):
+    (row,) = read(out / "images.csv")
+    clean, adversarial, labels, targets = problem(arrays)
+    maps = jnp.asarray(arrays["maps"])
+    for which, given in (("label", (clean, labels, maps[:, 0])), ("target", (adversarial, targets, maps[:, 3]))):
+        model = found.network.bind(found.params)
+        expected = {
+            "deletion": faithfulness.deletion(model, *given).area,
+            "insertion": faithfulness.insertion(model, *given).area,
+            "drop": faithfulness.average_drop(model, *given),
+        }
+        for measure, value in expected.items():
+            key = f"{measure}_{which}"
+            assert float(row[key]) == pytest.approx(float(value[0]), rel=1e-5)
+            assert found.summary[0][key].mean == pytest.approx(float(value[0]), rel=1e-5)
+            assert 0 <= float(row[f"{key}_null"]) <= 1
+        assert row[f"deletion_{which}_null"] != row[f"deletion_{which}"]
+    assert "average drop, target, null" in html
+
+    asked = {"cell": cell, "definition": definition, "faithful": True}
+    for other in (effect.PAPER, effect.Definition("add_one_in"), effect.Definition(scale="log_softmax")):
         with pytest.raises(ValueError, match="holds results of another config"):
-            job(**{"cell": cell, **other})
+            job(**{**asked, "definition": other})
+    for change in ({"cell": (8, 16)}, {"faithful": False}):
+        with pytest.raises(ValueError, match="holds results of another config"):
+            job(**{**asked, **change})
 
 
 def test_targets_depend_on_the_seed_and_the_name_alone():
