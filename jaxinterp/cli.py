@@ -9,6 +9,7 @@ import io
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +27,11 @@ def explain(
     *,
     model: str = "efficientnet_lite0",
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cell: int = 14,
+    cell: str = "14",
+    effect: str = "leave_one_out",
+    scale: str = "logit",
     maps: str = "auto",
+    faithfulness: bool = False,
     out: Path = Path("results/explain"),
     labels: str = "auto",
     data_dir: Path | None = None,
@@ -48,10 +52,16 @@ def explain(
         model: Network; its weights must have been converted with `jaxinterp convert`.
         attack: NAME or NAME:parameter=value,... such as cw:steps=200,kappa=2 or ifgsm:eps=4/255; may be given
             several times. `jaxinterp attack --list` explains them. Without it: ifgsm and cw.
-        cell: Side of a cell, in pixels.
+        cell: Side of a cell in pixels, or HEIGHTxWIDTH.
+        effect: What a cell does: leave_one_out, the paper's, compares the perturbation with what is left without the
+            cell; add_one_in the original with what the cell makes of it alone; first_order estimates the first from
+            gradients, all cells at once.
+        scale: Of effects: logit, the paper's, log_softmax or softmax.
         maps: Class activation maps: cam, gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam, scorecam or
             ablationcam; auto means cam where the network ends in global average pooling and one linear layer, else
             gradcam.
+        faithfulness: Also measure whether the maps show what the network looks at: areas under deletion and insertion
+            curves, and average drop, beside those of noise. 176 more forward passes for every picture and attack.
         out: Results directory.
         labels: Where labels come from: auto (labels file, class folders or file names where they fit, else the
             network's own prediction), names, predicted, or a file of lines "picture,label".
@@ -62,6 +72,7 @@ def explain(
         watermarks: Folder of class folders of pictures (DIR/CLASS/picture.jpg) that the attack watermark embeds;
             without it, pictures of noise.
     """
+    from jaxinterp.effect import Definition
     from jaxinterp.explain import DEFAULT_ATTACKS
     from jaxinterp.explain import explain as job
     from jaxinterp.explain.tables import summary_lines
@@ -70,7 +81,9 @@ def explain(
         pictures,
         model=model,
         specs=attack or DEFAULT_ATTACKS,
-        cell=cell,
+        cell=_cell(cell),
+        definition=Definition(effect, scale),
+        faithful=faithfulness,
         method=maps,
         out=out,
         labels=labels,
@@ -83,6 +96,14 @@ def explain(
     for line in summary_lines(found.summary):
         print(line)
     print(f"\n{found.page}: open it in a browser\n{out}/images.csv, {out}/cells.csv: the tables")
+
+
+def _cell(text: str) -> int | tuple[int, int]:
+    """A cell's side or its height and width, as `jaxinterp.effect` takes them."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise ValueError(f"--cell: expected pixels, as 14, or HEIGHTxWIDTH, as 14x28, got {text!r}")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
 
 
 def attack(

@@ -15,6 +15,7 @@ log-softmax and the softmax in place of the logits. For a linear model the three
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import math
@@ -40,8 +41,13 @@ from jaxinterp.sharding import mesh_of, on_mesh
 Cell: TypeAlias = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """A cell's side in pixels, or its height and width; whole numbers of any type."""
 
-METHODS = ("leave_one_out", "add_one_in", "first_order")
-SCALES = ("logit", "log_softmax", "softmax")
+_METHODS = {"leave_one_out": "leave one out", "add_one_in": "add one in", "first_order": "first-order estimate"}
+_SCALES = {
+    "logit": ("logit", "logits"),
+    "log_softmax": ("log-probability", "log-probabilities"),
+    "softmax": ("probability", "probabilities"),
+}
+METHODS, SCALES = tuple(_METHODS), tuple(_SCALES)
 
 # Cells in one forward pass: enough to fill the machine.
 _CHUNK = {"cpu": 16}
@@ -68,6 +74,54 @@ _LABELS = {
     Kind.BALANCED: "balanced",
     Kind.PROMOTION: "promotion-dominated",
 }
+
+
+def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
+    if (chosen := str(given).replace("-", "_")) not in known:
+        raise ValueError(f"unknown {name} {given!r}{suggest(given, known)}")
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What is taken for the effect of a cell, and its words for tables and figures.
+
+    Attributes:
+        method: one of `METHODS`, see `pse`.
+        scale: one of `SCALES`.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+
+    method: str = "leave_one_out"
+    scale: str = "logit"
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", _choice("effect", self.method, METHODS))
+        object.__setattr__(self, "scale", _choice("scale", self.scale, SCALES))
+
+    def __str__(self) -> str:
+        return f"{_METHODS[self.method]}, {self.unit}"
+
+    @property
+    def score(self) -> str:
+        """What effects are differences of: logit, log-probability or probability."""
+        return _SCALES[self.scale][0]
+
+    @property
+    def unit(self) -> str:
+        """Of effects: logits, log-probabilities or probabilities."""
+        return _SCALES[self.scale][1]
+
+    @property
+    def note(self) -> str:
+        """What stands beside numbers and names: the definition in parentheses; of the paper's, nothing."""
+        return "" if self == PAPER else f" ({self})"
+
+
+PAPER = Definition()
+"""The paper's: one cell is left out, and the effects are on logits."""
 
 
 @pytree
@@ -98,7 +152,8 @@ class Effect:
     backward: Int[Array, " b"]
 
 
-def _sides(cell: Cell) -> tuple[int, int]:
+def sides(cell: Cell) -> tuple[int, int]:
+    """Height and width of a cell. Raises TypeError where they are no whole numbers."""
     try:
         given: Any = cell
         height, width = given if np.shape(given) == (2,) else (given, given)
@@ -115,7 +170,7 @@ def grid(height: int, width: int, cell: Cell) -> tuple[int, int]:
     Raises:
         ValueError: the cell is smaller than a pixel or larger than the image.
     """
-    ch, cw = _sides(cell)
+    ch, cw = sides(cell)
     if not (1 <= ch <= height and 1 <= cw <= width):
         raise ValueError(f"cells must be from 1 pixel to the image's {height} x {width} pixels, got {ch} x {cw}")
     return -(-height // ch), -(-width // cw)
@@ -127,7 +182,7 @@ def cell_map(height: int, width: int, cell: Cell) -> Int[Array, "h w"]:
 
 
 def _numbered(height: int, width: int, cell: Cell) -> Int[np.ndarray, "h w"]:
-    ch, cw = _sides(cell)
+    ch, cw = sides(cell)
     _, columns = grid(height, width, cell)
     return (np.arange(height, dtype=np.int32) // ch * columns)[:, None] + np.arange(width, dtype=np.int32) // cw
 
@@ -152,7 +207,7 @@ def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[np.n
         TypeError: cells that are no whole numbers; a partition that is traced.
     """
     if not hasattr(cells, "shape") or len(cells.shape) < 2:
-        cell = _sides(cells)
+        cell = sides(cells)
         return _numbered(height, width, cell)[None], grid(height, width, cell)
     if isinstance(cells, Tracer):
         raise TypeError("a partition must be concrete, since its largest number decides the shape of the result")
@@ -302,12 +357,6 @@ def _cost(treedef, specs, shape: tuple[int, ...], boxes) -> windowed.Cost:
 
 def _call(model: Model, images: Array) -> Array:
     return model(images)
-
-
-def _choice(name: str, given: str, known: tuple[str, ...]) -> str:
-    if (chosen := str(given).replace("-", "_")) not in known:
-        raise ValueError(f"unknown {name} {given!r}{suggest(given, known)}")
-    return chosen
 
 
 def _score(logits: Float[Array, "b k"], scale: str) -> Float[Array, "b k"]:

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from jaxinterp import plots
+from jaxinterp.effect import Cell, sides
 
 LAYERS = ("original", "adversarial", "perturbation")
 """The layers that are pictures; the others are drawn from numbers."""
@@ -51,7 +52,7 @@ def item(
     kind: ArrayLike,
     norm: ArrayLike,
     maps: ArrayLike,
-    cell: int,
+    cell: Cell,
 ) -> dict[str, Any]:
     """What the explorer needs of one picture under one attack, ready for JSON.
 
@@ -64,20 +65,20 @@ def item(
         success: whether the target was reached.
         clean: x₀, [H,W,3] or [H,W,1], in [0, 1].
         adversarial: x′, as `clean`.
-        suppression: s, [gh,gw] with gh = ceil(H / cell), gw = ceil(W / cell).
+        suppression: s, [gh,gw], as many as cells tile the picture.
         promotion: p, [gh,gw].
         ratio: log2(p / s), [gh,gw]; infinite where s or p is 0, NaN where both are.
         kind: [gh,gw] codes, the positions in `plots.KINDS`.
         norm: the norm of the perturbation in the cell, [gh,gw].
         maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t), [4,h,w].
-        cell: side of a cell in pixels.
+        cell: side of a cell in pixels, or its height and width.
 
     Returns:
-        `KEYS`: names as given; `size` [H, W]; `original`, `adversarial` and `perturbation` as data URLs, the last
-        multiplied by `magnification` around mid grey; `grid` [gh, gw] and the numbers of the cells row by row to
-        four digits, infinities as "inf" and "-inf", NaN as None; `full`, the strength s + p from which a cell is
-        drawn with full opacity; `maps` four lists of rows to six digits, `scale` the ends of their one colour scale;
-        `limit` the end of that of the two differences, which is symmetric around 0.
+        `KEYS`: names as given; `size` [H, W] and `cell`, height and width; `original`, `adversarial` and
+        `perturbation` as data URLs, the last multiplied by `magnification` around mid grey; `grid` [gh, gw] and the
+        numbers of the cells row by row to four digits, infinities as "inf" and "-inf", NaN as None; `full`, the
+        strength s + p from which a cell is drawn with full opacity; `maps` four lists of rows to six digits, `scale`
+        the ends of their one colour scale; `limit` the end of that of the two differences, which is symmetric around 0.
 
     Raises:
         ValueError: a shape or a code does not fit, or a picture or a map is not finite.
@@ -86,9 +87,10 @@ def item(
     if before.shape != after.shape:
         raise ValueError(f"clean has shape {before.shape}, adversarial {after.shape}; expected the same")
     height, width = before.shape[:2]
-    if cell < 1:
+    tall, wide = sides(cell)
+    if min(tall, wide) < 1:
         raise ValueError(f"cell is {cell}, expected at least 1 pixel")
-    grid = (math.ceil(height / cell), math.ceil(width / cell))
+    grid = (math.ceil(height / tall), math.ceil(width / wide))
     cells = {"suppression": suppression, "promotion": promotion, "ratio": ratio, "norm": norm}
     cells = {name: np.asarray(values, np.float64) for name, values in cells.items()}
     codes = np.asarray(kind)
@@ -118,7 +120,7 @@ def item(
         "predicted": str(predicted),
         "success": bool(success),
         "size": [height, width],
-        "cell": int(cell),
+        "cell": [tall, wide],
         "original": png_url(before),
         "adversarial": png_url(after),
         "perturbation": png_url(0.5 + factor * delta),

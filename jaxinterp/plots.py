@@ -36,6 +36,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from jaxinterp.effect import PAPER, Cell, Definition, sides
 from jaxinterp.runs import replacing
 from jaxinterp.statistics import Estimate, spearman
 
@@ -88,8 +89,9 @@ def explanation(
     target_name: str,
     predicted_name: str,
     attack: str,
-    cell: int,
+    cell: Cell,
     subtitle: str = "",
+    definition: Definition = PAPER,
 ) -> Figure:
     """What one perturbation does to one picture, as two rows of five panels.
 
@@ -100,17 +102,18 @@ def explanation(
     Args:
         original: x₀, [H,W,3], [H,W,1] or [H,W], in [0, 1].
         adversarial: x′, as `original`.
-        kind: [gh,gw] codes, the positions in `KINDS`, with gh = ceil(H / cell), gw = ceil(W / cell).
-        suppression: s, [gh,gw], in logits.
-        promotion: p, [gh,gw], in logits.
+        kind: [gh,gw] codes, the positions in `KINDS`, as many as cells tile the picture.
+        suppression: s, [gh,gw], in the unit of the definition.
+        promotion: p, [gh,gw], likewise.
         maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t) in that order, [4,h,w], in logits per position of the
             map, at the resolution of the feature map.
         true_name: name of t₀.
         target_name: name of t.
         predicted_name: name of the class that the network gives x′.
         attack: name of the attack.
-        cell: side of a cell in pixels. Cells in the last row and column may be smaller.
+        cell: side of a cell in pixels, or its height and width. Cells in the last row and column may be smaller.
         subtitle: a line of facts below the title (norms, success, scores).
+        definition: of s and p; one that is not the paper's is named.
 
     Returns:
         A figure 17 inches wide; `save` makes it 1,700 pixels.
@@ -178,7 +181,8 @@ def explanation(
     show(panel(0, 1, heading, line), np.clip(0.5 + factor * delta, 0.0, 1.0))
 
     dimmed = 0.08 + 0.34 * _grey(after)
-    axes = panel(1, 1, "cells by kind", f"{cell} × {cell} px; opaque where s + p is large")
+    line = "{} × {} px; opaque where s + p is large".format(*sides(cell))
+    axes = panel(1, 1, "cells by kind", line + _line(definition))
     show(axes, dimmed)
     show(axes, patches, interpolation="nearest")
 
@@ -254,7 +258,7 @@ def explanation(
     return figure
 
 
-def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[int, int]) -> np.ndarray:
+def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: Cell, size: tuple[int, int]) -> np.ndarray:
     """Colours of the cells at the picture's resolution.
 
     Opacity grows with the root of the strength, from 0.3 for a cell that barely acts to 0.95 for the 98th
@@ -263,7 +267,7 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
     Args:
         kind: [gh,gw] codes, the positions in `KINDS`.
         strength: s + p, [gh,gw], not negative.
-        cell: side of a cell in pixels.
+        cell: side of a cell in pixels, or its height and width.
         size: height and width of the picture in pixels.
 
     Returns:
@@ -273,9 +277,10 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
         ValueError: the grid does not tile the picture, or a code is unknown.
     """
     codes, power = np.asarray(kind), _finite(strength, "strength")
-    if cell < 1:
+    tall, wide = sides(cell)
+    if min(tall, wide) < 1:
         raise ValueError(f"cell is {cell}, expected at least 1 pixel")
-    grid = (math.ceil(size[0] / cell), math.ceil(size[1] / cell))
+    grid = (math.ceil(size[0] / tall), math.ceil(size[1] / wide))
     if codes.shape != grid or power.shape != grid:
         raise ValueError(
             f"kind has shape {codes.shape} and strength {power.shape}; "
@@ -288,7 +293,7 @@ def cell_colours(kind: ArrayLike, strength: ArrayLike, cell: int, size: tuple[in
     opacity = np.where(codes != 0, 0.3 + 0.65 * np.sqrt(share), 0.0)
     palette = np.array([to_rgb(COLOURS[name]) for name in KINDS])
     colours = np.concatenate([palette[codes], opacity[..., None]], axis=-1)
-    return colours.repeat(cell, axis=0).repeat(cell, axis=1)[: size[0], : size[1]]
+    return colours.repeat(tall, axis=0).repeat(wide, axis=1)[: size[0], : size[1]]
 
 
 def full_strength(kind: ArrayLike, strength: ArrayLike) -> float:
@@ -405,12 +410,15 @@ def magnified(
 
 
 @style.context(STYLE)
-def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
+def kinds_bar(
+    shares: Mapping[str, Mapping[str, tuple[float, float, float]]], *, definition: Definition = PAPER
+) -> Figure:
     """Shares of the kinds of cells for each attack, with confidence intervals.
 
     Args:
         shares: attack -> kind (a name in `KINDS`) -> (mean, low, high), fractions in [0, 1]. A kind that is
             missing or whose mean is NaN (no cell acted) is marked as having no data.
+        definition: of the effects; one that is not the paper's is named.
 
     Returns:
         A figure with one group of bars per attack and whiskers from low to high.
@@ -466,14 +474,16 @@ def kinds_bar(shares: Mapping[str, Mapping[str, tuple[float, float, float]]]) ->
     axes.set_xlim(-0.6, len(shares) - 0.4)
     axes.set_ylim(0, 100 if axes.dataLim.y1 < 94 else 108)  # room for the number above a full bar
     axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
-    axes.set_ylabel("share of the cells" + ("" if "none" in names else " that act"))
+    axes.set_ylabel("share of the cells" + ("" if "none" in names else " that act") + _line(definition))
     quiet(axes)
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     return figure
 
 
 @style.context(STYLE)
-def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLike]) -> Figure:
+def scatter_effect(
+    norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLike], *, definition: Definition = PAPER
+) -> Figure:
     """Overall effect of every cell against the size of its perturbation, one panel per attack, on log axes.
 
     A zero has no place on a log axis: it is drawn as a ring on the dotted line at the edge, and counts in
@@ -481,7 +491,8 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
 
     Args:
         norms: attack -> ||δ_i||₂ of the cells, any shape, in pixel units of [0, 1].
-        effects: attack -> s_i + p_i of the same cells, in logits; the same attacks and shapes.
+        effects: attack -> s_i + p_i of the same cells; the same attacks and shapes.
+        definition: of the effects, for the axis.
 
     Returns:
         A figure with up to four panels in a row; Spearman's rho and the number of cells in each title.
@@ -519,18 +530,21 @@ def scatter_effect(norms: Mapping[str, ArrayLike], effects: Mapping[str, ArrayLi
         axes.set_axisbelow(True)
     note = "  (rings: zero)" if zeros else ""
     figure.supxlabel(f"size of the cell's perturbation, ‖δᵢ‖₂{note}", size=10)
-    figure.supylabel("effect of the cell, s + p (logits)", size=10)
+    figure.supylabel(_overall(definition), size=10, multialignment="center")
     return figure
 
 
 @style.context(STYLE)
-def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLike]) -> Figure:
+def scatter_ratio(
+    effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLike], *, definition: Definition = PAPER
+) -> Figure:
     """Ratio of promotion to suppression of every cell against its overall effect, one panel per attack.
 
     Args:
-        effects: attack -> s_i + p_i of the cells, any shape, in logits.
+        effects: attack -> s_i + p_i of the cells, any shape.
         ratios: attack -> PSR_i = log2(p_i / s_i) of the same cells; may be infinite, is drawn within ±10. NaN
             marks a cell without effect, which is left out, as is a cell whose effect is 0.
+        definition: of the effects, for the axis.
 
     Returns:
         A figure with up to four panels in a row, the balanced band from -1 to 1 shaded, points coloured by
@@ -570,9 +584,18 @@ def scatter_ratio(effects: Mapping[str, ArrayLike], ratios: Mapping[str, ArrayLi
         axes.set_title(heading + "\n" + ", ".join(parts).replace("%", " %"), size=9)
         axes.grid(axis="x", color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
-    figure.supxlabel("effect of the cell, s + p (logits)", size=10)
+    figure.supxlabel(_overall(definition), size=10)
     figure.supylabel("PSR = log₂(p / s)", size=10)
     return figure
+
+
+def _overall(definition: Definition) -> str:
+    return "effect of the cell, s + p" + (_line(definition) or f" ({definition.unit})")
+
+
+def _line(definition: Definition) -> str:
+    """The note of a definition on a line of its own, which axes are long enough for."""
+    return definition.note.replace(" ", "\n", 1)
 
 
 _NORM_LABELS = {"l0": "L0: components changed", "l1": "L1", "l2": "L2", "linf": "Linf"}

@@ -25,6 +25,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from jaxinterp import explorer as explore
+from jaxinterp.effect import PAPER, Definition
 from jaxinterp.runs import replacing
 
 EMBEDDED = 24
@@ -45,6 +46,7 @@ def write(
     overview: Sequence[tuple[str, str | os.PathLike]] = (),
     skipped: Sequence[tuple[str, str]] = (),
     explorer: Iterable[Mapping[str, Any]] = (),
+    definition: Definition = PAPER,
 ) -> Path:
     """Writes the page, whole or not at all.
 
@@ -67,6 +69,7 @@ def write(
         skipped: (picture, reason) of pictures that were left out.
         explorer: what `jaxinterp.explorer.item` gives for pictures and attacks, in the order of the menus. They are
             asked for one at a time. Without any, the page has no explorer.
+        definition: of the effects of cells, which the page explains.
 
     Returns:
         The path.
@@ -117,6 +120,7 @@ def write(
         explored=itertools.chain((first,), embedded) if first else None,
         colours=explore.as_json(explore.colours()) if first else None,
         null=math.sqrt(0.3),
+        definition=definition,
     )
     with replacing(path) as stream:
         for piece in page:

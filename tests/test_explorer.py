@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import explorer, plots
+from jaxinterp import effect, explorer, plots
 from jaxinterp.explain import page
 
 
 def arguments(size=(8, 8), cell=4, channels=3, seed=0, **changes: Any) -> dict[str, Any]:
     random = np.random.default_rng(seed)
-    grid = (math.ceil(size[0] / cell), math.ceil(size[1] / cell))
+    grid = tuple(math.ceil(all / one) for all, one in zip(size, effect.sides(cell), strict=True))
     clean = random.random((*size, channels), np.float32)
     suppression, promotion = random.random((2, *grid), np.float32)
     ratio = np.log2(promotion / suppression)
@@ -62,7 +62,7 @@ def test_numbers_are_those_of_the_arrays_row_by_row():
     given = arguments(size=(12, 8))
     item = json.loads(explorer.as_json(explorer.item(**given)))
     assert set(item) == set(explorer.KEYS)
-    assert (item["size"], item["cell"], item["grid"], item["success"]) == ([12, 8], 4, [3, 2], True)
+    assert (item["size"], item["cell"], item["grid"], item["success"]) == ([12, 8], [4, 4], [3, 2], True)
     assert [item[key] for key in ("id", "attack", "true", "target", "predicted")] == [
         *("a.png", "C&W", "tabby", "tench", "tench")
     ]
@@ -111,10 +111,13 @@ def test_a_failed_attack_has_no_perturbation_and_cells_of_no_kind():
     json.loads(explorer.as_json(item))
 
 
-@pytest.mark.parametrize(("size", "cell", "grid"), [((3, 5), 1, [3, 5]), ((10, 7), 4, [3, 2]), ((4, 4), 9, [1, 1])])
-def test_cells_of_a_pixel_cells_that_do_not_divide_the_side_and_one_cell_over_all(size, cell, grid):
+@pytest.mark.parametrize(
+    ("size", "cell", "grid"),
+    [((3, 5), 1, [3, 5]), ((10, 7), 4, [3, 2]), ((10, 7), (5, 2), [2, 4]), ((4, 4), 9, [1, 1])],
+)
+def test_cells_of_a_pixel_oblong_ones_some_that_do_not_divide_the_side_and_one_over_all(size, cell, grid):
     item = explorer.item(**arguments(size=size, cell=cell))
-    assert item["grid"] == grid
+    assert (item["grid"], item["cell"]) == (grid, list(effect.sides(cell)))
     assert len(item["suppression"]) == len(item["kind"]) == grid[0] * grid[1]
 
 

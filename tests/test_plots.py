@@ -17,15 +17,15 @@ from matplotlib.container import BarContainer
 from PIL import Image
 from scipy import stats
 
-from jaxinterp import plots
+from jaxinterp import effect, plots
 from jaxinterp.statistics import Estimate
 
 PERTURBATION, KINDS = 2, 3  # positions of the panels among the figure's axes
 
 
-def case(size=(12, 10), grid_cell=4, **changes: Any) -> dict[str, Any]:
+def case(size=(12, 10), grid_cell: effect.Cell = 4, **changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    grid = (math.ceil(size[0] / grid_cell), math.ceil(size[1] / grid_cell))
+    grid = tuple(math.ceil(all / one) for all, one in zip(size, effect.sides(grid_cell), strict=True))
     original = rng.uniform(0.2, 0.8, (*size, 3))
     values = {
         "original": original,
@@ -82,6 +82,16 @@ def test_one_cell_colours_exactly_its_pixels(row, column, rows, columns, code):
     np.testing.assert_array_equal(colours[..., 3] > 0, expected)
     rgba = (*to_rgb(plots.COLOURS[plots.KINDS[code]]), 0.95)
     np.testing.assert_allclose(colours[expected], np.broadcast_to(rgba, (expected.sum(), 4)))
+
+
+def test_cells_may_be_oblong():
+    kind = np.array([[0, 0], [0, 3]])
+    colours = plots.cell_colours(kind, np.ones((2, 2)), (3, 4), (5, 7))
+    expected = np.zeros((5, 7), bool)
+    expected[3:, 4:] = True
+    np.testing.assert_array_equal(colours[..., 3] > 0, expected)
+    figure = plots.explanation(**case((6, 8), (3, 4)))
+    assert "3 × 4 px; opaque where s + p is large" in texts(figure)
 
 
 def test_opacity_follows_the_root_of_the_strength_of_the_cells_that_act():
@@ -361,6 +371,24 @@ def test_ratios_are_clipped_and_cells_without_effect_left_out():
     assert axes.get_title() == "EAD (6 cells)\nsuppression 17 %, balanced 33 %, promotion 50 %"
     levels = [np.asarray(line.get_ydata())[0] for line in axes.lines if line.get_linestyle() == "--"]
     assert levels == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("definition", "overall", "note"),
+    [
+        (effect.PAPER, "effect of the cell, s + p (logits)", ""),
+        (effect.Definition("add_one_in", "log_softmax"), None, "\n(add one in, log-probabilities)"),
+        (effect.Definition("first_order", "softmax"), None, "\n(first-order estimate, probabilities)"),
+    ],
+)
+def test_figures_name_effects_that_are_not_the_papers(definition, overall, note):
+    one = {"a": [1.0, 2.0]}
+    overall = overall or f"effect of the cell, s + p{note}"
+    assert plots.scatter_effect(one, one, definition=definition).get_supylabel() == overall
+    assert plots.scatter_ratio(one, one, definition=definition).get_supxlabel() == overall
+    (axes,) = plots.kinds_bar({"a": {"balanced": (0.1, 0.0, 0.2)}}, definition=definition).axes
+    assert axes.get_ylabel() == f"share of the cells that act{note}"
+    assert f"4 × 4 px; opaque where s + p is large{note}" in texts(plots.explanation(**case(definition=definition)))
 
 
 @pytest.mark.parametrize("draw", [plots.scatter_effect, plots.scatter_ratio])

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from jaxinterp import cam, explorer, report
+from jaxinterp.effect import Definition
 
 NAME = "<b>\"x\"</b> & 'y'"
 
@@ -184,6 +185,22 @@ def test_what_the_figures_mean_is_said_with_the_null(tmp_path):
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        (Definition(), "The change is undone in one cell at a time, and the network is asked again."),
+        (Definition("leave_one_out", "softmax"), "the cell had lowered the true class's probability"),
+        (Definition("add_one_in", "log_softmax"), "alone lowers the true class's log-probability"),
+        (Definition("first_order"), "is not computed but an estimate of first order"),
+    ],
+)
+def test_the_page_says_what_an_effect_is(tmp_path, definition, said):
+    page = Page(written(tmp_path, explorer=[explorer.item(**layers())], definition=definition))
+    text = " ".join("".join(page.texts).split())
+    assert said in text
+    assert ("Kinds of cells (" in text) == (f'["effect", "{definition}"]' in text) == (definition != Definition())
+
+
 def test_pictures_left_out_are_listed(tmp_path):
     text = written(tmp_path, skipped=[("a.jpg", "truncated"), ("b.jpg", "misclassified")])
     page = Page(text)
@@ -263,12 +280,12 @@ def test_figures_are_read_one_at_a_time(tmp_path):
     assert peak < 10 * big.stat().st_size
 
 
-def layers(id="img 0", attack="C&W", *, side=12, cell=5, seed=0, **changes: Any):
+def layers(id="img 0", attack="C&W", *, side=12, cell=(5, 4), seed=0, **changes: Any):
     """The arguments of `explorer.item` for a picture whose cells at the far edges are smaller than the others."""
     random = np.random.default_rng(seed)
-    count = -(-side // cell)
+    grid = tuple(-(-side // of_cell) for of_cell in cell)
     clean = random.random((side, side, 3), np.float32)
-    suppression, promotion = random.random((2, count, count), np.float32)
+    suppression, promotion = random.random((2, *grid), np.float32)
     ratio = np.log2(promotion / suppression)
     return {
         **{"id": id, "attack": attack, "true": NAME, "target": "tabby cat", "predicted": "tabby cat", "success": True},
@@ -276,7 +293,7 @@ def layers(id="img 0", attack="C&W", *, side=12, cell=5, seed=0, **changes: Any)
         "adversarial": np.clip(clean + random.normal(0, 0.01, clean.shape), 0, 1).astype(np.float32),
         **{"suppression": suppression, "promotion": promotion, "ratio": ratio},
         "kind": 2 + (ratio > 1) - (ratio < -1),
-        "norm": random.random((count, count), np.float32),
+        "norm": random.random(grid, np.float32),
         "maps": random.normal(size=(4, 3, 3)).astype(np.float32),
         "cell": cell,
     } | changes
@@ -335,7 +352,7 @@ def test_without_items_there_is_no_explorer(tmp_path):
 def test_items_are_embedded_one_at_a_time(tmp_path):
     def items(count):
         for seed in range(count):
-            yield explorer.item(**layers(id=str(seed), side=200, cell=20, seed=seed))
+            yield explorer.item(**layers(id=str(seed), side=200, cell=(20, 20), seed=seed))
 
     def peak(count):
         tracemalloc.start()
@@ -408,7 +425,7 @@ addEventListener("load", async () => {
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_the_explorer_draws_and_answers_in_a_browser(tmp_path):
-    given, side, cell = layers(), 12, 5
+    given, side, (tall, wide) = layers(), 12, (5, 4)
     items = [explorer.item(**given), explorer.item(**unchanged(attack="none"))]
     text = written(tmp_path, explorer=items)
     path = tmp_path / "stepped.html"
@@ -424,16 +441,16 @@ def test_the_explorer_draws_and_answers_in_a_browser(tmp_path):
     full = np.asarray(cam.resize(jnp.asarray(given["maps"]), side))
 
     def numbers(row, column):
-        window = np.s_[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        window = np.s_[:, row * tall : (row + 1) * tall, column * wide : (column + 1) * wide]
         means = full[window].mean((1, 2))
         cells = [given[key][row, column] for key in ("suppression", "promotion", "ratio", "norm")]
         return [*cells, *means, means[0] - means[1], means[3] - means[2]]
 
     for name, at, pixels in (
-        ("start", (0, 0), "x 0–4, y 0–4"),
-        ("moved", (2, 1), "x 5–9, y 10–11"),
-        ("hovered", (0, 1), "x 5–9, y 0–4"),
-        ("left", (2, 1), "x 5–9, y 10–11"),
+        ("start", (0, 0), "x 0–3, y 0–4"),
+        ("moved", (2, 1), "x 4–7, y 10–11"),
+        ("hovered", (0, 1), "x 4–7, y 0–4"),
+        ("left", (2, 1), "x 4–7, y 10–11"),
     ):
         place, where, kind, *texts = seen[name]
         assert (place, where) == (f"{at[0]}, {at[1]}", pixels)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinterp import effect, localize, parallel
+from jaxinterp import effect, faithfulness, localize, parallel
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.data import Batch, Source
-from jaxinterp.network import Network, Params
+from jaxinterp.network import Model, Network, Params
 from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run
@@ -32,11 +33,13 @@ def explain_batch(
     batch: Batch,
     targets: np.ndarray,
     *,
-    cell: int,
+    cell: effect.Cell,
     cam: str,
     seed: int,
     run: Run,
     part: str,
+    definition: effect.Definition = effect.PAPER,
+    faithful: bool = False,
     targeted: bool = True,
     progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
@@ -48,11 +51,13 @@ def explain_batch(
         attack: the attack.
         batch: pictures [B,H,W,C]; rows that only pad it are dropped from the result.
         targets: [B] the class that each picture is attacked towards.
-        cell: side of a cell, in pixels.
+        cell: side of a cell in pixels, or its height and width.
         cam: method of the class activation maps.
         seed: of the attack's randomness and the shuffled control.
         run: where the state of a long attack is stored,
         part: and under which name.
+        definition: of the effects of cells.
+        faithful: also measure how faithful the maps are.
         targeted: attack towards the targets; otherwise away from the labels, and where that succeeds, the target of
             what is explained is the class that was reached.
         progress: see `Progress`.
@@ -83,13 +88,21 @@ def explain_batch(
     if not targeted:
         wanted = jnp.where(found.success & mask, reached, wanted)
     progress("cells", 0.0)
-    cells = effect.pse(model, clean, adversarial, labels, wanted, cell)
+    cells = effect.pse(
+        model, clean, adversarial, labels, wanted, cell, method=definition.method, scale=definition.scale
+    )
     jax.block_until_ready(cells)
     progress("maps", 0.0)
     four = localize.four_maps(network, params, clean, adversarial, labels, wanted, cam)
     delta, size = adversarial - clean, (clean.shape[1], clean.shape[2])
-    shuffled = localize.shuffled_score(delta, four.label_clean, example_keys(key, clean))
+    keys = example_keys(key, clean)
+    shuffled = localize.shuffled_score(delta, four.label_clean, keys)
     saliency = localize.adversarial_saliency(model, clean, labels, wanted)
+    measured = {}
+    if faithful:
+        progress("faithfulness", 0.0)
+        scored = {"label": (clean, labels, four.label_clean), "target": (adversarial, wanted, four.target_adversarial)}
+        measured = _faithfulness(model, scored, keys)
     result = {
         "adversarial": adversarial,
         "adversarial_class": reached,
@@ -107,12 +120,41 @@ def explain_batch(
         "is_asm_null": localize.null_score(delta, saliency),
         "label_map_by_kind": localize.mean_by_kind(four.label_clean, cells.kind, cell, size),
         "target_map_by_kind": localize.mean_by_kind(four.target_adversarial, cells.kind, cell, size),
+        **measured,
     }
     kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
     kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
     kept["labels"] = batch.labels[batch.mask]
     kept["clean"] = batch.images[batch.mask]
     return kept
+
+
+def _faithfulness(
+    model: Model, scored: Mapping[str, tuple[jax.Array, jax.Array, jax.Array]], keys: jax.Array
+) -> dict[str, jax.Array]:
+    """What `jaxinterp.faithfulness` makes of maps, and of noise in their place, their null; NaN of maps not finite.
+
+    Args:
+        model: images -> logits.
+        scored: images, classes and maps by the name that ends the columns.
+        keys: [B] of the noise.
+
+    Returns:
+        [B] each, by column of `jaxinterp.explain.tables.FAITHFULNESS_COLUMNS`.
+    """
+    found = {}
+    for which, (images, classes, maps) in scored.items():
+        finite = jnp.all(jnp.isfinite(maps), axis=(1, 2))
+        noise = jax.vmap(functools.partial(jax.random.uniform, shape=maps.shape[1:]))(keys)
+        for null, given in (("", jnp.where(finite[:, None, None], maps, 0)), ("_null", noise)):
+            problem = (model, images, classes, given)
+            for measure, values in (
+                ("deletion", faithfulness.deletion(*problem).area),
+                ("insertion", faithfulness.insertion(*problem).area),
+                ("drop", faithfulness.average_drop(*problem)),
+            ):
+                found[f"{measure}_{which}{null}"] = jnp.where(finite, values, jnp.nan)
+    return found
 
 
 def parts(
@@ -123,7 +165,9 @@ def parts(
     pictures: Pictures,
     chosen: Mapping[str, Attack],
     *,
-    cell: int,
+    cell: effect.Cell,
+    definition: effect.Definition,
+    faithful: bool,
     cam: str,
     seed: int,
     batch_size: int,
@@ -157,6 +201,8 @@ def parts(
                     seed=seed,
                     run=run,
                     part=part,
+                    definition=definition,
+                    faithful=faithful,
                     progress=lambda what, done, name=name: progress(f"{name}: {what}", done),
                 )
                 run.write_part(part, arrays)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def explain(
     *,
     model: str = "efficientnet_lite0",
     specs: Sequence[str] = DEFAULT_ATTACKS,
-    cell: int = 14,
+    cell: effect.Cell = 14,
+    definition: effect.Definition = effect.PAPER,
+    faithful: bool = False,
     method: str = "auto",
     out: Path,
     labels: str = "auto",
@@ -84,7 +86,9 @@ def explain(
             `jaxinterp.data.open_source`; none means the labelled pictures of the `samples` extra.
         model: name of the network; its weights must have been converted.
         specs: attacks as text, see `jaxinterp.attacks.spec`.
-        cell: side of a cell, in pixels.
+        cell: side of a cell in pixels, or its height and width.
+        definition: of the effects of cells.
+        faithful: also measure how faithful the maps are, by `jaxinterp.faithfulness`.
         method: of the class activation maps, one of `jaxinterp.cam.METHODS`; "auto" means "cam" where the network has
             them, else "gradcam" on its last feature map.
         out: results directory.
@@ -101,9 +105,17 @@ def explain(
             the network classifies correctly.
         OSError: the results cannot be written.
     """
-    if cell < 1:
-        raise ValueError(f"--cell must be at least 1, got {cell}")
+    tall, wide = effect.sides(cell)
+    cell = tall if tall == wide else (tall, wide)  # one config for one grid
     chosen = choose_attacks(specs, PRESETS)
+
+    # What is not asked for is not in the config, so that runs of earlier versions continue.
+    options = (
+        ("effect", definition.method, effect.PAPER.method),
+        ("scale", definition.scale, effect.PAPER.scale),
+        ("faithfulness", faithful, False),
+    )
+    further = {name: value for name, value, default in options if value != default}
 
     def check(network: Network) -> None:
         effect.grid(network.image_size, network.image_size, cell)
@@ -114,7 +126,7 @@ def explain(
         pictures,
         model=model,
         chosen=chosen,
-        config={"cell": cell, "maps": method, "format": FORMAT},
+        config={"cell": cell, "maps": method, "format": FORMAT, **further},
         check=check,
         out=out,
         labels=labels,
@@ -127,6 +139,9 @@ def explain(
     )
     run, network, seen, chosen = job.run, job.network, job.pictures, job.attacks
 
+    def rows_of(name: str, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        return list(tables.image_rows(network, name, arrays, definition))
+
     mine, done = shared_chunks(run, chosen, seen, batch_size)
     with attacking(seen, done) as progress:
         for name, arrays in compute.parts(
@@ -137,6 +152,8 @@ def explain(
             seen,
             chosen,
             cell=cell,
+            definition=definition,
+            faithful=faithful,
             cam=compute.map_method(network, method),
             seed=seed,
             batch_size=batch_size,
@@ -144,12 +161,12 @@ def explain(
             progress=progress,
         ):
             progress(f"{name}: figures", 0.0)
-            page.draw_missing(run, network, name, arrays, list(tables.image_rows(network, name, arrays)), cell)
+            page.draw_missing(run, network, name, arrays, rows_of(name, arrays), cell, definition)
 
     group = processes.current()
     rows: list[dict[str, Any]] = []
     for _, name, arrays in stored_parts(run, chosen, seen, batch_size, without=tables.NOT_IN_ROWS):
-        rows += tables.image_rows(network, name, arrays)
+        rows += rows_of(name, arrays)
 
     def stored():
         return ((name, arrays) for _, name, arrays in stored_parts(run, chosen, seen, batch_size))
@@ -161,12 +178,16 @@ def explain(
     if group.first:
         if not all(page.figure_path(run, row["attack"], row["id"]).exists() for row in rows):
             for name, arrays in stored():
-                page.draw_missing(run, network, name, arrays, list(tables.image_rows(network, name, arrays)), cell)
-        run.write_table("images.csv", tables.IMAGE_COLUMNS, rows)
+                page.draw_missing(run, network, name, arrays, rows_of(name, arrays), cell, definition)
+        named = tuple(tables.named(definition))
+        measured = tables.FAITHFULNESS_COLUMNS if faithful else ()
+        run.write_table("images.csv", tables.IMAGE_COLUMNS + measured + named, rows)
         run.write_table(
-            "cells.csv", tables.CELL_COLUMNS, (row for name, a in stored() for row in tables.cell_rows(name, a, cell))
+            "cells.csv",
+            tables.CELL_COLUMNS + named,
+            (row for name, arrays in stored() for row in tables.cell_rows(name, arrays, cell, definition)),
         )
         run.write_json("summary.json", tables.as_json(summary))
-        page.write_page(run, network, seen, job.label_origin, chosen, rows, summary, stored)
+        page.write_page(run, network, seen, job.label_origin, chosen, cell, definition, rows, summary, stored)
     group.wait()
     return Explained(run, network, job.params, chosen, seen, rows, summary, written, batch_size)

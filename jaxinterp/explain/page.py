@@ -11,8 +11,16 @@ import numpy as np
 from jaxinterp import explorer, plots, report
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.spec import describe
+from jaxinterp.effect import Cell, Definition, sides
 from jaxinterp.explain.compute import map_method
-from jaxinterp.explain.tables import KIND_LABELS, SHARE_COLUMNS, SUMMARY_COLUMNS, overview_columns
+from jaxinterp.explain.tables import (
+    FAITHFULNESS_COLUMNS,
+    KIND_LABELS,
+    SHARE_COLUMNS,
+    named,
+    overview_columns,
+    summary_columns,
+)
 from jaxinterp.network import Network
 from jaxinterp.pictures import Pictures, left_out
 from jaxinterp.runs import Run, file_name, machine, png_name
@@ -31,6 +39,12 @@ NOTES = (
     "picture and on the map of the target on the adversarial one; its null is the score of an even perturbation, and "
     "the shuffled control that of the same perturbation with its pixels in random order.",
 )
+FAITHFULNESS_NOTE = (
+    "Deletion and insertion: the area under the class's probability while pixels are blacked out (small is good) or "
+    "put into a black picture (large is good), 5 % at a time, in the order of the map. Average drop: the part of the "
+    "probability that is lost where the picture is multiplied by the map. Of the true class on the original picture, "
+    "and of the target on the adversarial one; the null is what a map of noise gets."
+)
 
 _EXPLORED_ARRAYS = ("clean", "adversarial", "suppression", "promotion", "ratio", "kind", "norm", "maps")
 
@@ -41,7 +55,13 @@ def figure_path(run: Run, attack: str, picture: str) -> Path:
 
 
 def draw(
-    network: Network, attack: str, arrays: Mapping[str, np.ndarray], i: int, row: Mapping[str, Any], cell: int
+    network: Network,
+    attack: str,
+    arrays: Mapping[str, np.ndarray],
+    i: int,
+    row: Mapping[str, Any],
+    cell: Cell,
+    definition: Definition,
 ) -> Any:
     """The figure of picture `i` of a chunk."""
     from jaxinterp import plots
@@ -59,6 +79,7 @@ def draw(
         attack=attack,
         cell=cell,
         subtitle=_subtitle(row),
+        definition=definition,
     )
 
 
@@ -71,7 +92,7 @@ def _subtitle(row: Mapping[str, Any]) -> str:
     )
 
 
-def picture_facts(row: Mapping[str, Any]) -> dict[str, Any]:
+def picture_facts(row: Mapping[str, Any], definition: Definition) -> dict[str, Any]:
     """What the page says beside a picture."""
     if not row["success"]:
         return {"result": "the attack failed"}
@@ -80,7 +101,9 @@ def picture_facts(row: Mapping[str, Any]) -> dict[str, Any]:
         "Linf": f"{row['linf']:.4f}",
         "L0": f"{row['l0']:.0f}",
         "passes": f"{row['forward']} forward, {row['backward']} backward",
-        "kinds": ", ".join(f"{label} {row[key]:.0%}" for label, key in zip(KIND_LABELS, SHARE_COLUMNS, strict=True)),
+        f"kinds{definition.note}": ", ".join(
+            f"{label} {row[key]:.0%}" for label, key in zip(KIND_LABELS, SHARE_COLUMNS, strict=True)
+        ),
         "interpretability score": f"{row['is_label']:.3f} on the true class's map, {row['is_target']:.3f} on the "
         f"target's (null {row['is_null']:.3f}, shuffled {row['is_shuffled']:.3f} ± {row['is_shuffled_sd']:.3f})",
     }
@@ -92,13 +115,14 @@ def draw_missing(
     attack: str,
     arrays: Mapping[str, np.ndarray],
     rows: Sequence[Mapping[str, Any]],
-    cell: int,
+    cell: Cell,
+    definition: Definition,
 ) -> None:
     """Draws the figures of a chunk that are not there yet."""
     for i, row in enumerate(rows):
         path = figure_path(run, attack, row["id"])
         if not path.exists():
-            plots.save(draw(network, attack, arrays, i, row, cell), path)
+            plots.save(draw(network, attack, arrays, i, row, cell, definition), path)
 
 
 def write_page(
@@ -107,6 +131,8 @@ def write_page(
     pictures: Pictures,
     label_origin: str,
     chosen: Mapping[str, Attack],
+    cell: Cell,
+    definition: Definition,
     rows: Sequence[Mapping[str, Any]],
     summary: Sequence[Mapping[str, Any]],
     chunks: Callable[[], Iterable[tuple[str, Mapping[str, np.ndarray]]]],
@@ -119,6 +145,8 @@ def write_page(
         pictures: all pictures, attacked or not.
         label_origin: where the labels come from, as text.
         chosen: the attacks by name.
+        cell: side of a cell in pixels, or its height and width.
+        definition: of the effects of cells.
         rows: one for every picture and attack, in the order of the page.
         summary: one row for every attack.
         chunks: reads the finished chunks, (name of the attack, arrays), from the first one on at every call.
@@ -132,14 +160,15 @@ def write_page(
             "pictures": f"{config['pictures']}, of which {len(pictures.correct)} attacked",
             "labels": label_origin,
             **{f"attack {name}": describe(attack) for name, attack in chosen.items()},
-            "cell": f"{config['cell']} x {config['cell']} pixels",
+            "cell": "{} x {} pixels".format(*sides(cell)),
+            **named(definition),
             "maps": map_method(network, config["maps"]),
             "seed": str(config["seed"]),
             "weights (sha256)": config["weights"],
             **{k: v for k, v in machine().items() if k in ("jaxinterp", "jax", "device")},
         },
         summary=[{k: format(v) if isinstance(v, Estimate) else v for k, v in row.items()} for row in summary],
-        summary_columns=SUMMARY_COLUMNS,
+        summary_columns=summary_columns(summary),
         pictures=[
             {
                 "id": row["id"],
@@ -147,15 +176,16 @@ def write_page(
                 "true": row["label_name"],
                 "target": row["target_name"],
                 "success": row["success"],
-                "facts": picture_facts(row),
+                "facts": picture_facts(row, definition),
                 "figure": figure_path(run, row["attack"], row["id"]),
             }
             for row in rows
         ],
-        notes=NOTES,
-        overview=_overview(run, summary, chunks()),
+        notes=(*NOTES, FAITHFULNESS_NOTE) if FAITHFULNESS_COLUMNS[0] in summary[0] else NOTES,
+        overview=_overview(run, summary, chunks(), definition),
         skipped=left_out(network, pictures),
-        explorer=explored(network.class_name, rows, chunks(), config["cell"]),
+        explorer=explored(network.class_name, rows, chunks(), cell),
+        definition=definition,
     )
 
 
@@ -163,7 +193,7 @@ def explored(
     class_name: Callable[[int], str],
     rows: Sequence[Mapping[str, Any]],
     chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
-    cell: int,
+    cell: Cell,
 ) -> Iterator[dict[str, Any]]:
     """What the explorer shows: the first pictures of the run, as many as `EXPLORED` and `EXPLORED_CELLS` allow (one at
     least), under every attack.
@@ -172,7 +202,7 @@ def explored(
         class_name: names the classes.
         rows: one for every picture and attack, in the order of the page.
         chunks: the finished chunks, the attacks of the same pictures one after the other.
-        cell: side of a cell, in pixels.
+        cell: side of a cell in pixels, or its height and width.
     """
     ids = list(dict.fromkeys(row["id"] for row in rows))
     attacks = len({row["attack"] for row in rows})
@@ -200,7 +230,10 @@ def explored(
 
 
 def _overview(
-    run: Run, summary: Sequence[Mapping[str, Any]], chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]]
+    run: Run,
+    summary: Sequence[Mapping[str, Any]],
+    chunks: Iterable[tuple[str, Mapping[str, np.ndarray]]],
+    definition: Definition,
 ) -> list[tuple[str, Path]]:
     """The figures over all pictures, (caption, path); none where every attack failed."""
     bars = {
@@ -212,18 +245,22 @@ def _overview(
         return []
     columns, folder = overview_columns(chunks), run.directory / "figures"
     drawn = (
-        ("kinds.png", "Shares of the kinds of cells: mean over pictures, 95 % interval", plots.kinds_bar(bars)),
+        (
+            "kinds.png",
+            "Shares of the kinds of cells: mean over pictures, 95 % interval",
+            plots.kinds_bar(bars, definition=definition),
+        ),
         (
             "effect_norm.png",
             "Overall effect of a cell against the norm of its perturbation",
-            plots.scatter_effect(columns.norms, columns.effects),
+            plots.scatter_effect(columns.norms, columns.effects, definition=definition),
         ),
         (
             "ratio_effect.png",
             "Ratio of promotion to suppression against the overall effect",
-            plots.scatter_ratio(columns.effects, columns.ratios),
+            plots.scatter_ratio(columns.effects, columns.ratios, definition=definition),
         ),
     )
     for name, _, figure in drawn:
         plots.save(figure, folder / name)
-    return [(caption, folder / name) for name, caption, _ in drawn]
+    return [(caption + definition.note, folder / name) for name, caption, _ in drawn]

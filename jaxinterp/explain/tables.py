@@ -21,6 +21,13 @@ IMAGE_COLUMNS = (
     *("label_map_suppression", "label_map_balanced", "label_map_promotion"),
     *("target_map_suppression", "target_map_balanced", "target_map_promotion"),
 )
+FAITHFULNESS_COLUMNS = tuple(
+    f"{measure}_{which}{null}"
+    for which in ("label", "target")
+    for measure in ("deletion", "insertion", "drop")
+    for null in ("", "_null")
+)
+"""Further columns of images.csv, where faithfulness is measured."""
 NOT_IN_ROWS = ("clean", "adversarial", "maps")
 """The large arrays of a chunk, which `image_rows` does not need."""
 CELL_COLUMNS = (
@@ -38,6 +45,7 @@ SUMMARY_COLUMNS = (
     ("l1", "median L1", ".1f"),
     ("l0", "median L0", ".0f"),
     ("forward", "median passes", ".0f"),
+    ("effect", "effect", ""),
     ("share_suppression", "suppression", ".3f"),
     ("share_balanced", "balanced", ".3f"),
     ("share_promotion", "promotion", ".3f"),
@@ -46,11 +54,20 @@ SUMMARY_COLUMNS = (
     ("is_target", "IS, target", ".3f"),
     ("is_null", "IS, null", ".3f"),
     ("is_shuffled", "IS, shuffled", ".3f"),
+    *(
+        (f"{measure}_{which}{null}", f"{name}, {whose}{', null' if null else ''}", ".3f")
+        for which, whose in (("label", "true class"), ("target", "target"))
+        for measure, name in (("deletion", "deletion"), ("insertion", "insertion"), ("drop", "average drop"))
+        for null in ("", "_null")
+    ),
 )
+"""Key, heading and format; of faithfulness and `effect` where the rows have them, see `summary_columns`."""
 
 
-def image_rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """One row for every picture of a chunk, with the columns `IMAGE_COLUMNS`."""
+def image_rows(
+    network: Network, attack: str, arrays: Mapping[str, np.ndarray], definition: effect.Definition = effect.PAPER
+) -> Iterator[dict[str, Any]]:
+    """One row for every picture of a chunk, with the columns `IMAGE_COLUMNS`, and those that were asked for."""
     shares = np.asarray(effect.shares(jnp.asarray(arrays["kind"])))
     for i, name in enumerate(arrays["ids"]):
         label, target = int(arrays["labels"][i]), int(arrays["targets"][i])
@@ -80,17 +97,26 @@ def image_rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) 
             },
             "is_shuffled": np.mean(arrays["is_shuffled"][i]),
             "is_shuffled_sd": np.std(arrays["is_shuffled"][i]),
+            **{key: arrays[key][i] for key in FAITHFULNESS_COLUMNS if key in arrays},
+            **named(definition),
         }
 
 
-def cell_rows(attack: str, arrays: Mapping[str, np.ndarray], cell: int) -> Iterator[dict[str, Any]]:
-    """One row for every cell of every picture of a chunk, with the columns `CELL_COLUMNS`."""
-    size = arrays["clean"].shape[1:3]
+def named(definition: effect.Definition) -> dict[str, str]:
+    """A further column of every table, where effects are not the paper's."""
+    return {} if definition == effect.PAPER else {"effect": str(definition)}
+
+
+def cell_rows(
+    attack: str, arrays: Mapping[str, np.ndarray], cell: effect.Cell, definition: effect.Definition = effect.PAPER
+) -> Iterator[dict[str, Any]]:
+    """One row for every cell of every picture of a chunk, with the columns `CELL_COLUMNS` and `named`."""
+    size, (tall, wide) = arrays["clean"].shape[1:3], effect.sides(cell)
     maps = np.asarray(cam.resize(jnp.asarray(arrays["maps"]), size))
     for i, name in enumerate(arrays["ids"]):
         kind = arrays["kind"][i]
         for row, column in np.ndindex(kind.shape):
-            window = (slice(row * cell, (row + 1) * cell), slice(column * cell, (column + 1) * cell))
+            window = (slice(row * tall, (row + 1) * tall), slice(column * wide, (column + 1) * wide))
             yield {
                 "id": str(name),
                 "attack": attack,
@@ -100,6 +126,7 @@ def cell_rows(attack: str, arrays: Mapping[str, np.ndarray], cell: int) -> Itera
                 "kind": effect.Kind(kind[row, column]).label,
                 "map_label_clean": np.mean(maps[i, 0][window]),
                 "map_target_adversarial": np.mean(maps[i, 3][window]),
+                **named(definition),
             }
 
 
@@ -125,9 +152,16 @@ def summarise(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, seed: 
                 **{key: mean(key) for key in ("share_suppression", "share_balanced", "share_promotion")},
                 **{key: mean(key) for key in ("is_label", "is_target", "is_null", "is_shuffled")},
                 "rho_effect_norm": mean("rho_effect_norm"),
+                **{key: mean(key) for row in mine[:1] for key in FAITHFULNESS_COLUMNS if key in row},
+                **({"effect": mine[0]["effect"]} if mine and "effect" in mine[0] else {}),
             }
         )
     return summary
+
+
+def summary_columns(summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Those of `SUMMARY_COLUMNS` that the rows have."""
+    return [column for column in SUMMARY_COLUMNS if all(column[0] in row for row in summary)]
 
 
 def as_json(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -175,7 +209,9 @@ def summary_lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     def shown(value: Any, spec: str) -> str:
         return "-" if isinstance(value, float) and np.isnan(value) else format(value, spec)
 
+    columns = summary_columns(summary)[1:]
+    width = max(16, *(len(heading) for _, heading, _ in columns))
     for row in summary:
         yield f"\n{row['attack']}"
-        for key, heading, spec in SUMMARY_COLUMNS[1:]:
-            yield f"  {heading:<16} {shown(row[key], spec)}"
+        for key, heading, spec in columns:
+            yield f"  {heading:<{width}} {shown(row[key], spec)}"

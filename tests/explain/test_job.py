@@ -1,6 +1,7 @@
 """The main job end to end on real pictures and real networks: pictures of every sort, kill and resume."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -10,13 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import explain
+from jaxinterp import cam, effect, explain, faithfulness
 from jaxinterp.data import Crop, samples
+from jaxinterp.explain.tables import CELL_COLUMNS, IMAGE_COLUMNS
 from jaxinterp.pictures import random_targets
+from jaxinterp.study import problem
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +149,80 @@ def test_pictures_of_every_sort_are_explained_or_listed(tmp_path, pictures):
     labels = {row["id"]: row["label"] for row in found.rows}
     assert labels["rgba.png"] == labels["plain.png"]
     assert labels["grey.png"] == labels["sixteen.png"]
+    # What directories of earlier versions hold: these continue.
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["cell"] == 32
+    assert not config.keys() & {"effect", "scale", "faithfulness"}
+    assert tuple(read(tmp_path / "out" / "images.csv")[0]) == IMAGE_COLUMNS
+    assert tuple(read(tmp_path / "out" / "cells.csv")[0]) == CELL_COLUMNS
     record = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert record[0]["pictures"] == 6
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_effects_that_are_not_the_papers_of_oblong_cells_and_faithfulness(small_pictures, tmp_path):
+    out, definition, cell = tmp_path / "out", effect.Definition("add_one_in", "log_softmax"), (16, 8)
+    job = functools.partial(
+        explain.explain,
+        small_pictures[:1],
+        model="cifar10_cnn",
+        specs=["ifgsm:steps=3,eps=0.1"],
+        out=out,
+        labels="names",
+        batch_size=1,
+        say=lambda line: None,
+    )
+    found = job(cell=cell, definition=definition, faithful=True)
+    ((_, _, arrays),) = found.parts()
+    assert arrays["success"].all()
+    expected = effect.pse(
+        found.network.bind(found.params), *problem(arrays), cell, method="add_one_in", scale="log_softmax"
+    )
+    assert expected.kind.shape == (1, 2, 4)
+    maps = np.asarray(cam.resize(jnp.asarray(arrays["maps"]), (32, 32)))[0]
+    cells = read(out / "cells.csv")
+    assert [(int(row["row"]), int(row["column"])) for row in cells] == list(np.ndindex(2, 4))
+    for row in cells:
+        i, j = int(row["row"]), int(row["column"])
+        assert float(row["suppression"]) == pytest.approx(float(expected.suppression[0, i, j]), rel=1e-5)
+        assert float(row["promotion"]) == pytest.approx(float(expected.promotion[0, i, j]), rel=1e-5)
+        window = np.s_[16 * i : 16 * (i + 1), 8 * j : 8 * (j + 1)]
+        assert float(row["map_label_clean"]) == pytest.approx(maps[0][window].mean(), rel=1e-4)
+        assert float(row["map_target_adversarial"]) == pytest.approx(maps[3][window].mean(), rel=1e-4)
+    named = "add one in, log-probabilities"
+    assert {row["effect"] for row in (*cells, *read(out / "images.csv"), *found.summary)} == {named}
+    html = (out / "index.html").read_text()
+    assert "16 x 8 pixels" in html
+    assert f"kinds ({named})" in html
+    (row,) = read(out / "images.csv")
+    clean, adversarial, labels, targets = problem(arrays)
+    maps = jnp.asarray(arrays["maps"])
+    for which, given in (("label", (clean, labels, maps[:, 0])), ("target", (adversarial, targets, maps[:, 3]))):
+        model = found.network.bind(found.params)
+        expected = {
+            "deletion": faithfulness.deletion(model, *given).area,
+            "insertion": faithfulness.insertion(model, *given).area,
+            "drop": faithfulness.average_drop(model, *given),
+        }
+        for measure, value in expected.items():
+            key = f"{measure}_{which}"
+            assert float(row[key]) == pytest.approx(float(value[0]), rel=1e-5)
+            assert found.summary[0][key].mean == pytest.approx(float(value[0]), rel=1e-5)
+            assert 0 <= float(row[f"{key}_null"]) <= 1
+        assert row[f"deletion_{which}_null"] != row[f"deletion_{which}"]
+    assert "average drop, target, null" in html
+
+    asked = {"cell": cell, "definition": definition, "faithful": True}
+    for other in (effect.PAPER, effect.Definition("add_one_in"), effect.Definition(scale="log_softmax")):
+        with pytest.raises(ValueError, match="holds results of another config"):
+            job(**{**asked, "definition": other})
+    for change in ({"cell": (8, 16)}, {"faithful": False}):
+        with pytest.raises(ValueError, match="holds results of another config"):
+            job(**{**asked, **change})
 
 
 def test_targets_depend_on_the_seed_and_the_name_alone():
