@@ -92,6 +92,7 @@ def explanation(
     cell: Cell,
     subtitle: str = "",
     definition: Definition = PAPER,
+    method: str = "cam",
 ) -> Figure:
     """What one perturbation does to one picture, as two rows of five panels.
 
@@ -105,8 +106,8 @@ def explanation(
         kind: [gh,gw] codes, the positions in `KINDS`, as many as cells tile the picture.
         suppression: s, [gh,gw], in the unit of the definition.
         promotion: p, [gh,gw], likewise.
-        maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t) in that order, [4,h,w], in logits per position of the
-            map, at the resolution of the feature map.
+        maps: F(x₀, t₀), F(x′, t₀), F(x₀, t), F(x′, t) in that order, [4,h,w], at the resolution of the feature map;
+            those of `cam` in logits per position.
         true_name: name of t₀.
         target_name: name of t.
         predicted_name: name of the class that the network gives x′.
@@ -114,6 +115,7 @@ def explanation(
         cell: side of a cell in pixels, or its height and width. Cells in the last row and column may be smaller.
         subtitle: a line of facts below the title (norms, success, scores).
         definition: of s and p; one that is not the paper's is named.
+        method: of the maps, see `jaxinterp.cam.METHODS`.
 
     Returns:
         A figure 17 inches wide; `save` makes it 1,700 pixels.
@@ -214,13 +216,13 @@ def explanation(
 
     # Below: what the colours mean, each under its own columns.
     top = header + 2 * (caption + height) + 0.24
-    key = (
-        "x₀ original, x′ adversarial\n"
-        "t₀ true class, t target\n"
-        "F(x, c) activation map of class c:\n"
-        "its positions add up to c's logit\n"
-        "without the bias"
-    )
+    key = "x₀ original, x′ adversarial\nt₀ true class, t target\nF(x, c) activation map of class c"
+    if method == "cam":
+        key += ":\nits positions add up to c's logit\nwithout the bias"
+        unit, moved = "contribution to the logit per position of the map (logits; ", "change of the contribution"
+    else:
+        key += f",\nby {method}"
+        unit, moved = "value of the map (", "change of the value"
     x, y = margin / 17.0, 1 - (top - 0.08) / total
     figure.text(x, y, key, size=9, va="top", color=_MUTED, linespacing=1.25)
     figure.legend(
@@ -235,13 +237,8 @@ def explanation(
         labelspacing=0.3,
     )
     for start, count, mappable, label in (
-        (
-            2,
-            2,
-            scale,
-            "contribution to the logit per position of the map (logits; one scale for the four maps)",
-        ),
-        (4, 1, axes.images[-1], "change of the contribution, same unit"),
+        (2, 2, scale, f"{unit}one scale for the four maps)"),
+        (4, 1, axes.images[-1], f"{moved}, same unit"),
     ):
         width = count * side + (count - 1) * gap
         # A little shorter than its panels: the numbers at its ends must not meet the next bar's.
@@ -1193,8 +1190,8 @@ def _wrap(text: str, width: float, size: float, lines: int = 2) -> str:
             if len(rows) == lines - 1:
                 rows.append(rest[: max(cut - 1, 1)].rstrip() + "…")
                 break
-            space = rest.rfind(" ", 0, cut + 1)
-            cut = space if space > 0 else cut
+            space, mark = rest.rfind(" ", 0, cut + 1), max(rest.rfind(sign, 0, cut) for sign in ",:/")
+            cut = max(space, mark + 1) if max(space, mark) > 0 else cut
         rows.append(rest[:cut])
         rest = rest[cut:].lstrip()
     return "\n".join(rows).replace("$", r"\$")

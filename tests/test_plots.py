@@ -203,6 +203,18 @@ def test_characters_that_the_font_lacks_are_boxes_without_a_warning(tmp_path):
     assert plots._wrap("图片 naïve ☺ $1", 9.0, 10.0) == r"□□ naïve ☺ \$1"
 
 
+def test_lines_end_behind_words_and_marks():
+    assert plots._wrap("ifgsm:steps=3,eps=0.1", 1.6, 10.0).split("\n") == ["ifgsm:steps=3,", "eps=0.1"]
+    assert plots._wrap("two words", 0.6, 10.0).split("\n") == ["two", "words"]
+
+
+def test_maps_are_explained_by_their_method():
+    assert "add up to c's logit" in "".join(texts(plots.explanation(**case())))
+    other = "".join(texts(plots.explanation(**case(), method="gradcam")))
+    assert "by gradcam" in other
+    assert "logit" not in other
+
+
 LONG_NAMES = ("W" * 400, "a long name, with $5 and $6 in it, " * 9)
 
 

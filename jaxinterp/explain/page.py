@@ -62,10 +62,9 @@ def draw(
     row: Mapping[str, Any],
     cell: Cell,
     definition: Definition,
+    method: str,
 ) -> Any:
     """The figure of picture `i` of a chunk."""
-    from jaxinterp import plots
-
     return plots.explanation(
         original=arrays["clean"][i],
         adversarial=arrays["adversarial"][i],
@@ -80,6 +79,7 @@ def draw(
         cell=cell,
         subtitle=_subtitle(row),
         definition=definition,
+        method=method,
     )
 
 
@@ -119,10 +119,11 @@ def draw_missing(
     definition: Definition,
 ) -> None:
     """Draws the figures of a chunk that are not there yet."""
+    method = map_method(network, run.config["maps"])
     for i, row in enumerate(rows):
         path = figure_path(run, attack, row["id"])
         if not path.exists():
-            plots.save(draw(network, attack, arrays, i, row, cell, definition), path)
+            plots.save(draw(network, attack, arrays, i, row, cell, definition, method), path)
 
 
 def write_page(
