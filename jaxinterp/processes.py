@@ -309,6 +309,7 @@ def open_run(directory: str | os.PathLike, config: Mapping[str, Any]) -> Run:
     _check_shared(group, Path(directory))
     run = run or Run(directory, config)
     if group.first:
+        run.remove_left_over()
         run.write_json("machine.json", machine())
     return run
 

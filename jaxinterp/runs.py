@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ import jax
 import numpy as np
 
 T = TypeVar("T")
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `replacing` names them
 
 
 @contextlib.contextmanager
@@ -128,6 +131,17 @@ class Run:
             raise ValueError(f"{self.directory} is not empty and holds no config.json: it is not a results directory")
         else:
             self.write_json("config.json", self.config)
+
+    def remove_left_over(self, age: float = 3600.0) -> None:
+        """Removes what killed processes left under temporary names: what nobody has written to for `age` seconds.
+
+        Whatever is younger may be another process's, which is writing it.
+        """
+        for path in self.directory.rglob(".*"):
+            if _TEMPORARY.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > age:
+                        path.unlink()
 
     def write_part(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Stores the arrays of a finished chunk. Raises OSError where that fails; an older part is kept then."""

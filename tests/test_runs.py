@@ -80,6 +80,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["table.csv"]
 
 
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    run = Run(tmp_path / "r", CONFIG)
+    (run.directory / "parts").mkdir()
+    left, young, other = (run.directory / "parts" / name for name in (".a.npz.ab12_xyz", ".b.npz.00000000", ".keep"))
+    for path in (left, young, other):
+        path.write_bytes(b"half")
+    for path in (left, other, run.directory / "config.json"):
+        os.utime(path, (1e9, 1e9))
+    run.remove_left_over()
+    assert [path.exists() for path in (left, young, other)] == [False, True, True]
+    assert (run.directory / "config.json").exists()
+    with pytest.raises(FileNotFoundError), replacing(run.directory / "c.npz"):  # these are the names it gives
+        run.remove_left_over(age=-1.0)
+    assert not young.exists()
+
+
 def test_a_table_reads_back_to_the_same_float32(tmp_path, rng):
     run = Run(tmp_path / "r", CONFIG)
     values = rng.standard_normal(50).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, 50).astype(
