@@ -49,6 +49,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.bench.records import append, cores
 from jaxinterp.bench.timing import interleaved, middle, ratios, shown, verdict
 from jaxinterp.canonical import canonical
+from jaxinterp.supplies import supplied
 from jaxinterp.weights import seeded
 
 EPS, STEPS = 8 / 255, 10
@@ -348,8 +349,8 @@ def compile_times(
     reference = compiling(lambda: gradient(model, images, labels))
     print(f"{network}, images {images.shape}: one gradient {reference:.1f} s")
     rows = {}
-    for name in names:
-        attack = attacks.ATTACKS[name]()
+    every = supplied({name: attacks.ATTACKS[name]() for name in names}, size)
+    for name, attack in every.items():
 
         def one_step(attack=attack):
             state = attacks.start(attack, model, images, labels, key=KEY)
