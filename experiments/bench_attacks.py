@@ -151,10 +151,9 @@ def overhead(networks: tuple[str, ...] = tuple(BATCHES), rounds: int = 7, out: P
     Args:
         networks: Their names.
         rounds: How often everything is timed.
-        out: File to which one JSON line is appended.
+        out: File to which a JSON line is appended for every network.
     """
     has_torch = bool(installed("torch"))
-    rows = []
     for name in networks:
         p = problem(name, BATCHES.get(name, 8))
 
@@ -201,16 +200,14 @@ def overhead(networks: tuple[str, ...] = tuple(BATCHES), rounds: int = 7, out: P
         for what, values in found.items():
             target = verdict(middle(values)["median"], 1.03) if "forward" in what else ""
             print(f"  {what:40}{shown(values, digits=3):>30}  {target}", flush=True)
-        rows.append(
-            {
-                "network": name,
-                "shape": p.images.shape,
-                "bare": bare,
-                "seconds": {what: middle(values) for what, values in times.items()},
-                "ratios": {what: middle(values) for what, values in found.items()},
-            }
-        )
-    append(out, "attacks overhead", {"steps": STEPS, "rounds": rounds, "peers": versions(), "results": rows})
+        row = {
+            "network": name,
+            "shape": p.images.shape,
+            "bare": bare,
+            "seconds": {what: middle(values) for what, values in times.items()},
+            "ratios": {what: middle(values) for what, values in found.items()},
+        }
+        append(out, "attacks overhead", {"steps": STEPS, "rounds": rounds, "peers": versions(), "results": [row]})
 
 
 # network: images, steps of every search step
@@ -235,9 +232,8 @@ def quality(
         window: Steps after which "early" looks at the loss.
         tolerance: Relative decrease of the loss in them with which it goes on.
         rounds: How often everything is timed, after a run that compiles.
-        out: File to which one JSON line is appended.
+        out: File to which a JSON line is appended for every network and attack.
     """
-    rows = []
     for name in networks:
         batch, default = QUALITY.get(name, (8, 100))
         p, most = problem(name, batch), steps or default
@@ -291,8 +287,7 @@ def quality(
                     print(f"  foolbox / {who:10} {shown(faster, digits=2)}, {measure} {near:.4f} of it", end="    ")
                     print(f"target >= {goal}: {met}" if who == "early" else "", flush=True)
                     row[who] |= {"faster": middle(faster), "distance": near}
-            rows.append(row)
-    append(out, "attacks quality", {"rounds": rounds, "peers": versions(), "results": rows})
+            append(out, "attacks quality", {"rounds": rounds, "peers": versions(), "results": [row]})
 
 
 def _ours(name: str, attack: attacks.Attack, p: Problem, kept: dict[str, Any]) -> None:
