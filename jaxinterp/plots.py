@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -1190,8 +1191,9 @@ def _wrap(text: str, width: float, size: float, lines: int = 2) -> str:
             if len(rows) == lines - 1:
                 rows.append(rest[: max(cut - 1, 1)].rstrip() + "…")
                 break
-            space, mark = rest.rfind(" ", 0, cut + 1), max(rest.rfind(sign, 0, cut) for sign in ",:/")
-            cut = max(space, mark + 1) if max(space, mark) > 0 else cut
+            marks = re.finditer(r"[,:](?=\D)", rest[: cut + 1])  # not those inside 1,000 or 12:30
+            best = max(rest.rfind(" ", 0, cut + 1), *(mark.end() for mark in marks), 0)
+            cut = best if best > 0 else cut
         rows.append(rest[:cut])
         rest = rest[cut:].lstrip()
     return "\n".join(rows).replace("$", r"\$")

@@ -206,6 +206,7 @@ def test_characters_that_the_font_lacks_are_boxes_without_a_warning(tmp_path):
 def test_lines_end_behind_words_and_marks():
     assert plots._wrap("ifgsm:steps=3,eps=0.1", 1.6, 10.0).split("\n") == ["ifgsm:steps=3,", "eps=0.1"]
     assert plots._wrap("two words", 0.6, 10.0).split("\n") == ["two", "words"]
+    assert plots._wrap("and 1,000 cells", 0.75, 10.0).split("\n")[0] == "and"
 
 
 def test_maps_are_explained_by_their_method():
