@@ -280,9 +280,10 @@ def coerce(attack: Attack) -> Attack:
     checked = _checked(attack)
 
     def as_array(path, leaf):
-        array = jnp.asarray(leaf)
-        whole = _is_shared(checked, path) and jnp.issubdtype(array.dtype, jnp.integer)
-        return array if whole else jnp.asarray(leaf, jnp.float32)
+        if _is_shared(checked, path) and jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+            return jnp.asarray(leaf)
+        # Numbers of the host stay there: the compiled program takes them along, and each array here would be a launch.
+        return jnp.asarray(leaf, jnp.float32) if isinstance(leaf, jax.Array) else np.asarray(leaf, np.float32)
 
     return jax.tree_util.tree_map_with_path(as_array, checked)
 
@@ -354,7 +355,7 @@ def by_example(attack: Attack, batch: int) -> Attack:
         if leaf.shape not in ((), (batch,)):
             name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{name} must be one number, or one for each of {batch} examples, got shape {leaf.shape}")
-        return jnp.broadcast_to(leaf, (batch,))
+        return (jnp if isinstance(leaf, jax.Array) else np).broadcast_to(leaf, (batch,))
 
     return jax.tree_util.tree_map_with_path(spread, attack)
 
@@ -435,9 +436,9 @@ def check(
         raise ValueError(f"{name} must be [B,H,W,C], got shape {images.shape}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"{name} must be floats in [0, 1], got {images.dtype}; divide 8-bit pixels by 255")
-    known = None if isinstance(images, Tracer) else np.asarray(images)
-    if known is not None and known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
-        raise ValueError(f"{name} must be finite and in [0, 1], got values from {np.min(known):g} to {np.max(known):g}")
+    low, high = (0.0, 1.0) if isinstance(images, Tracer) or not images.size else _range(images)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{name} must be finite and in [0, 1], got values from {low:g} to {high:g}")
     images = images.astype(jnp.float32)
     logits = _logits(model, images)
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != images.shape[0]:
@@ -472,6 +473,23 @@ def check(
     return images, labels, targets, support
 
 
+def _range(images: Array) -> tuple[float, float]:
+    """The smallest and the largest value, NaN where there is one.
+
+    A device that is not the host looks for them itself: fetching 512 images of 224 pixels takes longer than a step.
+    """
+    if all(device.platform == "cpu" for device in images.devices()):
+        known = np.asarray(images)
+        return float(np.min(known)), float(np.max(known))
+    low, high = jax.device_get(_extremes(images))
+    return float(low), float(high)
+
+
+@jax.jit
+def _extremes(values: Array) -> tuple[Array, Array]:
+    return jnp.min(values), jnp.max(values)
+
+
 def _logits(model: Model, images: Array) -> Any:
     """What the model returns, as shapes. Tracing it takes as long as running it, so it is traced once for a structure.
 
@@ -480,12 +498,12 @@ def _logits(model: Model, images: Array) -> Any:
     leaves, treedef = jax.tree.flatten((model, images))
     if not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
         return jax.eval_shape(model, images)
-    return _logits_of(treedef, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
+    return _logits_of(treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
 
 @functools.lru_cache(maxsize=256)
-def _logits_of(treedef: Any, specs: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    model, images = jax.tree.unflatten(treedef, specs)
+def _logits_of(treedef: Any, specs: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
+    model, images = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*spec) for spec in specs])
     return jax.eval_shape(lambda model, images: model(images), model, images)
 
 
@@ -495,16 +513,17 @@ def check_several(model: Model, images: Any, classes: Any) -> tuple[Array, Array
     Raises:
         ValueError, TypeError: as `check`; classes of another shape, or not as many for every image.
     """
+    numpy = jnp if isinstance(classes, Tracer) else np
     try:
-        several = jnp.asarray(classes)
+        several = numpy.asarray(classes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"classes must be integers [B] or [B,n], as many for every image: {error}") from None
     if several.ndim not in (1, 2) or 0 in several.shape[1:] or not jnp.issubdtype(several.dtype, jnp.integer):
         raise ValueError(f"classes must be integers [B] or [B,n], got {several.dtype} of shape {several.shape}")
     several = several if several.ndim == 2 else several[:, None]
-    for extreme in (jnp.max, jnp.min)[: several.shape[1]]:
-        images, _, _, _ = check(model, images, extreme(several, axis=1), names=("images", "classes"))
-    return images, several
+    low, high = (extreme(several, axis=1) for extreme in (numpy.min, numpy.max))
+    images, _, _, _ = check(model, images, numpy.where(low < 0, low, high), names=("images", "classes"))
+    return images, jnp.asarray(several, jnp.int32)
 
 
 def whole(value: Any, name: str) -> int:

@@ -139,6 +139,14 @@ class Module:
 
     graphdef: Any
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """A graph definition walks through all its modules for it, every time, and every call of a network asks."""
+        return hash(self.graphdef)
+
     def __call__(self, params, images, tap):
         return nnx.merge(self.graphdef, _nested(params))(images, tap)
 

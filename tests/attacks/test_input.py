@@ -159,3 +159,19 @@ def test_a_range_that_the_documentation_states_is_checked():
 def test_the_guard_sees_a_compilation():
     with pytest.raises(AssertionError, match="compiled before"):
         attempt()
+
+
+@pytest.mark.parametrize("value", [0.5, -0.25, 1.5, np.inf, np.nan])
+def test_devices_find_the_extremes_that_the_host_finds(value):
+    images = jnp.asarray(changed(value))
+    there = [float(x) for x in driver._extremes(images)]
+    np.testing.assert_equal(there, [float(np.min(images)), float(np.max(images))])
+    np.testing.assert_equal(driver._range(images), tuple(there))
+
+
+def test_numbers_of_the_host_stay_there():
+    """An array of a device for each of them would be a launch for each, in every call."""
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(coerce(PGD(eps=0.1))))
+    attack = coerce(PGD(eps=jnp.array([0.1, 0.2], jnp.float16)))
+    assert isinstance(attack.eps, jax.Array)
+    assert attack.eps.dtype == jnp.float32

@@ -328,3 +328,12 @@ def test_flatten_is_channels_first(rng: np.random.Generator):
     flat = np.asarray(layers.flatten(jnp.asarray(x)))
     for h, w, c in itertools.product(range(3), range(4), range(5)):
         np.testing.assert_array_equal(flat[:, c * 12 + h * 4 + w], x[:, h, w, c])
+
+
+def test_networks_made_twice_are_equal_and_have_one_hash():
+    """Both are keys of every program that is compiled for a network."""
+    made = [models.network.__wrapped__("small_cnn") for _ in range(2)]
+    assert made[0].apply is not made[1].apply
+    assert made[0] == made[1]
+    assert hash(made[0]) == hash(made[1])
+    assert hash(made[0].apply) == hash(made[0].apply.graphdef)
