@@ -5,7 +5,7 @@
 Dissects several layers in one walk and counts concept detectors by category and depth, in both conventions. Claim (Bau
 et al. 2017, section 3.2): colour detectors belong to the first layers, and what needs larger structure (textures, then
 objects) to later ones. With a set that has colours and textures only, objects cannot be found: the answer is about
-what is there. Intervals are bootstraps over the units of a layer.
+what is there. Intervals are over the units of a layer.
 
 Writes dissect_layers/answers.json and detectors.png.
 """
@@ -24,7 +24,7 @@ from jaxinterp.cli import guarded
 from jaxinterp.dissect import CONVENTIONS, counts
 from jaxinterp.processes import current, open_run
 from jaxinterp.runs import versions
-from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
+from jaxinterp.statistics import Estimate, difference, proportion
 from jaxinterp.study import UNDECIDED, Answer, Units, dissected, verdict
 
 DEPTHS = 5
@@ -69,17 +69,16 @@ def main(setting: Units) -> None:
     answers = []
     for index, category in enumerate(categories):
         shares = [layer.best.detects("category")[:, index].astype(float) for layer in (first, last)]
-        ends = [bootstrap_mean(share, seed=setting.seed) for share in shares]
-        low, high = _difference(shares[0], shares[1], setting.seed)
-        more = Estimate(ends[1].mean - ends[0].mean, low, high, min(map(len, shares)))
+        (few, of_first), (many, of_last) = ends = [(int(share.sum()), len(share)) for share in shares]
+        more = difference(*ends)
         # Colours are expected to become fewer, all others more.
         sign = -1 if category == "color" else 1
-        bounds = sorted((sign * low, sign * high))
+        bounds = sorted((sign * more.low, sign * more.high))
         signed = Estimate(sign * more.mean, bounds[0], bounds[1], more.count)
         word = "fewer" if sign < 0 else "more"
         claim = f"{word} units detect a {category} in {nodes[-1]} than in {nodes[0]}"
         settled = verdict(signed, 0.0) if any(share.any() for share in shares) else UNDECIDED
-        answers.append(Answer(claim, f"{ends[0].mean:.1%} to {ends[1].mean:.1%}, difference {more:.3f}", settled))
+        answers.append(Answer(claim, f"{few / of_first:.1%} to {many / of_last:.1%}, difference {more:.3f}", settled))
     if current().first:
         run.write_json(
             "answers.json",
@@ -105,14 +104,6 @@ def main(setting: Units) -> None:
 
 def _last(network) -> int:
     return network.nodes.index(network.cam_node) if network.cam_node else len(network.nodes) - 1
-
-
-def _difference(a: np.ndarray, b: np.ndarray, seed: int, draws: int = 2000) -> tuple[float, float]:
-    """95 % of bootstrap differences of means, b - a."""
-    rng = np.random.default_rng(seed)
-    means = [x[rng.integers(0, len(x), (draws, len(x)))].mean(axis=1) for x in (a, b)]
-    low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from jaxinterp.network import Network, Params
 from jaxinterp.pictures import classify
 from jaxinterp.processes import open_run, read_part
 from jaxinterp.runs import Run
-from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
+from jaxinterp.statistics import Estimate, bootstrap_mean
 from jaxinterp.study import UNDECIDED, Answer, conclude, verdict
 from jaxinterp.training import detectors, generated
 from jaxinterp.weights import checkpoint
@@ -54,6 +54,7 @@ L2 = tuple(float(eps) for eps in np.geomspace(0.02, 2.0, 9))
 RADII = {"PGD": LINF, "PGD_2": L2, "MI-FGSM": LINF}
 STRENGTHS = {**dict.fromkeys(KEYS, KAPPAS), **RADII}
 KINDS = ("suppression", "balanced", "promotion")
+_ROUNDING = 1e-9  # of means of shares
 WELL_BELOW = 0.5  # of the other attack's, what "well below" means here
 
 
@@ -258,6 +259,13 @@ class Table:
         """The mean over pictures of the means over their squares, values that are not finite left out."""
         return bootstrap_mean(self.by_picture(values), seed=self.seed)
 
+    def share(self, flags: np.ndarray) -> Estimate:
+        """The mean over pictures of the shares of their squares, of 1, 0 and what does not count, not a number.
+
+        Squares of one picture are alike: an interval over all squares would be too narrow.
+        """
+        return bootstrap_mean(self.by_picture(flags), seed=self.seed, bounds=(0, 1))
+
     def by_picture(self, values: np.ndarray) -> np.ndarray:
         """Means over the squares of every picture; not a number where no value is finite."""
         groups = [values[self.pictures == name] for name in dict.fromkeys(self.pictures)]
@@ -277,13 +285,13 @@ class Table:
 
     def at_rate(self, attack: str, rate: float, errs: str | None = None) -> int | None:
         """The weakest strength at which the attack deceives this share of squares; None where none does."""
-        rates = [self.rate(attack, k, errs).mean for k in range(len(STRENGTHS[attack]))]
-        return next((k for k, value in enumerate(rates) if value >= rate), None)
+        strengths = range(len(STRENGTHS[attack]))
+        return next((k for k in strengths if self.rate(attack, k, errs) >= rate - _ROUNDING), None)
 
-    def rate(self, attack: str, k: int, errs: str | None = None) -> Estimate:
-        """The share of squares on which the detector, or another one, is deceived at a strength."""
-        won = self.deceived(attack, k, errs)
-        return proportion(int(np.nansum(won)), int(np.isfinite(won).sum()))
+    def rate(self, attack: str, k: int, errs: str | None = None) -> float:
+        """The share of squares on which the detector, or another one, is deceived at a strength, as `share` has it."""
+        shares = self.by_picture(self.deceived(attack, k, errs))
+        return float(np.nanmean(shares)) if np.isfinite(shares).any() else float("nan")
 
     def deceived(self, attack: str, k: int, errs: str | None = None) -> np.ndarray:
         """[squares] 1 or 0, not a number where a detector was wrong before."""
@@ -294,7 +302,7 @@ class Table:
 
     def equal(self, attack: str, what: str) -> np.ndarray:
         """[squares] at the strength at which the attack succeeds as often as key pixels do, where it succeeds."""
-        k = self.at_rate(attack, self.rate(KEYS[0], 0).mean)
+        k = self.at_rate(attack, self.rate(KEYS[0], 0))
         return np.full(len(self.pictures), np.nan) if k is None else self.won(attack, what, k)
 
     def won(self, attack: str, what: str, k: int, errs: str | None = None) -> np.ndarray:
@@ -305,8 +313,8 @@ class Table:
         """A row for every attack: at its own smallest strength, at the rate of key pixels, and on other detectors."""
         rows = {}
         for attack in STRENGTHS:
-            success = np.isfinite(self.first(attack, "success"))[self.right[self.name]]
-            row = {"success": format(proportion(int(success.sum()), len(success)), ".3f")}
+            success = np.isfinite(self.first(attack, "success"))
+            row = {"success": format(self.share(np.where(self.right[self.name], success, np.nan)), ".3f")}
             for what in ("l0", "l2", "linf"):
                 own = self.first(attack, what)
                 row[what] = format(self.mean(own), ".4f")
@@ -338,13 +346,13 @@ class Table:
         errs = self.found[f"{attack}/errs"][np.arange(len(success)), place, list(self.right).index(other)]
         rows = self.right[self.name] & self.right[other]
         won = success[np.arange(len(success)), place]
-        return proportion(int((errs & won)[rows].sum()), int(rows.sum()))
+        return self.share(np.where(rows, errs & won, np.nan))
 
     def answers(self) -> list[Answer]:
         """L0 and L2 below those of the others, white box and black box."""
         found = []
         for other in OTHERS:
-            k = self.at_rate(other, self.rate(KEYS[0], 0).mean)
+            k = self.at_rate(other, self.rate(KEYS[0], 0))
             for what in ("l0", "l2"):
                 mine = self.first(KEYS[0], what)
                 claim = f"{self.name}: {what.upper()} of key pixels well below that of {other} at"
@@ -367,7 +375,7 @@ class Table:
 
     def black_box(self, target: str) -> list[Answer]:
         """On another detector, at the radius at which the others deceive it as often as key pixels do at their best."""
-        rates = [self.rate(KEYS[0], k, target).mean for k in range(len(KAPPAS))]
+        rates = [self.rate(KEYS[0], k, target) for k in range(len(KAPPAS))]
         best = int(np.argmax(rates))
         found = []
         for other in ("PGD", "MI-FGSM"):
@@ -420,7 +428,7 @@ def draw(
     def deceived(attack: str) -> dict[str, dict[str, Estimate]]:
         return {
             short(model): {
-                short(other): t.rate(attack, 0 if attack in KEYS else -1)
+                short(other): t.share(t.deceived(attack, 0 if attack in KEYS else -1))
                 if other == model
                 else t.transferred(attack, other)
                 for other in tables

@@ -105,3 +105,25 @@ def proportion(count: int, total: int, *, level: float = 0.95) -> Estimate:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     interval = binomtest(count, total).proportion_ci(level, method="exact")
     return Estimate(count / total, float(interval.low), float(interval.high), total)
+
+
+def difference(a: tuple[int, int], b: tuple[int, int], *, level: float = 0.95) -> Estimate:
+    """How much larger the share of `b` is than that of `a`, of independent counts.
+
+    The interval is Newcombe's, of Wilson's two (1998, Statistics in Medicine 17:873, method 10). It has a width where
+    both shares are 0 or 1, too.
+
+    Args:
+        a: a count, and of how many.
+        b: likewise.
+        level: of the interval.
+    """
+    from scipy.stats import binomtest
+
+    if not a[1] or not b[1]:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    (p, low_p, high_p), (q, low_q, high_q) = (
+        (count / total, *binomtest(count, total).proportion_ci(level, method="wilson")) for count, total in (a, b)
+    )
+    low, high = q - p - np.hypot(q - low_q, high_p - p), q - p + np.hypot(high_q - q, p - low_p)
+    return Estimate(q - p, float(low), float(high), min(a[1], b[1]))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxinterp.statistics import bootstrap_mean, proportion
+from jaxinterp.statistics import bootstrap_mean, difference, proportion
 
 
 def test_the_interval_has_the_width_that_theory_gives(rng):
@@ -63,3 +63,26 @@ def test_the_interval_of_a_share_is_the_exact_one():
     low, high = most.low, most.high
     np.testing.assert_allclose([10 * low**9 * (1 - low) + low**10, 1 - high**10], 0.025, rtol=1e-6)
     assert proportion(0, 0).count == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "low", "high"),
+    [  # Newcombe 1998, table II, method 10
+        ((48, 80), (56, 70), 0.0524, 0.3339),
+        ((3, 10), (9, 10), 0.1705, 0.8090),
+        ((2, 7), (6, 7), 0.0582, 0.8062),
+        ((0, 29), (5, 56), -0.0381, 0.1926),
+        ((0, 20), (0, 10), -0.1611, 0.2775),
+        ((0, 10), (10, 10), 0.6075, 1.0),
+    ],
+)
+def test_the_difference_of_two_shares_has_newcombes_interval(a, b, low, high):
+    found = difference(a, b)
+    assert (found.mean, found.count) == (pytest.approx(b[0] / b[1] - a[0] / a[1]), min(a[1], b[1]))
+    assert (found.low, found.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+
+
+def test_a_difference_from_nothing_is_no_number():
+    found = difference((0, 0), (3, 4))
+    assert np.isnan(found.mean)
+    assert found.count == 0

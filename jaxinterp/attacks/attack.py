@@ -7,17 +7,21 @@ attack's state has the example as its first axis, so that states can be gathered
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
-# A hyper-parameter: one number, or one for every example.
+# A hyper-parameter: one number, or one for every example. It may wait for the program as an array of numpy; inside a
+# program, which is what is written and checked against the types, it is one of JAX.
 Real = float | Float[Array, ""] | Float[Array, " b"]
+if not TYPE_CHECKING:
+    Real = Real | Float[np.ndarray, ""] | Float[np.ndarray, " b"]
 
 
 @runtime_checkable

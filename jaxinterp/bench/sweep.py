@@ -169,8 +169,10 @@ def lines(row: Mapping[str, Any], unit: str) -> list[str]:
     program = "" if row["program"] is None else f"{row['program'] / 2**20:10.1f} MiB"
     text = [f"batch {row['batch']:6}  {row['per_second']:12,.1f} {unit} a second  {program}".rstrip()]
     for name, other in row["others"].items():
-        told = _NO_ROOM.get(jax.default_backend(), "out of memory") if other is None else None
-        told = told or f"{other['over']['median']:.2f} times our time"
+        if other is None:
+            told = _NO_ROOM.get(jax.default_backend(), "out of memory")
+        else:
+            told = f"{other['over']['median']:.2f} times our time"
         text.append(f"{'':14}{name}: {told}")
     return text
 

@@ -59,11 +59,23 @@ def test_squares_that_were_wrong_before_do_not_count(study):
     found = table(study)
     right = {MODELS[0]: np.arange(COUNT) >= 4, MODELS[1]: np.arange(COUNT) >= 8}
     found = dataclasses.replace(found, right=right)
-    assert found.rate("PGD", 3).count == 20
-    assert found.rate("PGD", 3, MODELS[1]).count == 16
-    assert found.transferred("PGD", MODELS[1]).count == 16
+    assert found.share(found.deceived("PGD", 3)).count == 5  # pictures
+    assert found.share(found.deceived("PGD", 3, MODELS[1])).count == 4
+    assert found.transferred("PGD", MODELS[1]).count == 4
     assert found.transferred("PGD", MODELS[1]).mean == 0  # at its own weakest strength
     assert found.mean(found.first("PGD", "l2")).count == 5
+
+
+def test_rates_have_the_spread_of_pictures_and_not_of_squares(study):
+    success = np.tile(np.arange(9) >= 2, (COUNT, 1))
+    success[:8] = np.arange(9) >= 5  # two of six pictures are harder
+    found = table(study, **{"PGD/success": success})
+    share = found.share(found.deceived("PGD", 3))
+    assert found.rate("PGD", 3) == pytest.approx(share.mean) == pytest.approx(4 / 6)
+    assert share.high - share.low > 0.6  # of 24 squares it would be 0.4
+    everyone = found.share(found.deceived("PGD", 8))
+    assert (everyone.mean, everyone.high) == (1, 1)
+    assert everyone.low < 0.6
 
 
 def test_answers_follow_from_l0_and_l2(study):
