@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxinterp.attacks import TransparentText, Watermark
 from jaxinterp.attacks.attack import Attack
+from jaxinterp.attacks.embedding import check_even
 from jaxinterp.watermarks import Watermarks
 
 
@@ -27,7 +28,8 @@ def supplied(chosen: Mapping[str, Attack], size: int, marks: Watermarks | None =
         marks: for every `Watermark`; without them it embeds pictures of noise.
 
     Raises:
-        ValueError: a text that does not fit; watermarks without an attack that embeds them.
+        ValueError: a text that does not fit; a side that the transform cannot take; watermarks without an attack that
+            embeds them.
     """
     if marks is not None and not any(isinstance(part, Watermark) for each in chosen.values() for part in _parts(each)):
         raise ValueError(f"--watermarks goes with the attack watermark, got {', '.join(chosen)}")
@@ -50,6 +52,8 @@ def _supplied(attack: Any, size: int, marks: Watermarks | None) -> Any:
 
         return typesetting.written(attack, size, size)
     if isinstance(attack, Watermark):
+        if attack.transform == "haar":
+            check_even((size, size, 1))
         if marks is None:
             return attack
         return dataclasses.replace(attack, watermarks=jnp.asarray(marks.images), folders=marks.folders)

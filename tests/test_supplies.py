@@ -35,3 +35,7 @@ def test_what_cannot_be_supplied():
         supplied({"text": TransparentText(text="go"), "pgd": PGD()}, 16, MARKS)
     with pytest.raises(ValueError, match="'confidential' does not fit in 16 x 16 pixels"):
         supplied({"text": TransparentText()}, 16)
+    odd = {"chain": Chain((PGD(), Watermark(transform="haar")))}
+    with pytest.raises(ValueError, match="the Haar transform needs sides that two divides, got 299 x 299 pixels"):
+        supplied(odd, 299)
+    assert supplied({"dct": Watermark(transform="dct")}, 299)
