@@ -33,8 +33,9 @@ def run_to_end(
 ) -> AttackResult:
     """Runs an attack to its end, from the state stored under `part` if there is one.
 
-    The result is that of `attacks.run`, to the last bit, however often it was stopped. The stored state stays until
-    `run.remove_state(part)` or, harmlessly, for ever: a finished part is never attacked again.
+    The result is that of `attacks.run`, to the last bit, however often it was stopped, and on whatever devices it goes
+    on: these may have other numbers of examples behind the first, which fill them up and mean nothing. The stored
+    state stays until `run.remove_state(part)` or, harmlessly, for ever: a finished part is never attacked again.
 
     Args:
         attack: the attack.
@@ -53,7 +54,7 @@ def run_to_end(
         OSError: the state cannot be stored.
     """
     first = attacks.start(attack, model, images, labels, targets, key=key)
-    stored = run.read_state(part, {"steps": np.zeros((), np.int64), "state": first})
+    stored = run.read_state(part, {"steps": np.zeros((), np.int64), "state": first}, padded=True)
     steps, state = (0, first) if stored is None else (int(stored["steps"]), stored["state"])
     piece, written = 1, time.monotonic()
     while steps < attack.iterations and not attacks.finished(state):

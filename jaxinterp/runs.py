@@ -166,13 +166,22 @@ class Run:
         leaves = jax.tree_util.tree_leaves_with_path(state)
         self.write_part(f"{name}.state", {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
 
-    def read_state(self, name: str, like: T) -> T | None:
-        """A stored computation, placed on the devices as `like` is; None where there is none, or of another shape."""
+    def read_state(self, name: str, like: T, *, padded: bool = False) -> T | None:
+        """A stored computation, placed on the devices as `like` is; None where there is none, or of another shape.
+
+        Args:
+            name: of the computation.
+            like: arrays of the same names, shapes and types.
+            padded: rows beyond a number that is the same in both, and unknown, only fill up the devices: where there
+                are more of them than were stored, those of `like` are taken.
+        """
         stored = self.read_part(f"{name}.state")
         leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
         if stored is None or {jax.tree_util.keystr(path) for path, _ in leaves} != stored.keys():
             return None
         found = [(stored[jax.tree_util.keystr(path)], leaf) for path, leaf in leaves]
+        if padded:
+            found = [(_refilled(array, leaf), leaf) for array, leaf in found]
         if any(array.shape != leaf.shape or array.dtype != leaf.dtype for array, leaf in found):
             return None
         placed = [jax.device_put(a, leaf.sharding) if isinstance(leaf, jax.Array) else a for a, leaf in found]
@@ -214,6 +223,18 @@ class Run:
 
     def _part(self, name: str) -> Path:
         return self.directory / "parts" / f"{name}.npz"
+
+
+def _refilled(array: np.ndarray, like: Any) -> np.ndarray:
+    """As many rows as `like` has: those of the array, then those of `like`; as it is where rows are not alike."""
+    rows = array.shape[:1]
+    if (
+        rows == like.shape[:1]
+        or array.dtype != like.dtype
+        or (array.shape[1:], array.ndim) != (like.shape[1:], like.ndim)
+    ):
+        return array
+    return np.concatenate([array[: like.shape[0]], np.asarray(like)[rows[0] :]])
 
 
 def _cell(value: Any) -> str:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from PIL import Image
 
-from jaxinterp import attacks, cli, models, robustness, watermarks
+from jaxinterp import attacks, cli, models, parallel, robustness, watermarks
 from jaxinterp.resumable import run_to_end
 from jaxinterp.robustness import tables
 from jaxinterp.runs import Run
@@ -114,35 +115,50 @@ def test_a_targeted_evaluation_reaches_its_targets(pictures, tmp_path):
     assert not (tmp_path / "out" / "adversarial").exists()
 
 
-def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch):
-    """Stopped when its state was stored, in the third search step; the last bit is that of an uninterrupted run."""
-    model = models.network("small_cnn").bind(jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn"))))
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (8, 2), (2, 8)])
+def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch, before, after):
+    """Stopped when its state was stored, in the third search step; the last bit is that of an uninterrupted run.
+
+    Three images are filled up to four on two devices, and to eight on eight.
+    """
+    network, params = models.network("small_cnn"), seeded.params(models.shapes("small_cnn"))
+    model = network.bind(jax.tree.map(jnp.asarray, params))
     images = jnp.asarray(np.random.default_rng(1).uniform(size=(3, 32, 32, 3)), jnp.float32)
     labels = np.argmax(model(images), axis=1)
     attack, key = attacks.CW(search_steps=5, steps=20, initial_const=1.0, lr=0.05), jax.random.key(0)
     run = Run(tmp_path / "run", {})
+
+    def placed(devices):
+        """The problem on so many devices."""
+        if devices == 1:
+            return model, images, labels
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        padding = -len(images) % devices
+        rows = jnp.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0))), np.pad(labels, (0, padding))
+        return network.bind(parallel.replicate(params, mesh)), *parallel.shard(rows, mesh)
+
     write, stored = run.write_state, []
 
     def stop(name, state):
         write(name, state)
         stored.append(state)
-        unfinished = ~np.asarray(state["state"].done)
-        if np.all(np.asarray(state["state"].progress.problem)[unfinished] >= 2):
+        unfinished = ~np.asarray(state["state"].done)[:3]
+        if np.all(np.asarray(state["state"].progress.problem)[:3][unfinished] >= 2):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "write_state", stop)
     arguments = {"key": key, "run": run, "part": "cw", "store_every": 0.0}
     with pytest.raises(KeyboardInterrupt):
-        run_to_end(attack, model, images, labels, None, **arguments)
+        run_to_end(attack, *placed(before), None, **arguments)
     steps_before = int(stored[-1]["steps"])
     assert 0 < steps_before < attack.iterations
     monkeypatch.setattr(run, "write_state", lambda name, state: stored.append(state))
-    result = run_to_end(attack, model, images, labels, None, **arguments)
+    result = run_to_end(attack, *placed(after), None, **arguments)
     assert all(int(state["steps"]) > steps_before for state in stored[len(stored) - 1 :])
     whole = attacks.run(attack, model, images, labels, key=key)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(whole), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
-    assert np.asarray(result.success).any()
+        assert np.asarray(a)[:3].tobytes() == np.asarray(b).tobytes(), path
+    assert np.asarray(whole.success).any()
 
     # A state of another shape is not taken for this one's.
     assert run.read_state("cw", {"steps": np.zeros((), np.int64), "state": np.zeros(3)}) is None
