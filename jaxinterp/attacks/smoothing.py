@@ -162,7 +162,8 @@ class Smoother:
         if not normalised:
             return plain
         # The solution is at least one, as all that S adds to it is positive; the last iterate may not be.
-        return cls(right, below, 1 / jnp.maximum(plain._solve(jnp.ones_like(x)), 1), iterations)
+        ones = lax.optimization_barrier(jnp.ones_like(x))  # or compilers begin to compute with them, number by number
+        return cls(right, below, 1 / jnp.maximum(plain._solve(ones), 1), iterations)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """r, what becomes of z."""
