@@ -75,16 +75,18 @@ def start(words: list[str], devices: int, **variables: str) -> subprocess.Popen:
     )
 
 
-def together(words: list[list[str]], devices: int, crash=None, patience: int = 8) -> list[Ended]:
+def together(
+    words: list[list[str]], devices: int, crash=None, patience: int = 8, timeout: float = 150, **variables: str
+) -> list[Ended]:
     """Ends of processes that work together, each with its own words."""
     address = f"127.0.0.1:{free_port()}"
     common = ["--distributed", "--coordinator-address", address, "--num-processes", str(len(words))]
     limits = ["--peer-timeout", str(patience), "--start-timeout", "60"]
     started = [
-        start([*mine, *common, "--process-id", str(i), *limits], devices, CRASH=(crash or {}).get(i, ""))
+        start([*mine, *common, "--process-id", str(i), *limits], devices, CRASH=(crash or {}).get(i, ""), **variables)
         for i, mine in enumerate(words)
     ]
-    return [end(process) for process in started]
+    return [end(process, timeout) for process in started]
 
 
 def end(process: subprocess.Popen, timeout: float = 150) -> Ended:
@@ -190,6 +192,41 @@ def test_the_death_of_process_0_and_a_full_disk(folder, expected, tmp_path):
     first, second = run_together(folder, out, 2, command)
     assert (first.status, second.status) == (0, 0), first.err[-2000:] + second.err[-2000:]
     assert_same(out, of("dissect", expected))
+
+
+STUDIES = {
+    "pse_statistics": [],
+    "cam_localization": [],
+    "cell_size": ["--sizes", "16", "8"],
+    "definitions": [],
+    "refined_attacks": ["--fractions", "0.5"],
+    "untargeted_and_strength": ["--strengths", "8", "64"],
+    "smooth_attacks": ["--steps", "2", "--search-steps", "2", "--search-iterations", "4", "--drawn", "1"],
+    "compare_all": ["--passes", "4", "--queries", "9"],
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", STUDIES)
+def test_two_processes_leave_the_answers_of_one(folder, tmp_path, name):
+    """An experiment on three pictures, two of them at once, so that each process has a chunk."""
+    attacks = [] if name in ("smooth_attacks", "untargeted_and_strength") else ["--attack", "ifgsm"]
+    words = [str(TESTS.parent / "experiments" / f"{name}.py"), str(folder / "pictures"), "--model", "small_cnn"]
+    words += ["--cell", "16", "--batch-size", "2", "--labels", "predicted", *attacks, *STUDIES[name]]
+    variables = {"JAXINTERP_CKPTS": str(folder / "ckpts")}
+    ended = end(start([*words, "--out", str(tmp_path / "one")], 1, **variables), timeout=600)
+    assert ended.status == 0, ended.err[-3000:]
+    expected = results(tmp_path / "one")
+    assert f"{name}/answers.json" in expected or "answers.json" in expected
+    pair = together([[*words, "--out", str(tmp_path / "two")]] * 2, 2, timeout=600, patience=60, **variables)
+    assert [each.status for each in pair] == [0, 0], pair[0].err[-2000:] + pair[1].err[-2000:]
+    assert pair[1].out == ""
+    if name == "compare_all":  # the rest of its files tell seconds
+        found = results(tmp_path / "two")
+        assert sorted(found) == sorted(expected)
+        assert all(found[file] == expected[file] for file in ("table.md", "comparison.png"))
+    else:
+        assert_same(tmp_path / "two", expected)
 
 
 def test_training_is_shared(folder, tmp_path, monkeypatch):
