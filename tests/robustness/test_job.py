@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch, be
     attack, key = attacks.CW(search_steps=5, steps=20, initial_const=1.0, lr=0.05), jax.random.key(0)
     run = Run(tmp_path / "run", {})
 
-    def placed(devices):
+    def placed(devices: int) -> tuple[Any, Any, Any]:
         """The problem on so many devices."""
         if devices == 1:
             return model, images, labels
