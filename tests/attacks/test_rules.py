@@ -853,7 +853,8 @@ def test_states_have_32_bits_whatever_the_default(case):
         found = first, after, jax.eval_shape(attack.result, after)
         return [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in found]
 
-    attack, arguments = by_example(coerce(CASES[case]), BATCH), (p.images, p.labels, example_keys(KEY, p.images))
+    attack = jax.tree.map(jnp.asarray, by_example(coerce(CASES[case]), BATCH))  # as programs get it
+    arguments = p.images, p.labels, example_keys(KEY, p.images)
     expected = types(attack, p.model, arguments)
     with jax.enable_x64(True):
         first, after, result = types(attack, p.model, arguments)
