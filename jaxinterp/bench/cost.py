@@ -46,7 +46,7 @@ def cost(program: Any) -> Cost | None:
     """The cost of a compiled (or lowered) program; None where the backend does not tell."""
     try:
         found: Any = program.cost_analysis()
-    except NotImplementedError:
+    except NotImplementedError:  # what JAX raises where a backend has no such analysis
         return None
     found = found[0] if isinstance(found, list | tuple) and found else found
     calls = library_calls(program.as_text() or "") if isinstance(program, jax.stages.Compiled) else Cost(0, 0)
