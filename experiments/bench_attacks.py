@@ -36,7 +36,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +67,15 @@ class Problem(NamedTuple):
     tensors: dict[str, np.ndarray] | None  # None: seeded
 
 
-def problem(name: str, batch: int) -> Problem:
-    """Real pictures and weights for cifar10_cnn, seeded ones for the others."""
-    if name == "cifar10_cnn":
-        network, params = jaxinterp.load(name)
-        pictures = data.samples("cifar10", crop=data.Crop(32))
-        images = jnp.stack([jnp.asarray(pictures[i].image) for i in range(min(batch, len(pictures)))])
+def problem(name: str, batch: int, trained: Path | None = None, pictures: str = "mnist5k:test") -> Problem:
+    """Real pictures and weights for cifar10_cnn and for what is in the folder `trained`, seeded ones for the others."""
+    known = trained is not None and (trained / name).is_dir()
+    if name == "cifar10_cnn" or known:
+        network, params = jaxinterp.load(name, root=trained if known else None)
+        crop = data.Crop(network.image_size, network.crop_pct, network.interpolation)
+        spec = pictures if known else "samples:cifar10"
+        source = data.open_source(spec, crop=crop, classes=network.classes)
+        images = jnp.stack([jnp.asarray(source[i].image) for i in range(min(batch, len(source)))])
         tensors = {key: torch_layout(np.asarray(value)) for key, value in params.items()}
     else:
         network, tensors = models.network(name), None
@@ -220,6 +223,10 @@ def quality(
     steps: int | None = None,
     window: int = 20,
     tolerance: float = 0.01,
+    methods: tuple[Literal["cw", "ead"], ...] = ("cw", "ead"),
+    forms: tuple[Literal["early", "as foolbox"], ...] = ("early", "as foolbox"),
+    trained: Path | None = None,
+    pictures: str = "mnist5k:test",
     rounds: int = 2,
     out: Path | None = None,
 ) -> None:
@@ -231,34 +238,41 @@ def quality(
         steps: Steps of each, at most; by default 1000, on ResNet-18 100.
         window: Steps after which "early" looks at the loss.
         tolerance: Relative decrease of the loss in them with which it goes on.
+        methods: Which attacks.
+        forms: Which of ours to time.
+        trained: Folder of checkpoints, such as RESULTS/ckpts of `jaxinterp train`; networks in it have their weights
+            from there, and are attacked on `pictures`.
+        pictures: For these networks.
         rounds: How often everything is timed, after a run that compiles.
         out: File to which a JSON line is appended for every network and attack.
     """
     for name in networks:
         batch, default = QUALITY.get(name, (8, 100))
-        p, most = problem(name, batch), steps or default
+        p, most = problem(name, batch, trained, pictures), steps or default
         budget: dict[str, Any] = {"search_steps": search_steps, "steps": most}
         theirs = {"binary_search_steps": search_steps, "steps": most}
         pairs = {
             "cw": (attacks.CW(**budget), "L2CarliniWagnerAttack", {}),
             "ead": (attacks.EAD(beta=0.01, **budget), "EADAttack", {"regularization": 0.01}),
         }
-        for label, (attack, peer, settings) in pairs.items():
+        for label in methods:
+            attack, peer, settings = pairs[label]
             row: dict[str, Any] = {"network": name, "attack": label, **budget, "batch": len(p.images)}
+            row |= {"window": window, "tolerance": tolerance}
             kept: dict[str, Any] = {}
 
             early = dataclasses.replace(attack, window=window, tolerance=tolerance)
+            ours: dict[str, attacks.Attack] = {"early": early, "as foolbox": attack}
             programs: dict[str, Callable[[], Any]] = {
-                "early": functools.partial(_ours, "early", early, p, kept),
-                "as foolbox": functools.partial(_ours, "as foolbox", attack, p, kept),
+                form: functools.partial(_ours, form, ours[form], p, kept) for form in forms
             }
             if len(installed("torch", "foolbox")) == 2:
                 peers = Peers(p)
                 programs["foolbox"] = functools.partial(
                     _theirs, peers, peers.foolbox(peer, None, **theirs, **settings), kept
                 )
-            for ours in ("early", "as foolbox"):
-                programs[ours]()  # compiles
+            for form in forms:
+                programs[form]()  # compiles
             times = interleaved(programs, rounds)
             print(f"{name}, {label}, {len(p.images)} images, {search_steps} x {most} steps")
             for who, values in times.items():
@@ -280,7 +294,7 @@ def quality(
                 )
             if "foolbox" in times:
                 goal, measure = 2 if "resnet" in name else 3, "median l2" if label == "cw" else "median en"
-                for who in ("early", "as foolbox"):
+                for who in forms:
                     faster, near = ratios(times["foolbox"], times[who]), row[who][measure] / row["foolbox"][measure]
                     equal = near <= 1.01 and row[who]["success"] >= row["foolbox"]["success"]
                     met = "met" if equal and middle(faster)["median"] >= goal else "NOT met"

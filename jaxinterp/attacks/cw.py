@@ -43,7 +43,8 @@ class CW:
         steps: iterations of Adam for every constant, at most.
         abort_early: end a search step of an example whose loss has not fallen by `tolerance` (relative) in
             `window` iterations.
-        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged.
+        window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged; the lowest loss of the
+            search step must stand still then, too, since at the boundary the loss goes up and down.
         tolerance: see `abort_early`.
     """
 

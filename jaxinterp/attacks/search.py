@@ -59,6 +59,8 @@ class Progress:
         count: iterations made in all problems.
         found: whether it has brought a success.
         checked_loss: the loss when progress was last checked.
+        lowest: the lowest loss in it so far.
+        checked_lowest: the same when progress was last checked.
         tolerance: relative decrease of the loss between two checks that counts as progress.
     """
 
@@ -67,6 +69,8 @@ class Progress:
     count: Int[Array, " b"]
     found: Bool[Array, " b"]
     checked_loss: Float[Array, " b"]
+    lowest: Float[Array, " b"]
+    checked_lowest: Float[Array, " b"]
     tolerance: Float[Array, " b"]
 
     @classmethod
@@ -74,7 +78,7 @@ class Progress:
         """Before the first iteration of the first problem."""
         zeros = jnp.zeros(images.shape[0], jnp.int32)
         loss, tolerance = per_example(jnp.inf, images), per_example(tolerance, images)
-        return cls(zeros, zeros, zeros, zeros.astype(bool), loss, tolerance)
+        return cls(zeros, zeros, zeros, zeros.astype(bool), loss, loss, loss, tolerance)
 
     def advance(
         self,
@@ -88,20 +92,28 @@ class Progress:
         """After one more iteration, and which problems have ended.
 
         They end after `steps` iterations, and with `abort_early` where the loss has not fallen by `tolerance`
-        (relative) in `window` iterations; None means a tenth of `steps`.
+        (relative) in `window` iterations; None means a tenth of `steps`. Where a window is given, the lowest loss must
+        have stood still, too: within a few iterations the latest one may rise by chance.
         """
-        iteration, checked_loss = self.iteration + 1, self.checked_loss
+        iteration, checked_loss, checked_lowest = self.iteration + 1, self.checked_loss, self.checked_lowest
+        lowest = jnp.minimum(self.lowest, loss)
         ended = iteration >= steps
         if abort_early:
             due = iteration % (jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window) == 0
-            ended = ended | (due & (loss > (1 - self.tolerance) * checked_loss))
+            stands = loss > (1 - self.tolerance) * checked_loss
+            if window is not None:
+                stands = stands & (lowest > (1 - self.tolerance) * checked_lowest)
+            ended = ended | (due & stands)
             checked_loss = jnp.where(due, loss, checked_loss)
+            checked_lowest = jnp.where(due, lowest, checked_lowest)
         progress = dataclasses.replace(
             self,
             iteration=iteration,
             count=self.count + 1,
             found=self.found | success,
             checked_loss=checked_loss,
+            lowest=lowest,
+            checked_lowest=checked_lowest,
         )
         return progress, ended
 
@@ -113,6 +125,8 @@ class Progress:
             iteration=jnp.zeros_like(self.iteration),
             found=jnp.zeros_like(self.found),
             checked_loss=jnp.full_like(self.checked_loss, jnp.inf),
+            lowest=jnp.full_like(self.lowest, jnp.inf),
+            checked_lowest=jnp.full_like(self.checked_lowest, jnp.inf),
         )
 
 

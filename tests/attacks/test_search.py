@@ -50,6 +50,25 @@ def test_window_and_tolerance_of_progress():
     assert not np.asarray(ends[:7]).any()
 
 
+def test_with_a_window_the_lowest_loss_must_stand_still_too():
+    """Losses that are higher at a check than at the last one: with a low between them, after one, without one."""
+    losses = np.ones((12, 3))
+    losses[7] = 1.1
+    losses[5, 0] = 0.5
+    losses[2, 1] = 0.5
+    losses[11] = 1.2
+    progress, ends = Progress.start(IMAGES, 0.01), []
+    for loss in losses:
+        progress, ended = progress.advance(
+            jnp.zeros(3, bool), jnp.asarray(loss, jnp.float32), steps=100, abort_early=True, window=4
+        )
+        ends.append(np.asarray(ended))
+    np.testing.assert_array_equal(np.argmax(ends, axis=0), [11, 7, 7])
+    progress = progress.next_problem()
+    assert np.isinf(progress.lowest).all()
+    assert np.isinf(progress.checked_lowest).all()
+
+
 def test_successes_last_for_the_problem():
     progress = Progress.start(IMAGES)
     for success in ([1, 0, 0], [0, 0, 1]):
