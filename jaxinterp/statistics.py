@@ -60,21 +60,32 @@ def bootstrap_mean(
     if finite.size == 1:
         return Estimate(mean, float("nan"), float("nan"), 1)
     if np.ptp(finite) == 0:
-        unseen = proportion(0, finite.size, level=level).high
-        low, high = (mean, mean) if bounds is None else (mean + unseen * (bound - mean) for bound in bounds)
-        return Estimate(mean, low, high, int(finite.size))
+        return _alike(mean, finite.size, level, bounds)
     interval = bootstrap(
         (finite,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)
     ).confidence_interval
     return Estimate(mean, float(interval.low), float(interval.high), int(finite.size))
 
 
-def student_mean(values: Sequence[Any] | np.ndarray, *, level: float = 0.95) -> Estimate:
+def _alike(mean: float, count: int, level: float, bounds: tuple[float | int, float | int] | None) -> Estimate:
+    """Of values that show no spread."""
+    unseen = proportion(0, count, level=level).high
+    low, high = (mean, mean) if bounds is None else (mean + unseen * (bound - mean) for bound in bounds)
+    return Estimate(mean, low, high, count)
+
+
+def student_mean(
+    values: Sequence[Any] | np.ndarray,
+    *,
+    level: float = 0.95,
+    bounds: tuple[float | int, float | int] | None = None,
+) -> Estimate:
     """The mean of the finite values with Student's interval, for a few independent runs, which a bootstrap underrates.
 
     Args:
         values: one for each run; those that are not finite are left out.
         level: of the interval.
+        bounds: between which values can lie; see `bootstrap_mean`.
     """
     from scipy.stats import t
 
@@ -84,6 +95,8 @@ def student_mean(values: Sequence[Any] | np.ndarray, *, level: float = 0.95) -> 
         mean = float(finite[0]) if finite.size else float("nan")
         return Estimate(mean, float("nan"), float("nan"), int(finite.size))
     mean, error = float(np.mean(finite)), float(np.std(finite, ddof=1) / np.sqrt(finite.size))
+    if np.ptp(finite) == 0:
+        return _alike(mean, finite.size, level, bounds)
     reach = float(t.ppf((1 + level) / 2, finite.size - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, int(finite.size))
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxinterp.statistics import bootstrap_mean, difference, proportion
+from jaxinterp.statistics import bootstrap_mean, difference, proportion, student_mean
 
 
 def test_the_interval_has_the_width_that_theory_gives(rng):
@@ -48,6 +48,19 @@ def test_values_that_are_all_alike_have_the_interval_of_a_share():
     difference = bootstrap_mean([0.0] * 20, seed=0, bounds=(-1, 1))
     np.testing.assert_allclose([difference.low, difference.high], [exact.low - 1, 1 - exact.low], rtol=1e-12)
     assert bootstrap_mean([0, 1] * 9, seed=0, bounds=(0, 1)) == bootstrap_mean([0, 1] * 9, seed=0)
+
+
+def test_students_interval():
+    """The published quantile of Student's distribution with two degrees of freedom, 4.302653; runs that are alike."""
+    found = student_mean([1.0, 2.0, 3.0, math.nan])
+    assert (found.mean, found.count) == (2.0, 3)
+    assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert student_mean([1.0, 2.0, 3.0], bounds=(0, 9)) == student_mean([1.0, 2.0, 3.0])
+    same = student_mean([64.0] * 3)
+    assert (same.low, same.high) == (64.0, 64.0)
+    share = proportion(0, 3).high
+    same = student_mean([64.0] * 3, bounds=(-64, 64))
+    np.testing.assert_allclose([same.low, same.high], [64 - 128 * share, 64])
 
 
 def test_the_same_seed_gives_the_same_interval(rng):
