@@ -87,7 +87,11 @@ def test_one_step_is_torchattacks_to_the_pixel(problem, peers):
     )
     mine = attacks.advance(attacks.FGSM(eps=2 / 255), problem.model, mine, 1)
     theirs = peers.torchattacks("FGSM", eps=2 / 255)()
-    assert (np.abs(np.asarray(mine.images) - theirs) < 1e-6).mean() > 0.999
+    # Of cross-entropy in float32, which theirs is, nothing but rounding is left where the network is all too certain.
+    others = 1 - jax.nn.softmax(problem.model(problem.images))[np.arange(len(problem.labels)), problem.labels]
+    doubts = np.asarray(others > 1e-6)
+    assert doubts.sum() >= 18
+    assert (np.abs(np.asarray(mine.images) - theirs) < 1e-6)[doubts].mean() > 0.999
 
 
 @pytest.mark.parametrize("eps", [1 / 255, 2 / 255, 4 / 255])
