@@ -20,7 +20,8 @@ one gradient, on ResNet-18.
 
 Everything of one row runs in one process, in turn; a ratio is the median of the ratios of the rounds. Networks have
 seeded weights and images, and attack their own predictions, except cifar10_cnn: published weights on the CIFAR-10
-pictures of foolbox. Needs torch for the peers, and those that are installed of torchattacks and foolbox.
+pictures of foolbox; and in `quality` those in the folder --trained. Needs torch for the peers, and those that are
+installed of torchattacks and foolbox.
 
 Expected time: 10 minutes, 30 minutes and 10 minutes on two cores. Expected result: overhead at most 1.03; C&W and EAD
 at least three times (ResNet-18: twice) as fast as foolbox's; to compile, at most 2.5 times a gradient.
@@ -246,6 +247,8 @@ def quality(
         rounds: How often everything is timed, after a run that compiles.
         out: File to which a JSON line is appended for every network and attack.
     """
+    if trained is not None and not any((trained / name).is_dir() for name in networks):
+        raise ValueError(f"--trained {trained}: expected a folder for one of {', '.join(networks)}, as ckpts/ has")
     for name in networks:
         batch, default = QUALITY.get(name, (8, 100))
         p, most = problem(name, batch, trained, pictures), steps or default

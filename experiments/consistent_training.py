@@ -59,7 +59,7 @@ MEASURES = {
     "classes detected": "units",
 }
 POINT = 0.01  # of accuracy, that may be lost
-UNITS = 64
+UNITS = 64  # of the last feature map
 
 
 @dataclasses.dataclass(frozen=True)

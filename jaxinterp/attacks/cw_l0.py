@@ -60,7 +60,7 @@ class CWL0:
         abort_early: end a problem of an example whose loss has not fallen by `tolerance` (relative) in
             `window` iterations.
         window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged; the lowest loss of the
-            search step must stand still then, too, since at the boundary the loss goes up and down.
+            problem must stand still then, too, since at the boundary the loss goes up and down.
         tolerance: see `abort_early`.
             The original program always makes `steps` iterations before it doubles c.
     """
