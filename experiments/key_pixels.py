@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from jaxinterp import attacks, cam, effect, load, plots, processes
 from jaxinterp.attacks.driver import coerce
+from jaxinterp.cellsize import CellSize
 from jaxinterp.cli import guarded
 from jaxinterp.job import check_seed
 from jaxinterp.models.detectors import IMAGE_SIZE
@@ -84,7 +85,7 @@ class Keys:
     rho: float = 0.01
     rounds: int = 4
     steps: int = 20
-    cell: int = 4
+    cell: CellSize = 4
     batch_size: int = 30
     seed: int = 0
 
@@ -226,7 +227,7 @@ def build(attack: str, strength: jax.Array, weights: jax.Array, setting: Keys) -
     return attacks.PGD(eps=strength, norm="l2" if attack == "PGD_2" else "linf", steps=steps)
 
 
-def kinds(model: Any, clean: jax.Array, adversarial: np.ndarray, labels: jax.Array, cell: int) -> np.ndarray:
+def kinds(model: Any, clean: jax.Array, adversarial: np.ndarray, labels: jax.Array, cell: effect.Cell) -> np.ndarray:
     """[b,3] shares of the kinds of cells; not numbers where nothing changed."""
     found = effect.pse(model, clean, jnp.asarray(adversarial), labels, 1 - labels, cell)
     shares = np.array(effect.shares(found.kind), np.float64)

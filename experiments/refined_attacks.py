@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxinterp import localize, plots
+from jaxinterp import effect, localize, plots
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.cli import guarded
 from jaxinterp.statistics import bootstrap_mean, proportion
@@ -45,7 +45,7 @@ class Refined(Setting):
     fractions: tuple[float, ...] = (0.2, 0.35, 0.5)
 
 
-def supports(arrays, cell: int, fraction: float, key: jax.Array) -> dict[str, jax.Array]:
+def supports(arrays, cell: effect.Cell, fraction: float, key: jax.Array) -> dict[str, jax.Array]:
     """Masks [B,H,W] by name."""
     size = arrays["clean"].shape[1:3]
     of_label, of_target = (

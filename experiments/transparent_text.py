@@ -33,6 +33,7 @@ from tqdm import tqdm
 from jaxinterp import apis, attacks, effect, plots, processes
 from jaxinterp.attacks.attack import norm
 from jaxinterp.attacks.driver import coerce, example_keys
+from jaxinterp.cellsize import CellSize
 from jaxinterp.cli import guarded
 from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.network import Model
@@ -62,7 +63,7 @@ class Texts(Asked):
         rate: Requests to the service a second, at most.
     """
 
-    cell: int = 28
+    cell: CellSize = 28
     opacities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     text: str = "sample|copyright|confidential"
     draws: int = 20

@@ -150,7 +150,12 @@ def searches(marks: watermarks.Watermarks, setting: Watermarking) -> dict[str, a
 
 
 def measure(
-    model: Any, attack: attacks.Watermark, result: Any, arrays: Mapping[str, np.ndarray], cell: int, key: jax.Array
+    model: Any,
+    attack: attacks.Watermark,
+    result: Any,
+    arrays: Mapping[str, np.ndarray],
+    cell: effect.Cell,
+    key: jax.Array,
 ) -> np.ndarray:
     """[pictures, columns] of a search's results, with COLUMNS."""
     clean, labels, success = jnp.asarray(arrays["clean"]), arrays["labels"], np.asarray(result.success)

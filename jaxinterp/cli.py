@@ -9,7 +9,6 @@ import io
 import math
 import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxinterp import launch, processes
+from jaxinterp.cellsize import CellSize
 
 
 def explain(
@@ -27,7 +27,7 @@ def explain(
     *,
     model: str = "efficientnet_lite0",
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cell: str = "14",
+    cell: CellSize = 14,
     effect: str = "leave_one_out",
     scale: str = "logit",
     maps: str = "auto",
@@ -81,7 +81,7 @@ def explain(
         pictures,
         model=model,
         specs=attack or DEFAULT_ATTACKS,
-        cell=_cell(cell),
+        cell=cell,
         definition=Definition(effect, scale),
         faithful=faithfulness,
         method=maps,
@@ -96,14 +96,6 @@ def explain(
     for line in summary_lines(found.summary):
         print(line)
     print(f"\n{found.page}: open it in a browser\n{out}/images.csv, {out}/cells.csv: the tables")
-
-
-def _cell(text: str) -> int | tuple[int, int]:
-    """A cell's side or its height and width, as `jaxinterp.effect` takes them."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if match is None:
-        raise ValueError(f"--cell: expected pixels, as 14, or HEIGHTxWIDTH, as 14x28, got {text!r}")
-    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
 
 
 def attack(
@@ -489,7 +481,7 @@ def bench(
     rounds: int = 5,
     formats: tuple[str, ...] = ("float32",),
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cell: int | None = None,
+    cell: CellSize | None = None,
     images: int | None = None,
     node: str | None = None,
     devices: int | None = None,
@@ -525,7 +517,7 @@ def bench(
         formats: Any of float32, tf32 and bf16, such as --formats float32 bf16; what the others change in results is
             stated against the first.
         attack: Attacks to time, as in `jaxinterp attack`; may be given several times. Without it: pgd, mifgsm and cw.
-        cell: Side of the cells of effects, in pixels; a fourteenth of the image by default.
+        cell: Side of the cells of effects, in pixels, or HEIGHTxWIDTH; a fourteenth of the image by default.
         images: Images of the dissection, at least a batch; four batches by default. Broden has 63,305.
         node: Layer that is dissected.
         devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which

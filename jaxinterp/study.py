@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from jaxinterp import effect, job, processes
 from jaxinterp.attacks.attack import Attack
+from jaxinterp.cellsize import CellSize
 from jaxinterp.concepts import Dissected
 from jaxinterp.explain import Explained, explain
 from jaxinterp.job import Job
@@ -45,7 +46,7 @@ class Asked:
     Attributes:
         pictures: Picture files and folders; none means the labelled ImageNet pictures of the `samples` extra.
         model: Network, converted with `jaxinterp convert`.
-        cell: Side of a cell, in pixels.
+        cell: Side of a cell in pixels, or HEIGHTxWIDTH.
         out: Results directory; None means one in results/ by the names of the study and the network.
         labels: As in `jaxinterp explain`.
         limit: Use only the first so many pictures.
@@ -55,7 +56,7 @@ class Asked:
 
     pictures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     model: str = "efficientnet_lite0"
-    cell: int = 14
+    cell: CellSize = 14
     out: Path | None = None
     labels: str = "auto"
     limit: int | None = None

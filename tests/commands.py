@@ -21,7 +21,7 @@ def main(words: list[str]) -> None:
     crash()
     attacked = {"model": "small_cnn", "attack": ("ifgsm:steps=3,eps=0.5",), "batch_size": 2}
     if "explain" in words:
-        cli.explain((str(folder / "pictures"),), cell="16", out=out / "explain", **attacked)
+        cli.explain((str(folder / "pictures"),), cell=16, out=out / "explain", **attacked)
     if "attack" in words:
         cli.attack((str(folder / "pictures"),), out=out / "attack", **attacked)
     if "train" in words:

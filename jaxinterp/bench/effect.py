@@ -19,21 +19,21 @@ from jaxinterp.bench.sweep import Trial
 _KINDS = [kind.label for kind in list(effect.Kind)[1:]]
 
 
-def grid(setting: Setting, cell: int | None) -> tuple[int, int]:
-    """The side of a cell, and how many cells an image has. Arguments and errors are those of `bench`."""
+def grid(setting: Setting, cell: effect.Cell | None) -> tuple[effect.Cell, int]:
+    """The size of a cell, and how many cells an image has. Arguments and errors are those of `bench`."""
     side = setting.network.image_size
     cell = -(-side // 14) if cell is None else cell
     return cell, math.prod(effect.grid(side, side, cell))
 
 
-def bench(setting: Setting, cell: int | None = None) -> Found:
+def bench(setting: Setting, cell: effect.Cell | None = None) -> Found:
     """Times the effects of all cells of a batch.
 
     The perturbation is noise, and every cell has some.
 
     Args:
         setting: what is run.
-        cell: side of a cell in pixels; None: a fourteenth of the image's, rounded up.
+        cell: side of a cell in pixels, or its height and width; None: a fourteenth of the image's, rounded up.
 
     Raises:
         ValueError: a cell beyond the image.
@@ -91,7 +91,7 @@ def _others(setting: Setting, labels: jax.Array) -> jax.Array:
     return (labels + 1) % setting.network.num_classes
 
 
-def _trial(setting: Setting, cell: int, batch: int) -> Trial:
+def _trial(setting: Setting, cell: effect.Cell, batch: int) -> Trial:
     form = setting.forms[0]
     network, params = network_in(form, setting.network, setting.params)
     model, labels = network.bind(params), setting.labels_of(batch)

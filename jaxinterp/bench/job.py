@@ -14,6 +14,7 @@ from jaxinterp.bench import attacks, cam, device, dissect, effect, models, peers
 from jaxinterp.bench import sweep as sweeps
 from jaxinterp.bench.measure import Found, table
 from jaxinterp.bench.setting import Setting, prepare
+from jaxinterp.effect import Cell
 from jaxinterp.network import suggest
 
 SUBJECTS = ("attacks", "effect", "cam", "dissect", "models", "train", "scaling")
@@ -27,7 +28,7 @@ class Options:
 
     Attributes:
         specs: attacks as text; of scaling the first counts.
-        cell: side of a cell in pixels; None: see `jaxinterp.bench.effect.bench`.
+        cell: side of a cell in pixels, or its height and width; None: see `jaxinterp.bench.effect.bench`.
         images: of a dissection; None: four batches.
         node: layer of a dissection.
         devices: how many at most, for scaling; None means all.
@@ -41,7 +42,7 @@ class Options:
     """
 
     specs: tuple[str, ...] = ()
-    cell: int | None = None
+    cell: Cell | None = None
     images: int | None = None
     node: str | None = None
     devices: int | None = None

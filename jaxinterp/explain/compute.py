@@ -111,6 +111,7 @@ def explain_batch(
         **{name: getattr(found, name) for name in ("iterations", "forward", "backward")},
         **{name: getattr(cells, name) for name in ("suppression", "promotion", "ratio", "kind", "norm")},
         "pse_forward": cells.forward,
+        **({"pse_backward": cells.backward} if definition.method == "first_order" else {}),
         "maps": four.stacked(),
         "is_label": localize.interpretability_score(delta, four.label_clean),
         "is_target": localize.interpretability_score(delta, four.target_adversarial),

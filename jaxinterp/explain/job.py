@@ -180,7 +180,8 @@ def explain(
             for name, arrays in stored():
                 page.draw_missing(run, network, name, arrays, rows_of(name, arrays), cell, definition)
         named = tuple(tables.named(definition))
-        measured = tables.FAITHFULNESS_COLUMNS if faithful else ()
+        measured = tables.GRADIENT_COLUMNS if definition.method == "first_order" else ()
+        measured += tables.FAITHFULNESS_COLUMNS if faithful else ()
         run.write_table("images.csv", tables.IMAGE_COLUMNS + measured + named, rows)
         run.write_table(
             "cells.csv",

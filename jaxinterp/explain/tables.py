@@ -28,6 +28,8 @@ FAITHFULNESS_COLUMNS = tuple(
     for null in ("", "_null")
 )
 """Further columns of images.csv, where faithfulness is measured."""
+GRADIENT_COLUMNS = ("pse_backward",)
+"""Further columns of images.csv, where effects are estimated from gradients."""
 NOT_IN_ROWS = ("clean", "adversarial", "maps")
 """The large arrays of a chunk, which `image_rows` does not need."""
 CELL_COLUMNS = (
@@ -97,7 +99,7 @@ def image_rows(
             },
             "is_shuffled": np.mean(arrays["is_shuffled"][i]),
             "is_shuffled_sd": np.std(arrays["is_shuffled"][i]),
-            **{key: arrays[key][i] for key in FAITHFULNESS_COLUMNS if key in arrays},
+            **{key: arrays[key][i] for key in GRADIENT_COLUMNS + FAITHFULNESS_COLUMNS if key in arrays},
             **named(definition),
         }
 

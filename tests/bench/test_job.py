@@ -113,14 +113,14 @@ def test_train(tmp_path):
 
 
 def test_effect_cam_and_dissect(tmp_path, capsys):
-    found = bench(tmp_path, "effect", "cam", "dissect", "--cell", "4", "--images", "5", "--node", "conv3")
+    found = bench(tmp_path, "effect", "cam", "dissect", "--cell", "4x8", "--images", "5", "--node", "conv3")
     effects, maps, units = ({row["name"]: row for row in record["results"]} for record in found)
-    assert found[0]["cells"] == 4
+    assert (found[0]["cell"], found[0]["cells"]) == ([4, 8], 2)
     assert set(effects) == {"forward float32", "effects, whole passes float32", "effects, windows float32"}
     whole = effects["effects, whole passes float32"]
-    assert whole["work"] == 2 * (4 + 1)  # images x (cells and the whole)
-    assert whole["network_flops"] == pytest.approx(5 * effects["forward float32"]["network_flops"])
-    assert whole["over"]["times"] == 5
+    assert whole["work"] == 2 * (2 + 1)  # images x (cells and the whole)
+    assert whole["network_flops"] == pytest.approx(3 * effects["forward float32"]["network_flops"])
+    assert whole["over"]["times"] == 3
     assert whole["over"]["what"] == "forward float32"
     assert {"cam float32", "gradcam float32", "eigencam float32"} <= set(maps)
     assert not {"scorecam float32"} & set(maps)

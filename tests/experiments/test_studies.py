@@ -42,7 +42,7 @@ def setting(tmp_path_factory):
         pictures=pictures,
         model="cifar10_cnn",
         attack=ATTACKS,
-        cell=8,
+        cell=(8, 16),
         out=tmp_path_factory.mktemp("study") / "run",
         labels="names",
         batch_size=2,

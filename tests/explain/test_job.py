@@ -223,6 +223,10 @@ def test_effects_that_are_not_the_papers_of_oblong_cells_and_faithfulness(small_
     for change in ({"cell": (8, 16)}, {"faithful": False}):
         with pytest.raises(ValueError, match="holds results of another config"):
             job(**{**asked, **change})
+    assert "pse_backward" not in row
+    job(cell=cell, definition=effect.Definition("first_order"), out=tmp_path / "estimated")
+    (estimated,) = read(tmp_path / "estimated" / "images.csv")
+    assert (estimated["pse_forward"], estimated["pse_backward"]) == ("1", "2")
 
 
 def test_targets_depend_on_the_seed_and_the_name_alone():
