@@ -17,7 +17,9 @@ if PLATFORM != "cpu":
 # groups of tests have in common.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+GIVEN, DEVICES = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
+FUSIONS = "xla_cpu_use_fusion_emitters"
+os.environ["XLA_FLAGS"] = f"{GIVEN} {DEVICES}"
 
 from jaxtyping import _import_hook, install_import_hook  # noqa: E402
 
@@ -38,6 +40,21 @@ install_import_hook("jaxinterp", "beartype.beartype")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
+
+compile_options = compiler.get_compile_options
+
+
+def quick_options(*args: Any, **kwargs: Any) -> Any:
+    """Where optimization is off, fusions are lowered the older way, too, which halves what is left of compiling."""
+    options = compile_options(*args, **kwargs)
+    if PLATFORM == "cpu":  # XLA reads its variable once, so that what a process begins with would hold for all
+        quick = jax.config.read("jax_disable_most_optimizations")
+        options.env_option_overrides = [*options.env_option_overrides, (FUSIONS, not quick)]
+    return options
+
+
+compiler.get_compile_options = quick_options
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,15 +65,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Whatever takes long is begun first, so that no worker is left alone with it at the end.
 LONG = ("tests/dissect/test_dissection.py", "tests/experiments/", "tests/explain/", "tests/models/test_zoo.py")
-LONG += ("tests/robustness/", "tests/test_canonical.py", "tests/test_pictures.py", "tests/attacks/test_descent.py")
+LONG += (
+    "tests/test_distributed.py",
+    "tests/test_docs.py",
+    "tests/test_cache.py",
+    "tests/robustness/",
+    "tests/test_canonical.py",
+    "tests/test_pictures.py",
+    "tests/attacks/test_descent.py",
+)
 
 
 # Compiled as users have it, because whether a result depends on the batch or the number of devices is up to what the
 # compiler does with loops; beside PyTorch, too, since many steps magnify rounding. Everything else asks for values, and
-# is compiled in half the time without optimization. `make exhaustive` optimizes everything.
-OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py", "tests/models/")
+# is compiled in a quarter of the time without optimization. `make exhaustive` optimizes everything.
+OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py")
 OPTIMIZED += ("tests/test_canonical.py", "tests/test_distributed.py", "tests/test_parallel.py")
-OPTIMIZED += ("tests/test_windowed.py", "tests/test_cam.py", "tests/parity/")
+OPTIMIZED += ("tests/test_windowed.py", "tests/parity/")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -109,6 +134,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     optimized = PLATFORM != "cpu" or item.config.getoption("--exhaustive") or item.nodeid.startswith(OPTIMIZED)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
+    os.environ["XLA_FLAGS"] = f"{GIVEN} {DEVICES} " + ("" if optimized else f"--{FUSIONS}=false")
+    os.environ["XLA_FLAGS_OF_ONE_DEVICE"] = os.environ["XLA_FLAGS"].replace(DEVICES, "").strip()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -56,9 +56,10 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture
 def environment(place) -> dict[str, str]:
     """As a user has it: nothing is said about the cache but where the user's own lies; one device."""
-    kept = {key: value for key, value in os.environ.items() if "CACHE" not in key and key != "XLA_FLAGS"}
+    kept = {key: value for key, value in os.environ.items() if "CACHE" not in key}
     return {
         **kept,
+        "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
         "JAX_PLATFORMS": "cpu",
         "JAXINTERP_CKPTS": str(place / "ckpts"),
         "XDG_CACHE_HOME": str(place / "home"),

@@ -65,7 +65,7 @@ def start(words: list[str], devices: int, **variables: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         **variables,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(TESTS.parent),

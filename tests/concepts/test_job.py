@@ -291,7 +291,7 @@ def test_a_killed_run_continues_on_other_devices_to_the_same_tables(folder, smal
     """Killed on one device, in the middle of its batches; continued there; the whole run has eight devices."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
     }

@@ -233,7 +233,7 @@ def two_processes(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROGRAM.parents[2]), environment.get("PYTHONPATH")]))
     processes = [
         subprocess.Popen(

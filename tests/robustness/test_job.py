@@ -171,7 +171,11 @@ def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch, be
 def test_a_killed_command_continues_to_the_same_tables(pictures, tmp_path):
     environment = {
         **os.environ,
-        **{"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        **{
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
     }
 

@@ -255,7 +255,7 @@ for name in ("sound", "net"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(folder), port, str(index)],
