@@ -15,10 +15,11 @@ import dataclasses
 import functools
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxinterp.attacks import descent, objective
+from jaxinterp.attacks import boundary, descent, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example, select
 from jaxinterp.attacks.constraint import distance, project, random_in_ball, sparse, steepest
 from jaxinterp.canonical import canonical
@@ -233,40 +234,32 @@ class APGDT:
 
     @property
     def iterations(self) -> int:
-        """At most this many: there may be fewer rivals, and given targets have one run each."""
-        return self.classes * self.restarts * (self.steps + 1)
+        """One that ranks the rivals, and their runs; fewer where there are fewer rivals, or targets."""
+        return 1 + self.classes * self.restarts * (self.steps + 1)
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> descent.DescentState:
-        """Ranks the rivals; an image that is adversarial already is done."""
+        """Starts at the original, whose logits rank the rivals in the first step."""
         examples = Examples(images, labels, targets, support)
-        if targets is not None:
-            return _start(self, examples, keys, rivals=None)
-        logits = model(images)
-        others = jnp.where(jnp.arange(logits.shape[1]) == labels[:, None], -jnp.inf, logits)
-        rivals = jnp.argsort(others, axis=1, descending=True)[:, : min(self.classes, logits.shape[1] - 1)]
-        state = _start(self, examples, keys, rivals=rivals.astype(jnp.int32))
-        already = objective.succeeded(logits, labels, targets, state.kappa)
-        record = state.record.update(
-            images=images,
-            found=already,
-            better=already,
-            iteration=state.count,
-            forward=jnp.ones_like(already),
-            backward=jnp.zeros_like(already),
-        )
-        return dataclasses.replace(state, record=record, done=already)
+        rivals = None
+        if targets is None:
+            classes = jax.eval_shape(model, images).shape[1]
+            rivals = jnp.zeros((len(images), min(self.classes, classes - 1)), jnp.int32)
+        return _start(self, examples, keys, rivals)
 
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
-        """One step for every example, towards its own rival."""
+        """One step for every example, towards its own rival.
+
+        The first one looks at the original only: an image that is adversarial already is done.
+        """
         examples, rivals = state.examples, state.memory.rivals
         if rivals is None:
             loss, runs = lambda logits: objective.dlr(logits, examples.labels, examples.targets), self.restarts
         else:
             runs = rivals.shape[1] * self.restarts
-            # The last run's rival for those that are done.
-            place = jnp.minimum(state.count // (self.steps + 1), runs - 1) // self.restarts
+            # The last run's rival for those that are done, any for those that have none yet.
+            place = jnp.clip(state.count // (self.steps + 1), 0, runs - 1) // self.restarts
             rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
             loss = lambda logits: objective.dlr_of_rival(logits, examples.labels, rival)  # noqa: E731  # as above
         return _step(self, model, state, loss, runs=runs)
@@ -278,11 +271,13 @@ class APGDT:
 
 
 def _start(attack: APGD | APGDT, examples: Examples, keys: Any, rivals: Any) -> descent.DescentState:
-    """The state before the first step."""
+    """The state before the first step, which judges the original where there are rivals to be ranked."""
     first = (1 if attack.norm == "l1" else 2) * attack.eps if attack.step_size is None else attack.step_size
     state = descent.start(examples, examples.images, eps=attack.eps, step_size=first, kappa=attack.kappa, keys=keys)
     search = _search(attack, examples.images, per_example(first, examples.images), rivals)
     state = dataclasses.replace(state, memory=search)
+    if rivals is not None:
+        return dataclasses.replace(state, count=state.count - 1)
     return _begin(attack, state) if attack.random_start else state
 
 
@@ -311,11 +306,18 @@ def _begin(attack: APGD | APGDT, state: descent.DescentState) -> descent.Descent
         start = project(start, original, state.eps, attack.norm, support)
         return start, _search(attack, start, state.step_size, state.memory.rivals)
 
-    return descent.restart(state, begin, steps=attack.steps)
+    return descent.restart(state, begin, steps=attack.steps, first=attack.random_start)
 
 
 def _step(attack: APGD | APGDT, model, state: descent.DescentState, loss, *, runs: int) -> descent.DescentState:
     """One step down `loss(logits)`, and new starts for those that begin another run."""
+    ranks = state.memory.rivals is not None
+
+    def ranked(logits, state):
+        search = state.memory
+        rivals = boundary.ranked(logits, state.examples, search.rivals.shape[1])
+        return dataclasses.replace(search, rivals=select(state.count < 0, rivals, search.rivals))
+
     state = descent.step(
         model,
         state,
@@ -323,8 +325,9 @@ def _step(attack: APGD | APGDT, model, state: descent.DescentState, loss, *, run
         steps=attack.steps,
         runs=runs,
         stop_on_success=attack.stop_on_success,
+        judged=ranked if ranks else None,
     )
-    return _begin(attack, state) if runs > 1 else state
+    return _begin(attack, state) if runs > 1 or (ranks and attack.random_start) else state
 
 
 def _move(model, state, *, norm, steps, objective_of):

@@ -66,11 +66,10 @@ class CW:
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> CWState:
-        """Starts at the original; an image that is adversarial already is done, at distance zero."""
+        """Starts at the original; an image that is adversarial already is done after the first step."""
         examples = Examples(images, labels, targets, support)
         return CWState(
             **beginning(
-                model,
                 examples,
                 variable=Boxed.start(images),
                 initial_const=self.initial_const,

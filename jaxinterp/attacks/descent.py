@@ -30,7 +30,7 @@ class DescentState:
     """Iterate and settings of every example.
 
     Attributes:
-        count: number of iterates judged so far, K + 1 in every run.
+        count: number of iterates judged so far, K + 1 in every run; -1 where the original is judged before.
         keys: data of random keys, where anything is drawn after the start.
         memory: whatever else a move depends on, with the example as first axis.
     """
@@ -122,6 +122,7 @@ def step(
     stop_on_success: bool = False,
     forward: int = 1,
     backward: int = 1,
+    judged: Callable[[Array, DescentState], Any] | None = None,
 ) -> DescentState:
     """Judges the iterate and moves on; the last call of a run only judges.
 
@@ -137,6 +138,7 @@ def step(
         stop_on_success: an example is done at its first success.
         forward: forward passes of a move, among them the one that judges.
         backward: backward passes of a move.
+        judged: memory from the logits at the iterate and the state before, where nothing moves.
     """
     examples, active = state.examples, ~state.done
 
@@ -150,7 +152,7 @@ def step(
         images=state.images,
         found=found,
         better=found,  # the latest success: it has had the most steps
-        iteration=state.count,
+        iteration=jnp.maximum(state.count, 0),
         forward=jnp.where(moves, forward, active),
         backward=jnp.where(moves, backward, 0),
     )
@@ -158,15 +160,23 @@ def step(
     done = ~active | ((count % (steps + 1) == 0) & (record.success | (count >= runs * (steps + 1))))
     if stop_on_success:
         done = done | found
-    images, memory = select(moves & ~done, (images, memory), (state.images, state.memory))
+    remembered = state.memory if judged is None else judged(logits, state)
+    images, memory = select(moves & ~done, (images, memory), (state.images, remembered))
     return dataclasses.replace(state, record=record, images=images, memory=memory, count=count, done=done)
 
 
 def restart(
-    state: DescentState, begin: Callable[[Array], tuple[Float[Array, "b h w c"], Any]], *, steps: int
+    state: DescentState,
+    begin: Callable[[Array], tuple[Float[Array, "b h w c"], Any]],
+    *,
+    steps: int,
+    first: bool = True,
 ) -> DescentState:
-    """Puts the examples at the beginning of a run where `begin(keys)` says: images and memory, from fresh keys."""
-    begins = ~state.done & (state.count % (steps + 1) == 0)
+    """Puts the examples at the beginning of a run where `begin(keys)` says: images and memory, from fresh keys.
+
+    Unless it is the `first` run, where that is not asked for.
+    """
+    begins = ~state.done & (state.count % (steps + 1) == 0) & (first | (state.count > 0))
     now = state.images, state.memory
     images, memory = lax.cond(jnp.any(begins), lambda: select(begins, begin(keys_of(state)), now), lambda: now)
     return dataclasses.replace(state, images=images, memory=memory)

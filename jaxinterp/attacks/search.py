@@ -144,6 +144,32 @@ def judge_original(model: Model, examples: Examples, kappa: Float[Array, " b"]) 
     )
 
 
+def judge_if_warm(model: Model, state: Any, kappa: Float[Array, " b"]) -> Any:
+    """Before the first iteration of a warm start: images that are adversarial already are done, at distance zero.
+
+    Args:
+        model: images -> logits.
+        state: a state with the fields of `Nearest`, except the variable.
+        kappa: confidence.
+    """
+    if state.examples.initial is None:
+        return state
+    first = ~state.done & (state.progress.count == 0)
+    old = state.record, state.best_l2, state.done
+
+    def judged():
+        record = judge_original(model, state.examples, kappa)
+        return select(first, (record, nearest_so_far(record), record.success), old)
+
+    record, best_l2, done = lax.cond(jnp.any(first), judged, lambda: old)
+    return dataclasses.replace(state, record=record, best_l2=best_l2, done=done)
+
+
+def judged_if_cold(state: Any, success: Bool[Array, " b"]) -> Bool[Array, " b"]:
+    """Who is done because the first iteration, at the original, was a `success`; `state` is that before it."""
+    return success & (state.progress.count == 0) & (state.examples.initial is None)
+
+
 @pytree
 class Nearest:
     """A search for the nearest success in L2: min D(x') + c max(f(x') + kappa, 0) for one constant c after the other.
@@ -175,21 +201,20 @@ N = TypeVar("N", bound=Nearest)
 
 
 def beginning(
-    model: Model, examples: Examples, *, variable: Any, initial_const: Real, kappa: Real, lr: Real, tolerance: Real
+    examples: Examples, *, variable: Any, initial_const: Real, kappa: Real, lr: Real, tolerance: Real
 ) -> dict[str, Any]:
-    """The fields of a `Nearest`. An image that is adversarial already is done, at distance zero."""
-    images, margin = examples.images, per_example(kappa, examples.images)
-    record = judge_original(model, examples, margin)
+    """The fields of a `Nearest` before the first iteration."""
+    images = examples.images
     return {
         "examples": examples,
-        "record": record,
-        "best_l2": nearest_so_far(record),
+        "record": Record.start(images),
+        "best_l2": per_example(jnp.inf, images),
         "variable": variable,
         "bracket": Bracket.start(initial_const, images),
         "progress": Progress.start(images, tolerance),
-        "kappa": margin,
+        "kappa": per_example(kappa, images),
         "lr": per_example(lr, images),
-        "done": record.success,
+        "done": jnp.zeros(images.shape[0], bool),
     }
 
 
@@ -205,6 +230,8 @@ def evaluate(
 ) -> tuple[N, Float[Array, "b h w c"], Bool[Array, " b"]]:
     """The state after an evaluation at images x, the gradient of c max(f + kappa, 0) there, and who ends a problem.
 
+    An image that is adversarial already is done after the first, at distance zero.
+
     Args:
         model: images -> logits.
         state: the state before.
@@ -214,7 +241,10 @@ def evaluate(
         abort_early: see `Progress.advance`.
         window: the same.
     """
-    examples, active = state.examples, ~state.done
+    state = judge_if_warm(model, state, state.kappa)
+    examples, active, first = state.examples, ~state.done, state.progress.count == 0
+    if examples.initial is None:  # the original itself, without the rounding of the variable
+        x = select(first, examples.images, x)
 
     def hinge(logits):
         f = objective.margin(logits, examples.labels, examples.targets)
@@ -230,8 +260,14 @@ def evaluate(
     progress, ended = state.progress.advance(
         success, distance + penalty, steps=steps, abort_early=abort_early, window=window
     )
-    best_l2 = jnp.where(better, l2, state.best_l2)
-    return dataclasses.replace(state, record=record, best_l2=best_l2, progress=progress), gradient, active & ended
+    judged = dataclasses.replace(
+        state,
+        record=record,
+        best_l2=jnp.where(better, l2, state.best_l2),
+        progress=progress,
+        done=state.done | judged_if_cold(state, success),
+    )
+    return judged, gradient, active & ended
 
 
 def next_problem(state: N, ended: Bool[Array, " b"], fresh: Callable[[], Any], *, search_steps: int) -> N:

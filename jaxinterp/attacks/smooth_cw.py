@@ -102,10 +102,9 @@ class SmoothCW:
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> SmoothCWState:
-        """Starts at the original; an image that is adversarial already is done, at distance zero."""
+        """Starts at the original; an image that is adversarial already is done after the first step."""
         examples = Examples(images, labels, targets, support)
         begun = beginning(
-            model,
             examples,
             variable=Free.at(jnp.zeros_like(images)),
             initial_const=self.initial_const,

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
-from jaxinterp.attacks.search import Bracket, Progress, judge_original, nearest_so_far, restart
+from jaxinterp.attacks.search import Bracket, Progress, judge_if_warm, judged_if_cold, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -119,24 +119,23 @@ class StrAttack:
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> StrAttackState:
-        """Starts at the original; an image that is adversarial already is done, at distance zero.
+        """Starts at the original; an image that is adversarial already is done after the first step.
 
         Raises:
             ValueError: the stride is larger than the group, so that some pixels would be in none.
         """
         examples = Examples(images, labels, targets, support)
         settings = jax.tree.map(lambda leaf: per_example(leaf, images), self)
-        record = judge_original(model, examples, settings.kappa)
         return StrAttackState(
             examples=examples,
-            record=record,
-            best_l2=nearest_so_far(record),
+            record=Record.start(images),
+            best_l2=per_example(jnp.inf, images),
             admm=_zero(images, self._grids(images)),
             kept=jnp.ones_like(images, bool) if support is None else support,
             bracket=Bracket.start(settings.initial_const, images),
             progress=Progress.start(images),
             settings=settings,
-            done=record.success,
+            done=jnp.zeros(images.shape[0], bool),
         )
 
     def _grids(self, images: Float[Array, "b h w c"]) -> Grids:
@@ -153,6 +152,7 @@ class StrAttack:
     @canonical
     def step(self, model, state: StrAttackState) -> StrAttackState:
         """One iteration of ADMM for every example, in its own search step or refit."""
+        state = judge_if_warm(model, state, per_example(state.settings.kappa, state.examples.images))
         examples, active, original = state.examples, ~state.done, state.examples.images
         settings, admm, grids = state.settings, state.admm, self._grids(original)
         refitting = state.progress.problem >= self.search_steps
@@ -204,6 +204,7 @@ class StrAttack:
                 consensus(admm, d, w, y, gradient, alpha * jnp.sqrt(state.progress.iteration + 1.0), rho, grids),
             ),
             progress=progress,
+            done=state.done | judged_if_cold(state, success),
         )
         return self._next_problem(select(active, moved, state), active & ended)
 

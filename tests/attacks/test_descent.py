@@ -170,7 +170,9 @@ def test_runs_go_on_until_a_success_and_their_passes_are_counted():
 def test_apgd_t_tries_the_strongest_rivals_one_after_the_other():
     model, images, labels, _ = linear(5)
     attack = APGDT(eps=1e-4, classes=3, steps=2, restarts=2)
-    state = start(attack, model, images, labels, key=KEY)
+    state = advance(attack, model, start(attack, model, images, labels, key=KEY), 1)
+    np.testing.assert_array_equal(state.record.forward, 1)  # at the original
+    np.testing.assert_array_equal(state.record.backward, 0)
     logits = np.array(model(jnp.asarray(images)))
     logits[np.arange(6), labels] = -np.inf
     np.testing.assert_array_equal(state.memory.rivals, np.argsort(-logits, axis=1)[:, :3])
@@ -189,7 +191,7 @@ def test_apgd_t_descends_towards_its_rival():
     """The first step of a run follows the gradient of the ratio, by the quotient rule, for the two rivals in turn."""
     model, images, labels, weights = linear(5)
     attack = APGDT(eps=1e-4, classes=2, steps=1, random_start=False)
-    state = start(attack, model, images, labels, key=KEY)
+    state = advance(attack, model, start(attack, model, images, labels, key=KEY), 1)  # ranks the rivals
     rivals = np.asarray(state.memory.rivals)
     for turn in range(2):
         before = state.images
@@ -204,6 +206,20 @@ def test_apgd_t_descends_towards_its_rival():
             assert clear.sum() > 20
             np.testing.assert_array_equal(np.sign(step[clear]), -np.sign(d[clear]))
         state = advance(attack, model, state, 2)
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_apgd_t_draws_its_first_start_where_that_is_asked_for_and_all_others_always(random_start):
+    model, images, labels, _ = linear(5)
+    attack = APGDT(eps=1e-2, classes=2, steps=1, restarts=2, random_start=random_start)
+    state = advance(attack, model, start(attack, model, images, labels, key=KEY), 1)
+    begun = [np.asarray(state.images)]
+    for _ in range(2):
+        state = advance(attack, model, state, 2)
+        begun.append(np.asarray(state.images))
+    moved = [(np.abs(images - b) > 1e-6).any(axis=(1, 2, 3)) for b in begun]
+    np.testing.assert_array_equal(moved, [[random_start] * 6, [True] * 6, [True] * 6])
+    assert np.abs(begun[1] - begun[2]).max() > 1e-3
 
 
 # The pieces
