@@ -78,10 +78,13 @@ LONG += (
 
 # Compiled as users have it, because whether a result depends on the batch or the number of devices is up to what the
 # compiler does with loops; beside PyTorch, too, since many steps magnify rounding. Everything else asks for values, and
-# is compiled in a quarter of the time without optimization. `make exhaustive` optimizes everything.
-OPTIMIZED = ("tests/attacks/test_rules.py", "tests/attacks/test_compaction.py")
-OPTIMIZED += ("tests/test_canonical.py", "tests/test_distributed.py", "tests/test_parallel.py")
+# is compiled in a quarter of the time without optimization, commands of several processes, too, and the rules of most
+# attacks that are not the paper's. `make exhaustive` optimizes everything.
+OPTIMIZED = ("tests/attacks/test_compaction.py", "tests/test_canonical.py", "tests/test_parallel.py")
 OPTIMIZED += ("tests/test_windowed.py", "tests/parity/")
+OPTIMIZED += tuple(
+    f"tests/attacks/test_rules.py {case}" for case in ("ifgsm", "pgd-linf", "cw", "ead", "strattack", "square-linf")
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -109,6 +112,11 @@ def group(nodeid: str) -> str:
     return f"{file} {case[1]}" if case else file
 
 
+def optimizes(nodeid: str) -> bool:
+    """Whether a test is compiled as users have it."""
+    return group(nodeid) in OPTIMIZED or nodeid.startswith(OPTIMIZED)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keeps the tests of a group on one worker, in the order of the collection.
@@ -131,7 +139,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Optimization of what a test compiles, here and in the commands that it starts."""
-    optimized = PLATFORM != "cpu" or item.config.getoption("--exhaustive") or item.nodeid.startswith(OPTIMIZED)
+    optimized = PLATFORM != "cpu" or item.config.getoption("--exhaustive") or optimizes(item.nodeid)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
     os.environ["XLA_FLAGS"] = f"{GIVEN} {DEVICES} " + ("" if optimized else f"--{FUSIONS}=false")

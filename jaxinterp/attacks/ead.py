@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_original, nearest_so_far, restart
+from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_if_warm, judged_if_cold, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -88,22 +88,19 @@ class EAD:
 
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> EADState:
-        """Starts at the original; an image that is adversarial already is done, at distance zero."""
-        examples = Examples(images, labels, targets, support)
-        kappa = per_example(self.kappa, images)
-        record = judge_original(model, examples, kappa)
+        """Starts at the original; an image that is adversarial already is done after the first step."""
         return EADState(
-            examples=examples,
-            record=record,
-            best=nearest_so_far(record),
+            examples=Examples(images, labels, targets, support),
+            record=Record.start(images),
+            best=per_example(jnp.inf, images),
             x=images,
             y=images,
             bracket=Bracket.start(self.initial_const, images),
             progress=Progress.start(images, self.tolerance),
             beta=per_example(self.beta, images),
             lr=per_example(self.lr, images),
-            kappa=kappa,
-            done=record.success,
+            kappa=per_example(self.kappa, images),
+            done=jnp.zeros(images.shape[0], bool),
         )
 
     @canonical
@@ -115,6 +112,7 @@ class EAD:
     @canonical
     def step(self, model, state: EADState) -> EADState:
         """One iteration of FISTA for every example: a gradient at y_k, and a forward pass that judges x_{k+1}."""
+        state = judge_if_warm(model, state, state.kappa, best="best")
         examples, active, original = state.examples, ~state.done, state.examples.images
 
         def hinge(logits):
@@ -123,14 +121,18 @@ class EAD:
 
         k = state.progress.iteration.astype(jnp.float32)
         a = along(state.lr * jnp.sqrt(1 - k / self.steps), original)
-        _, _, gradient = objective.value_and_gradient(model, state.y, hinge)
+        logits, _, gradient = objective.value_and_gradient(model, state.y, hinge)
+        succeeds = objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+        already = judged_if_cold(state, active & succeeds)
         x = shrink(state.y - a * (gradient + 2 * (state.y - original)), original, state.beta)
         if examples.support is not None:
             x = jnp.where(examples.support, x, original)
+        x = select(already, original, x)
         y = x + along(k / (k + 3), x) * (x - state.x)
 
         logits, delta = model(x), x - original
-        success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+        succeeds = objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+        success = already | (active & succeeds)
         l1 = distance(delta, "l1")
         elastic = state.beta * l1 + jnp.square(distance(delta, "l2"))
         size = l1 if self.rule == "l1" else elastic
@@ -147,7 +149,13 @@ class EAD:
             success, hinge(logits) + elastic, steps=self.steps, abort_early=self.abort_early, window=self.window
         )
         moved = dataclasses.replace(
-            state, record=record, best=jnp.where(better, size, state.best), x=x, y=y, progress=progress
+            state,
+            record=record,
+            best=jnp.where(better, size, state.best),
+            x=x,
+            y=y,
+            progress=progress,
+            done=state.done | already,
         )
         return self._next_problem(select(active, moved, state), active & ended)
 

@@ -144,25 +144,25 @@ def judge_original(model: Model, examples: Examples, kappa: Float[Array, " b"]) 
     )
 
 
-def judge_if_warm(model: Model, state: Any, kappa: Float[Array, " b"]) -> Any:
+def judge_if_warm(model: Model, state: Any, kappa: Float[Array, " b"], best: str = "best_l2") -> Any:
     """Before the first iteration of a warm start: images that are adversarial already are done, at distance zero.
 
     Args:
         model: images -> logits.
-        state: a state with the fields of `Nearest`, except the variable.
+        state: a state with examples, record, progress and done as `Nearest` has them.
         kappa: confidence.
+        best: the state's field for the distance of its best success.
     """
     if state.examples.initial is None:
         return state
     first = ~state.done & (state.progress.count == 0)
-    old = state.record, state.best_l2, state.done
+    old = {"record": state.record, "done": state.done, best: getattr(state, best)}
 
     def judged():
         record = judge_original(model, state.examples, kappa)
-        return select(first, (record, nearest_so_far(record), record.success), old)
+        return select(first, {"record": record, "done": record.success, best: nearest_so_far(record)}, old)
 
-    record, best_l2, done = lax.cond(jnp.any(first), judged, lambda: old)
-    return dataclasses.replace(state, record=record, best_l2=best_l2, done=done)
+    return dataclasses.replace(state, **lax.cond(jnp.any(first), judged, lambda: old))
 
 
 def judged_if_cold(state: Any, success: Bool[Array, " b"]) -> Bool[Array, " b"]:

@@ -9,7 +9,7 @@ import pytest
 from jax.tree_util import Partial
 
 from jaxinterp import attacks
-from jaxinterp.attacks import CW, EAD, PGD, Chain, Square, finish, start
+from jaxinterp.attacks import CW, PGD, Chain, CWLinf, Square, finish, start
 from jaxinterp.attacks.driver import by_example, coerce, example_keys
 
 SHAPE = (6, 5, 3)
@@ -96,15 +96,15 @@ def test_a_minimum_norm_stage_counts_within_the_radius_only():
 
 
 def test_a_stage_is_begun_and_paid_for_when_it_is_reached():
-    """EAD's first pass, which judges the input, is made when the stage before has failed; a step costs it two."""
+    """The first pass of C&W in Linf, which judges the input, is made when the stage before has failed."""
     model, images, labels = problem()
-    chain = Chain((PGD(steps=3), EAD(search_steps=1, steps=5)), eps=0.0, norm="linf")
+    chain = Chain((PGD(steps=3), CWLinf(search_steps=1, steps=5)), eps=0.0, norm="linf")
     state = start(chain, model, images, labels, key=KEY)
     forward = [np.asarray(finish(chain, state).forward)]
     for _ in range(5):
         state = advance(chain, model, state, 1)
         forward.append(np.asarray(finish(chain, state).forward))
-    np.testing.assert_array_equal(np.transpose(forward)[0], [0, 1, 2, 3, 4, 7])
+    np.testing.assert_array_equal(np.transpose(forward)[0], [0, 1, 2, 3, 4, 6])
     assert (np.array(forward) == np.array(forward)[:, :1]).all()
 
 

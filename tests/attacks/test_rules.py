@@ -439,6 +439,11 @@ def test_every_attack_of_the_registry_is_tested():
     assert CASES.keys() == SWEEPS.keys()
 
 
+@spread_attacks
+def test_these_attacks_are_compiled_as_users_have_it(case):
+    assert not jax.config.read("jax_disable_most_optimizations")
+
+
 # Rule 1: an example's result is its own
 
 
@@ -567,7 +572,7 @@ def test_an_adversarial_input_is_a_success(case, name):
     if case in MINIMAL:  # the nearest adversarial image is the input
         np.testing.assert_array_equal(result.images, p.images)
         # One look at it, or one step, which tests a point and takes a gradient.
-        steps = {"cw": (1, 1), "scw": (1, 1), "strattack": (2, 1)}
+        steps = {"cw": (1, 1), "scw": (1, 1), "ead": (2, 1), "strattack": (2, 1)}
         forward, backward = steps.get(CASES[case].name, (1, 0))
         np.testing.assert_array_equal(result.forward, forward)
         np.testing.assert_array_equal(result.backward, backward)

@@ -57,7 +57,7 @@ PAIRS = {
     "spgd": (SmoothPGD(alpha=0.95, lam=10.0, steps=7), PGD(norm="l2", random_start=False, steps=7)),
     "sbim": (SmoothBIM(alpha=0.95, lam=10.0, steps=7), IFGSM(steps=7)),
     "scw": (
-        SmoothCW(alpha=0.95, lam=10.0, initial_const=0.1, search_steps=6, steps=100),
+        SmoothCW(alpha=0.95, lam=10.0, initial_const=0.1, search_steps=6, steps=100, cg_steps=20),
         CW(initial_const=0.1, search_steps=6, steps=100),
     ),
 }
