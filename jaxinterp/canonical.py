@@ -11,7 +11,7 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
   of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
   from which on the order is fixed; convolutions of single pixels become matrix products, which are faster; the gradient
   of one with strides is computed without the zeros between positions, that with respect to an image, whose channels
-  are very few, as a matrix product; reductions of floats become trees of elementwise operations; a product is rounded
+  are very few, as a matrix product; sums of floats become trees of elementwise additions; a product is rounded
   before it is added to something. All of this is small beside the convolutions, or faster than them.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
@@ -326,31 +326,30 @@ def _checkpoint(eqn, *args):
     )
 
 
-def _tree(combine):
-    """The rule for a reduction: a tree of elementwise operations, whose order the compiler cannot choose.
+# The backend hands reductions, with whatever elementwise operations surround them, to one of two libraries by their
+# size; the two differ in the order of additions and in the last bit of exp.
 
-    The backend hands reductions, with whatever elementwise operations surround them, to one of two libraries by
-    their size; the two differ in the order of additions and in the last bit of exp.
-    """
 
-    def rule(eqn, x):
-        if 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.inexact):  # whole numbers are exact in any order
-            return eqn.primitive.bind(x, **eqn.params)
-        for axis in sorted(eqn.params["axes"], reverse=True):
-            while (size := x.shape[axis]) > 1:
-                half = 1 << ((size - 1).bit_length() - 1)
-                paired = combine(
-                    lax.slice_in_dim(x, 0, size - half, axis=axis), lax.slice_in_dim(x, half, size, axis=axis)
-                )
-                x = (
-                    paired
-                    if size == 2 * half
-                    else lax.concatenate([paired, lax.slice_in_dim(x, size - half, half, axis=axis)], axis)
-                )
-            x = lax.squeeze(x, [axis])
-        return x
+def _sum(eqn, x):
+    """A sum as a tree of elementwise additions, whose order the compiler cannot choose."""
+    if 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.inexact):  # whole numbers are exact in any order
+        return eqn.primitive.bind(x, **eqn.params)
+    for axis in sorted(eqn.params["axes"], reverse=True):
+        while (size := x.shape[axis]) > 1:
+            half = 1 << ((size - 1).bit_length() - 1)
+            paired = lax.slice_in_dim(x, 0, size - half, axis=axis) + lax.slice_in_dim(x, half, size, axis=axis)
+            x = (
+                paired
+                if size == 2 * half
+                else lax.concatenate([paired, lax.slice_in_dim(x, size - half, half, axis=axis)], axis)
+            )
+        x = lax.squeeze(x, [axis])
+    return x
 
-    return rule
+
+def _extreme(eqn, x):
+    """A largest or smallest value, exact in any order: only what surrounds it must not be taken into it."""
+    return eqn.primitive.bind(lax.optimization_barrier(x), **eqn.params)
 
 
 def _pad_side(x, axes):
@@ -373,7 +372,7 @@ _RULES = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
     "remat2": _checkpoint,  # the name of jax.checkpoint in a trace
-    "reduce_sum": _tree(lax.add),
-    "reduce_max": _tree(lax.max),
-    "reduce_min": _tree(lax.min),
+    "reduce_sum": _sum,
+    "reduce_max": _extreme,
+    "reduce_min": _extreme,
 }
