@@ -363,7 +363,7 @@ def draw(
         draw_levels(run, levels)
     shown = []
     for i in range(min(4, len(images))):
-        row = [(f"{network.class_name(labels[i])}, target {network.class_name(targets[i])}", images[i])]
+        row = [(f"{network.class_name(int(labels[i]))}, target {network.class_name(int(targets[i]))}", images[i])]
         row += [
             (name if found["success"][i] else f"{name}: failed", found["images"][i]) for name, found in made.items()
         ]

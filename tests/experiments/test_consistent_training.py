@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import jaxinterp
 from jaxinterp.statistics import Estimate, student_mean
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED
 
@@ -141,3 +143,41 @@ def test_a_small_training_is_measured(training, tmp_path, capsys):
         assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 5_000
     training.main(setting)  # from the parts
     assert capsys.readouterr().out.replace("\r", "") == first.replace("\r", "")
+
+
+@pytest.mark.exhaustive
+def test_three_networks_that_are_nearly_the_same_deceive_one_another(ensembles, monkeypatch, tmp_path, capsys):
+    """The whole experiment on CIFAR-10 pictures; run again, it finds everything done and says the same."""
+    network, params = jaxinterp.load("cifar10_cnn")
+    rng = np.random.default_rng(0)
+    networks = {"one": params} | {
+        name: {
+            key: value * (1 + 1e-3 * rng.normal(size=value.shape).astype(np.float32)) for key, value in params.items()
+        }
+        for name in ("two", "three")
+    }
+    monkeypatch.setattr(ensembles, "load", lambda name: (network, networks[name]))
+    monkeypatch.setattr(ensembles, "digest", str)
+    setting = ensembles.Transfer(
+        members=("one", "two"),
+        held_out=("three",),
+        attack="mifgsm:eps=24/255,steps=8",
+        tree="cifar10",
+        limit=8,
+        share=0.5,
+        batch_size=3,
+        out=tmp_path / "run",
+    )
+    ensembles.main(setting)
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("attacking ")]
+    found = json.loads((setting.out / "answers.json").read_text())
+    assert found["pictures"] >= 4
+    rates = {name: float(row["three"].split()[0]) for name, row in found["results"]["target"].items()}
+    assert rates.keys() == {"one", "two", ensembles.LOGITS, ensembles.LOSSES}
+    assert min(rates.values()) > 0.5
+    for name in ("transfer.png", "pictures.png"):
+        assert (setting.out / name).read_bytes().startswith(b"\x89PNG")
+    stored = {path: path.stat().st_mtime_ns for path in (setting.out / "parts").iterdir()}
+    ensembles.main(setting)
+    assert capsys.readouterr().out.splitlines() == said
+    assert {path: path.stat().st_mtime_ns for path in (setting.out / "parts").iterdir()} == stored
