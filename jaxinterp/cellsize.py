@@ -26,14 +26,19 @@ def write(cell: Any) -> str:
     return "x".join(map(str, cell)) if isinstance(cell, tuple) else str(cell)
 
 
-CellSize = Annotated[
-    int | tuple[int, int],
-    PrimitiveConstructorSpec(
+def _option(default: tuple[type, ...], shown: str) -> PrimitiveConstructorSpec:
+    """How the command line reads and shows a size, or a default of another type, which has no text of its own."""
+    return PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT|INTxINT",
         instance_from_str=lambda texts: parse(texts[0]),
-        is_instance=lambda value: isinstance(value, int | tuple),
-        str_from_instance=lambda value: [write(value)],
-    ),
-]
+        is_instance=lambda value: isinstance(value, (int, tuple, *default)),
+        str_from_instance=lambda value: [shown if isinstance(value, default) else write(value)],
+    )
+
+
+CellSize = Annotated[int | tuple[int, int], _option((), "")]
 """Type of an option: a side in pixels, as 14, or HEIGHTxWIDTH, as 14x28."""
+
+CellSizeOrPart = Annotated[int | tuple[int, int] | None, _option((type(None),), "SIZE/14")]
+"""The same of one that is a fourteenth of the image, None, where it is not given."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxinterp import launch, processes
-from jaxinterp.cellsize import CellSize
+from jaxinterp.cellsize import CellSize, CellSizeOrPart
 
 
 def explain(
@@ -481,7 +481,7 @@ def bench(
     rounds: int = 5,
     formats: tuple[str, ...] = ("float32",),
     attack: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    cell: CellSize | None = None,
+    cell: CellSizeOrPart = None,
     images: int | None = None,
     node: str | None = None,
     devices: int | None = None,
@@ -517,7 +517,7 @@ def bench(
         formats: Any of float32, tf32 and bf16, such as --formats float32 bf16; what the others change in results is
             stated against the first.
         attack: Attacks to time, as in `jaxinterp attack`; may be given several times. Without it: pgd, mifgsm and cw.
-        cell: Side of the cells of effects, in pixels, or HEIGHTxWIDTH; a fourteenth of the image by default.
+        cell: Side of the cells of effects, in pixels, or HEIGHTxWIDTH.
         images: Images of the dissection, at least a batch; four batches by default. Broden has 63,305.
         node: Layer that is dissected.
         devices: Scaling goes from 1 to this many; all by default. A CPU is divided into as many virtual devices, which
