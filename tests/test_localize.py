@@ -407,6 +407,22 @@ def test_every_problem_of_a_search_begins_at_the_warm_start(name):
     np.testing.assert_allclose(ITERATES[name](state), initial, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ITERATES)
+def test_an_original_that_is_adversarial_is_found_before_the_warm_start(name):
+    (network, params), (clean, initial) = small(), images()
+    model = network.bind(params)
+    labels = np.array(jnp.argmax(model(jnp.asarray(clean)), axis=-1))
+    labels[1:3] = (labels[1:3] + 1) % CLASSES
+    attack = dataclasses.replace(REFINED[name], steps=3, search_steps=2)
+    result = attacks.run(attack, model, clean, labels, key=jax.random.key(0), initial=initial)
+    np.testing.assert_array_equal(result.images[1:3], clean[1:3])
+    np.testing.assert_array_equal(result.success[1:3], True)
+    np.testing.assert_array_equal(result.iterations[1:3], 0)
+    np.testing.assert_array_equal(result.forward[1:3], 1)
+    np.testing.assert_array_equal(result.backward[1:3], 0)
+    assert (np.asarray(result.forward)[[0, 3]] > 3).all()
+
+
 def test_a_warm_start_must_be_an_image_and_the_attack_must_have_one():
     (network, params), (clean, _) = small(), images()
     arguments = (network.bind(params), clean, LABELS, TARGETS)
