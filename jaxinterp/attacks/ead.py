@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_if_warm, judged_if_cold, restart
+from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_if_warm, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -121,18 +121,14 @@ class EAD:
 
         k = state.progress.iteration.astype(jnp.float32)
         a = along(state.lr * jnp.sqrt(1 - k / self.steps), original)
-        logits, _, gradient = objective.value_and_gradient(model, state.y, hinge)
-        succeeds = objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
-        already = judged_if_cold(state, active & succeeds)
+        _, _, gradient = objective.value_and_gradient(model, state.y, hinge)
         x = shrink(state.y - a * (gradient + 2 * (state.y - original)), original, state.beta)
         if examples.support is not None:
             x = jnp.where(examples.support, x, original)
-        x = select(already, original, x)
         y = x + along(k / (k + 3), x) * (x - state.x)
 
         logits, delta = model(x), x - original
-        succeeds = objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
-        success = already | (active & succeeds)
+        success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
         l1 = distance(delta, "l1")
         elastic = state.beta * l1 + jnp.square(distance(delta, "l2"))
         size = l1 if self.rule == "l1" else elastic
@@ -155,7 +151,7 @@ class EAD:
             x=x,
             y=y,
             progress=progress,
-            done=state.done | already,
+            done=state.done | (success & (size == 0)),  # nothing is better; an adversarial original has no slope
         )
         return self._next_problem(select(active, moved, state), active & ended)
 

@@ -165,11 +165,6 @@ def judge_if_warm(model: Model, state: Any, kappa: Float[Array, " b"], best: str
     return dataclasses.replace(state, **lax.cond(jnp.any(first), judged, lambda: old))
 
 
-def judged_if_cold(state: Any, success: Bool[Array, " b"]) -> Bool[Array, " b"]:
-    """Who is done because the first iteration, at the original, was a `success`; `state` is that before it."""
-    return success & (state.progress.count == 0) & (state.examples.initial is None)
-
-
 @pytree
 class Nearest:
     """A search for the nearest success in L2: min D(x') + c max(f(x') + kappa, 0) for one constant c after the other.
@@ -265,7 +260,7 @@ def evaluate(
         record=record,
         best_l2=jnp.where(better, l2, state.best_l2),
         progress=progress,
-        done=state.done | judged_if_cold(state, success),
+        done=state.done | (success & (l2 == 0)),  # nothing is nearer
     )
     return judged, gradient, active & ended
 

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
-from jaxinterp.attacks.search import Bracket, Progress, judge_if_warm, judged_if_cold, restart
+from jaxinterp.attacks.search import Bracket, Progress, judge_if_warm, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -204,7 +204,7 @@ class StrAttack:
                 consensus(admm, d, w, y, gradient, alpha * jnp.sqrt(state.progress.iteration + 1.0), rho, grids),
             ),
             progress=progress,
-            done=state.done | judged_if_cold(state, success),
+            done=state.done | (success & (l2 == 0)),  # nothing is nearer
         )
         return self._next_problem(select(active, moved, state), active & ended)
 
