@@ -18,7 +18,8 @@ which must be within 1 % of foolbox's, and how many gradients of single images w
 compile: seconds from Python to machine code of one step of every attack, with its start and its end, against those of
 one gradient, on ResNet-18; the least of three rounds.
 
-Everything of one row runs in one process, in turn; a ratio is the median of the ratios of the rounds. Networks have
+Everything of one row runs in one process and on one device, in turn (on a GPU in TF32, or in float32 with
+JAX_DEFAULT_MATMUL_PRECISION=highest, for both); a ratio is the median of the ratios of the rounds. Networks have
 seeded weights and images, and attack their own predictions, except cifar10_cnn: published weights on the CIFAR-10
 pictures of foolbox; and in `quality` those in the folder --trained. Needs torch for the peers, and those that are
 installed of torchattacks and foolbox.
@@ -46,7 +47,7 @@ import tyro
 from tqdm import tqdm
 
 import jaxinterp
-from jaxinterp import attacks, data, models
+from jaxinterp import attacks, data, models, precision
 from jaxinterp.attacks import objective
 from jaxinterp.bench.records import append, cores
 from jaxinterp.bench.timing import interleaved, middle, ratios, shown, verdict
@@ -101,7 +102,9 @@ class Peers:
         import torch_zoo
 
         torch.set_num_threads(cores())
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision.current() != "highest"
         self.torch = torch
+        self.device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
         inner = make_references.original(p.name, p.tensors).float()
         own = p.name in torch_zoo.NETWORKS or p.name.startswith("efficientnet_lite")  # preprocess inside
         passes = self.passes = Counter()
@@ -117,9 +120,9 @@ class Peers:
                     passes["backward"] += len(x)
                 return self.inner(x if own else torch_zoo.NORMALIZE(x))
 
-        self.network = Whole().eval().requires_grad_(not frozen)
-        self.images = torch.from_numpy(np.asarray(p.images).transpose(0, 3, 1, 2).copy())
-        self.labels = torch.from_numpy(np.asarray(p.labels)).long()
+        self.network = Whole().eval().requires_grad_(not frozen).to(self.device)
+        self.images = torch.tensor(np.asarray(p.images).transpose(0, 3, 1, 2)).to(self.device)
+        self.labels = torch.tensor(np.asarray(p.labels)).long().to(self.device)
 
     def torchattacks(self, name: str, **settings: Any) -> Callable[[], Any]:
         """An attack of torchattacks, to be called."""
@@ -132,17 +135,22 @@ class Peers:
         """An attack of foolbox, to be called."""
         import foolbox
 
-        model = foolbox.PyTorchModel(self.network, bounds=(0, 1), device="cpu")
+        model = foolbox.PyTorchModel(self.network, bounds=(0, 1), device=self.device)
         attack = getattr(foolbox.attacks, name)(**settings)
         return lambda: self._array(attack(model, self.images, self.labels, epsilons=eps)[1])
 
     def _array(self, images: Any) -> np.ndarray:
-        return images.detach().numpy().transpose(0, 2, 3, 1)
+        return images.detach().cpu().numpy().transpose(0, 2, 3, 1)
 
 
 def installed(*packages: str) -> list[str]:
     """Which of the packages are here."""
     return [package for package in packages if importlib.util.find_spec(package)]
+
+
+def device() -> str:
+    """On what everything runs."""
+    return jax.devices()[0].device_kind
 
 
 def versions() -> dict[str, str]:
@@ -199,7 +207,7 @@ def overhead(networks: tuple[str, ...] = tuple(BATCHES), rounds: int = 7, out: P
             f"over {STEPS} gradients": ratios(times["jaxinterp"], times[bare]),
             f"over {STEPS} gradients and a forward pass": ratios(times["jaxinterp"], whole),
         } | {f"over {peer}": ratios(times["jaxinterp"], times[peer]) for peer in times if ", " in peer and peer != bare}
-        print(f"{name}, images {p.images.shape}, {cores()} cores, {rounds} rounds; median (quartiles)")
+        print(f"{name}, images {p.images.shape}, {device()}, {cores()} cores, {rounds} rounds; median (quartiles)")
         for what, values in times.items():
             print(f"  {what:40}{shown(values, 1e3):>30} ms")
         for what, values in found.items():
@@ -212,7 +220,11 @@ def overhead(networks: tuple[str, ...] = tuple(BATCHES), rounds: int = 7, out: P
             "seconds": {what: middle(values) for what, values in times.items()},
             "ratios": {what: middle(values) for what, values in found.items()},
         }
-        append(out, "attacks overhead", {"steps": STEPS, "rounds": rounds, "peers": versions(), "results": [row]})
+        append(
+            out,
+            "attacks overhead",
+            {"device": device(), "steps": STEPS, "rounds": rounds, "peers": versions(), "results": [row]},
+        )
 
 
 # network: images, steps of every search step
@@ -305,7 +317,9 @@ def quality(
                     print(f"  foolbox / {who:10} {shown(faster, digits=2)}, {measure} {near:.4f} of it", end="    ")
                     print(f"target >= {goal}: {met}" if who == "early" else "", flush=True)
                     row[who] |= {"faster": middle(faster), "distance": near}
-            append(out, "attacks quality", {"rounds": rounds, "peers": versions(), "results": [row]})
+            append(
+                out, "attacks quality", {"device": device(), "rounds": rounds, "peers": versions(), "results": [row]}
+            )
 
 
 def _ours(name: str, attack: attacks.Attack, p: Problem, kept: dict[str, Any]) -> None:
@@ -381,7 +395,10 @@ def compile_times(
     append(
         out,
         "attacks compile",
-        {"network": network, "shape": images.shape, "rounds": rounds, "gradient": reference, "results": seconds},
+        {
+            **{"device": device(), "network": network, "shape": images.shape, "rounds": rounds},
+            **{"gradient": reference, "results": seconds},
+        },
     )
 
 

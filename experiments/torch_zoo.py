@@ -6,6 +6,8 @@ the output of the submodule of that name, unless `MODULES` says otherwise.
 
 from __future__ import annotations
 
+import functools
+
 import torch  # pyright: ignore[reportMissingImports]  # optional: only comparisons with PyTorch need it
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]  # as above
 from torch import nn  # pyright: ignore[reportMissingImports]  # as above
@@ -20,8 +22,12 @@ class Normalize(nn.Module):
 
     def forward(self, x):
         """Maps images [B,C,H,W]."""
-        mean, std = (torch.tensor(v, dtype=x.dtype).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - _channels(self.mean, x.dtype, x.device)) / _channels(self.std, x.dtype, x.device)
+
+
+@functools.cache  # copied to a GPU once
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
 
 
 class ShortcutA(nn.Module):
