@@ -72,18 +72,20 @@ def png_name(name: str) -> str:
     return file_name(stem) + suffix
 
 
+def version(package: str) -> str:
+    """Of a package; a source tree that is only on the path has none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
 def machine() -> dict[str, str]:
     """Versions and machine, for records."""
     packages = ("jaxinterp", "jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed as a package"
     device = jax.devices()[0]
     return {
-        **versions,
+        **{package: version(package) for package in packages},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device.device_kind,

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxinterp import precision
+from jaxinterp import precision, runs
 
 PACKAGES = ("jaxinterp", "jax", "jaxlib", "flax", "torch")
 
@@ -27,7 +26,7 @@ def machine() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         if importlib.util.find_spec(package):
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = runs.version(package)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,5 +1,6 @@
 """Records: read back, compared, and refused where they are none."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -65,3 +66,13 @@ def test_files_that_hold_none(text, message, tmp_path):
         records.compare(whole, broken)
     with pytest.raises(FileNotFoundError):
         records.compare(whole, tmp_path / "none")
+
+
+def test_a_source_tree_that_is_not_installed_is_recorded(tmp_path, monkeypatch):
+    def missing(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    record(tmp_path / "r.jsonl", {"pgd": (1.0, 1.0, 1.0)})
+    [found] = records.read(tmp_path / "r.jsonl")
+    assert found["versions"]["jaxinterp"] == "not installed as a package"
