@@ -18,7 +18,9 @@ if PLATFORM != "cpu":
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 GIVEN, DEVICES = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
-FUSIONS = "xla_cpu_use_fusion_emitters"
+# Where optimization is off: fusions are lowered the older way, and a program is not split for cores that are busy.
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+USUAL = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
 os.environ["XLA_FLAGS"] = f"{GIVEN} {DEVICES}"
 
 from jaxtyping import _import_hook, install_import_hook  # noqa: E402
@@ -46,11 +48,12 @@ compile_options = compiler.get_compile_options
 
 
 def quick_options(*args: Any, **kwargs: Any) -> Any:
-    """Where optimization is off, fusions are lowered the older way, too, which halves what is left of compiling."""
+    """Where optimization is off, less of everything else, too, which halves what is left of compiling."""
     options = compile_options(*args, **kwargs)
-    if PLATFORM == "cpu":  # XLA reads its variable once, so that what a process begins with would hold for all
-        quick = jax.config.read("jax_disable_most_optimizations")
-        options.env_option_overrides = [*options.env_option_overrides, (FUSIONS, not quick)]
+    # XLA reads its variable once, so that what a process begins with would hold for all.
+    if PLATFORM == "cpu":
+        changed = QUICK if jax.config.read("jax_disable_most_optimizations") else USUAL
+        options.env_option_overrides = [*options.env_option_overrides, *changed.items()]
     return options
 
 
@@ -142,7 +145,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     optimized = PLATFORM != "cpu" or item.config.getoption("--exhaustive") or optimizes(item.nodeid)
     jax.config.update("jax_disable_most_optimizations", not optimized)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
-    os.environ["XLA_FLAGS"] = f"{GIVEN} {DEVICES} " + ("" if optimized else f"--{FUSIONS}=false")
+    quick = "" if optimized else " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+    os.environ["XLA_FLAGS"] = f"{GIVEN} {DEVICES} {quick}"
     os.environ["XLA_FLAGS_OF_ONE_DEVICE"] = os.environ["XLA_FLAGS"].replace(DEVICES, "").strip()
 
 
