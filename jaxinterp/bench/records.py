@@ -21,8 +21,11 @@ from jaxinterp import precision, runs
 PACKAGES = ("jaxinterp", "jax", "jaxlib", "flax", "torch")
 
 
+_ENVIRONMENT = ("XLA_FLAGS", "GLIBC_TUNABLES")
+
+
 def machine() -> dict[str, Any]:
-    """Processor, cores, operating system, and the versions and the precision that timings depend on."""
+    """Processor, cores, system, and the versions, precision and variables that timings depend on."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         if importlib.util.find_spec(package):
@@ -36,6 +39,7 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "system": platform.platform(),
         "versions": versions,
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "matmul_precision": precision.current(),
     }
 
@@ -83,8 +87,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-_SETTING = ("cpu", "cores", "device", "devices", "network", "weights", "size", "matmul_precision", "batch", "formats")
-_SETTING += ("attack", "swept", "swept format", "cell", "node", "images", "seed")
+_SETTING = ("cpu", "cores", "environment", "device", "devices", "network", "weights", "size", "matmul_precision")
+_SETTING += ("batch", "formats", "attack", "swept", "swept format", "cell", "node", "images", "seed")
 
 
 def compare(a: Path, b: Path) -> list[str]:

@@ -76,3 +76,15 @@ def test_a_source_tree_that_is_not_installed_is_recorded(tmp_path, monkeypatch):
     record(tmp_path / "r.jsonl", {"pgd": (1.0, 1.0, 1.0)})
     [found] = records.read(tmp_path / "r.jsonl")
     assert found["versions"]["jaxinterp"] == "not installed as a package"
+
+
+def test_variables_that_change_times_are_recorded_and_compared(tmp_path, monkeypatch):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    record(a, {"pgd": (1.0, 1.0, 1.0)})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    record(b, {"pgd": (1.0, 1.0, 1.0)})
+    assert records.read(a)[0]["environment"] == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    [note] = [line for line in records.compare(a, b) if "note" in line and "environment" in line]
+    assert "ynn_fusion_type" in note
