@@ -19,8 +19,6 @@ from typing import Any
 from jaxinterp import precision, runs
 
 PACKAGES = ("jaxinterp", "jax", "jaxlib", "flax", "torch")
-
-
 _ENVIRONMENT = ("XLA_FLAGS", "GLIBC_TUNABLES")
 
 
