@@ -120,7 +120,8 @@ def _evaluate(
 
 
 # A product that is added to something may be rounded on its own, or only with the sum: the compiler decides that by
-# what it fuses, and so by the size of the batch. An operation in between that it cannot see through leaves no choice.
+# what it fuses, and so by the size of the batch. An operation in between that it cannot see through leaves no choice;
+# the one in `rounded` is a single instruction.
 _SUMS = ("add", "sub", "add_any", "reduce_sum")
 _MOVES = ("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "transpose", "rev", "copy")
 _CALLS = ("jit", "pjit")
@@ -132,13 +133,21 @@ def _rounds(eqn: Any) -> bool:
         return False
     literals = [atom.val for atom in eqn.invars if isinstance(atom, jex.Literal)]
     exact = any(jnp.ndim(v) == 0 and abs(math.frexp(float(v))[0]) in (0, 0.5) for v in literals)
-    return jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating) and not exact
+    dtype = eqn.outvars[0].aval.dtype
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1 and not exact
 
 
+@jax.custom_jvp
 def rounded(x: Any) -> Any:
-    """The same values."""
-    lowest = jnp.asarray(jnp.finfo(x.dtype).min, x.dtype)
-    return lax.select(lax.lt(x, lowest), x, lax.max(x, lowest))
+    """The same values of at least 16 bits. As an integer, the number that is taken away is a NaN, and stays one."""
+    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(x, integer)
+    return lax.bitcast_convert_type(lax.min(bits, jnp.asarray(jnp.iinfo(integer).max - 1, integer)), x.dtype)
+
+
+@rounded.defjvp
+def _rounded_jvp(primals, tangents):
+    return rounded(*primals), tangents[0]
 
 
 def _needed(jaxpr: jex.Jaxpr) -> list[Any]:

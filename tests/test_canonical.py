@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxinterp.canonical import canonical
+from jaxinterp.canonical import rounded as kept
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 
@@ -462,3 +463,23 @@ def test_rounding_keeps_infinities_and_nan():
     np.testing.assert_array_equal(
         jax.jit(canonical(lambda x, y: x * y + 1))(x, jnp.ones(4)), np.asarray([np.inf, -np.inf, np.nan, 1])
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rounding_keeps_every_number_and_nan(rng, dtype):
+    bits = f"uint{8 * jnp.dtype(dtype).itemsize}"
+    largest = np.iinfo(bits).max
+    samples = rng.integers(0, largest, 65_536, dtype=bits, endpoint=True)
+    edges = np.asarray([0, 1, largest // 2, largest // 2 - 1, largest // 2 + 1, largest], bits)  # signed ends, too
+    x = jnp.concatenate([edges, samples]).view(dtype)
+    results, nan = jax.jit(kept)(x), np.asarray(jnp.isnan(x))
+    assert nan[[2, 5]].all()
+    np.testing.assert_array_equal(jnp.isnan(results), nan)
+    np.testing.assert_array_equal(np.asarray(results)[~nan].view(bits), np.asarray(x)[~nan].view(bits))
+
+
+def test_a_rounded_product_has_its_derivative():
+    x = jnp.asarray([1.5, -2.0, 0.1])
+    function = canonical(lambda x: x**3 + 1)
+    np.testing.assert_allclose(jax.grad(lambda x: function(x).sum())(x), 3 * x**2, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(function, (x,), (x,))[1], 3 * x**3, rtol=1e-6)

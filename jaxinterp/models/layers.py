@@ -66,73 +66,64 @@ def _shifted(x, kernel, stride, padding):
     return functools.reduce(jnp.add, products)
 
 
-class _Phase(NamedTuple):
-    """Input positions a stride apart, which the same taps reach."""
-
-    first: int  # the output position that the tap before all of its own would take to its first input position
-    taps: range
-
-
-def _phases(low: int, kernel: int, stride: int) -> list[_Phase]:
-    """Along one axis, for the input positions 0, stride, ..., then 1, 1 + stride, ..., and so on."""
-    starts = [(position + low) % stride for position in range(stride)]
-    return [_Phase((p + low - start) // stride, range(start, kernel, stride)) for p, start in enumerate(starts)]
-
-
 class _Side(NamedTuple):
-    """How the windows of an operation lie along one axis of its input."""
+    """Along one axis, which windows of an operation reach its inputs, a stride of neighbouring inputs at a time.
 
-    phases: list[_Phase]
-    count: int  # input positions of a phase
-    pad: tuple[int, int, int]  # of the output, so that the taps of every phase find something at every position
+    Input q * stride + p stands in window q + o of the padded windows at tap firsts[o] + p, for every o. That is none
+    of the taps where it is negative or not below the size of the kernel.
+    """
+
+    count: int  # of q
+    pad: tuple[int, int, int]  # of the windows, so that every q finds something at every o
+    firsts: range
+    stride: int
+
+    def taps(self, offset: int, kernel: int) -> np.ndarray:
+        """[stride] At `offset`, the tap of each neighbour, -1 for none."""
+        taps = self.firsts[offset] + np.arange(self.stride)
+        return np.where((taps >= 0) & (taps < kernel), taps, -1)
 
 
 def _side(size: int, windows: int, kernel: int, stride: int, low: int) -> _Side:
-    phases, count = _phases(low, kernel, stride), -(-size // stride)
-    before = max(0, *(len(p.taps) - 1 - p.first for p in phases))
-    after = max(0, max(p.first for p in phases) + count - windows)
-    return _Side([p._replace(first=p.first + before) for p in phases], count, (before, after, 0))
+    count, before = -(-size // stride), max(0, (kernel - 1 - low) // stride)
+    after = (stride - 1 + low) // stride
+    firsts = range(before * stride + low, -after * stride + low - 1, -stride)
+    return _Side(count, (before, max(0, count + after - windows), 0), firsts, stride)
 
 
-def _sum_of_taps(tap, g, row: _Side, column: _Side, r: _Phase, c: _Phase):
-    """[...,h,w,C] For the inputs of a phase, the sum of tap(where, i, j) over the taps (i, j) that reach them.
+def _sum_over_windows(term, row: _Side, column: _Side, size):
+    """[B,H,W,C] For each of the inputs, the sum of what it gets from the windows that it is in.
 
-    g[where], with g as padded by the sides, is what each of these inputs gets through the tap.
+    What that is for the offsets (i, j), term(where, i, j) [B,h,strides,w,strides,C] says, whose windows (padded by the
+    sides) lie `where`. All neighbours within a stride have a term for every offset, if only zeros: compilers make one
+    loop of such a sum, but one with a branch for every element of sums that are computed apart and interleaved.
     """
-
-    def term(i, j):
-        rows = slice(r.first - i, r.first - i + row.count)
-        columns = slice(c.first - j, c.first - j + column.count)
-        return tap((..., rows, columns, slice(None)), r.taps[i], c.taps[j])
-
-    terms = [term(i, j) for i in reversed(range(len(r.taps))) for j in reversed(range(len(c.taps)))]
-    return functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(g[..., : row.count, : column.count, :])
+    terms = [
+        term(np.s_[:, i : i + row.count, None, j : j + column.count, None, :], i, j)
+        for i in range(len(row.firsts))
+        for j in range(len(column.firsts))
+    ]
+    whole = functools.reduce(jnp.add, terms)
+    whole = whole.reshape(len(whole), row.count * row.stride, column.count * column.stride, -1)
+    return whole[:, : size[0], : size[1]]
 
 
 def _shifted_input_gradient(g, kernel, size, stride, padding):
-    """Gradient of `_shifted` by its input of `size`: for each phase of the stride, shifted products of `g`.
-
-    Every tap is multiplied once, where the textbook form (`g` dilated, the flipped kernel) multiplies zeros.
-    """
-    sides = zip(size, g.shape[1:3], kernel.shape[:2], stride, (low for low, _ in padding), strict=True)
+    """Gradient of `_shifted` by its input of `size`, as shifted products of `g`."""
+    shape = kernel.shape[:2]
+    sides = zip(size, g.shape[1:3], shape, stride, (low for low, _ in padding), strict=True)
     row, column = (_side(*side) for side in sides)
-    g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), row.pad, column.pad, (0, 0, 0)))
+    zero = jnp.zeros((), g.dtype)
+    g = lax.pad(g, zero, ((0, 0, 0), row.pad, column.pad, (0, 0, 0)))
+    edges = [(-s.firsts[-1], s.firsts[0] + s.stride - taps, 0) for s, taps in zip((row, column), shape, strict=True)]
+    kernel = lax.pad(kernel[:, :, 0], zero, (*edges, (0, 0, 0)))
 
-    def part(g, r: _Phase, c: _Phase):
-        return _sum_of_taps(lambda where, i, j: g[where] * kernel[i, j, 0], g, row, column, r, c)
+    def term(where, i, j):
+        top, left = row.firsts[i] - row.firsts[-1], column.firsts[j] - column.firsts[-1]
+        taps = kernel[top : top + row.stride, left : left + column.stride]
+        return g[where] * taps[:, None]
 
-    if stride == (1, 1):
-        return part(g, row.phases[0], column.phases[0])
-
-    # A loop, because the compiler would otherwise compute all phases again for every element of what comes next.
-    return lax.map(lambda g: _interleaved(lambda r, c: part(g, r, c), row, column, size), g)
-
-
-def _interleaved(part, row: _Side, column: _Side, size):
-    """[H,W,C] of `size`, from the parts [h,w,C] that part(row phase, column phase) gives."""
-    parts = jnp.stack([jnp.stack([part(r, c) for c in column.phases], axis=2) for r in row.phases], axis=1)
-    whole = parts.reshape(row.count * len(row.phases), column.count * len(column.phases), -1)
-    return whole[: size[0], : size[1]]
+    return _sum_over_windows(term, row, column, size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -222,7 +213,7 @@ def _max_pool(x, windows):
 def _max_pool_forward(x, windows):
     """The maxima, and in which place of its window, in row-major order, each of them stands."""
     slices = _window_slices(x, -jnp.inf, *windows[1:])
-    number = jnp.uint8 if windows.kernel**2 <= 255 else jnp.uint32
+    number = jnp.uint8 if windows.kernel**2 <= 255 else jnp.uint32  # whose largest value is no place
     largest, place = slices[0], jnp.zeros(slices[0].shape, number)
     for i, other in enumerate(slices[1:], 1):
         wins = _larger(other, largest)
@@ -231,7 +222,7 @@ def _max_pool_forward(x, windows):
 
 
 def _max_pool_backward(windows, place, g):
-    """For each phase of the stride, what the windows send to the places where their maxima stand.
+    """What the windows send to the places where their maxima stand.
 
     The derivative of `_window_slices` writes every place of the windows into a dilated array of zeros and adds these
     arrays: several times as slow on the CPU.
@@ -241,17 +232,14 @@ def _max_pool_backward(windows, place, g):
     pads = ((0, 0, 0), row.pad, column.pad, (0, 0, 0))
     g = lax.pad(g, jnp.zeros((), g.dtype), pads)
     place = lax.pad(place, jnp.zeros((), place.dtype), pads)  # any place: nothing is sent from there
+    none = jnp.iinfo(place.dtype).max
 
-    def one(g, place):
-        def part(r: _Phase, c: _Phase):
-            def tap(where, i, j):
-                return jnp.where(place[where] == i * kernel + j, g[where], 0)
+    def term(where, i, j):
+        rows, columns = np.ix_(row.taps(i, kernel), column.taps(j, kernel))
+        own = np.where((rows < 0) | (columns < 0), none, rows * kernel + columns)
+        return jnp.where(place[where] == own.astype(place.dtype)[:, None, :, None], g[where], 0)
 
-            return _sum_of_taps(tap, g, row, column, r, c)
-
-        return _interleaved(part, row, column, size)
-
-    return (jax.vmap(one)(g, place),)
+    return (_sum_over_windows(term, row, column, size),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
