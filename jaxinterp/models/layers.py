@@ -91,6 +91,16 @@ def _side(size: int, windows: int, kernel: int, stride: int, low: int) -> _Side:
     return _Side(count, (before, max(0, count + after - windows), 0), firsts, stride)
 
 
+def _padded(x, row: _Side, column: _Side):
+    """The windows [B,h,w,C] with zeros around them.
+
+    The barrier keeps the windows that need none from being read before the padding: whatever computes `x` would be
+    computed a second time for them.
+    """
+    pads = ((0, 0, 0), row.pad, column.pad, (0, 0, 0))
+    return lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), pads))
+
+
 def _sum_over_windows(term, row: _Side, column: _Side, size):
     """[B,H,W,C] For each of the inputs, the sum of what it gets from the windows that it is in.
 
@@ -113,10 +123,9 @@ def _shifted_input_gradient(g, kernel, size, stride, padding):
     shape = kernel.shape[:2]
     sides = zip(size, g.shape[1:3], shape, stride, (low for low, _ in padding), strict=True)
     row, column = (_side(*side) for side in sides)
-    zero = jnp.zeros((), g.dtype)
-    g = lax.pad(g, zero, ((0, 0, 0), row.pad, column.pad, (0, 0, 0)))
+    g = _padded(g, row, column)
     edges = [(-s.firsts[-1], s.firsts[0] + s.stride - taps, 0) for s, taps in zip((row, column), shape, strict=True)]
-    kernel = lax.pad(kernel[:, :, 0], zero, (*edges, (0, 0, 0)))
+    kernel = lax.pad(kernel[:, :, 0], jnp.zeros((), kernel.dtype), (*edges, (0, 0, 0)))
 
     def term(where, i, j):
         top, left = row.firsts[i] - row.firsts[-1], column.firsts[j] - column.firsts[-1]
@@ -229,9 +238,7 @@ def _max_pool_backward(windows, place, g):
     """
     size, kernel, stride, padding, _ = windows
     row, column = (_side(n, out, kernel, stride, padding) for n, out in zip(size, g.shape[1:3], strict=True))
-    pads = ((0, 0, 0), row.pad, column.pad, (0, 0, 0))
-    g = lax.pad(g, jnp.zeros((), g.dtype), pads)
-    place = lax.pad(place, jnp.zeros((), place.dtype), pads)  # any place: nothing is sent from there
+    g, place = _padded(g, row, column), _padded(place, row, column)  # any place: nothing is sent from there
     none = jnp.iinfo(place.dtype).max
 
     def term(where, i, j):
