@@ -119,7 +119,10 @@ def _sum_over_windows(term, row: _Side, column: _Side, size):
 
 
 def _shifted_input_gradient(g, kernel, size, stride, padding):
-    """Gradient of `_shifted` by its input of `size`, as shifted products of `g`."""
+    """Gradient of `_shifted` by its input of `size`, as shifted products of `g`.
+
+    Where `g` is not finite, the neighbours within a stride are NaN, too.
+    """
     shape = kernel.shape[:2]
     sides = zip(size, g.shape[1:3], shape, stride, (low for low, _ in padding), strict=True)
     row, column = (_side(*side) for side in sides)
