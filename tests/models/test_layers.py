@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from jaxinterp.canonical import canonical
 from jaxinterp.models.layers import BatchNorm, Conv, Linear, conv, depthwise_conv, same_padding
 
 quick = settings(max_examples=8, deadline=None, derandomize=True)
@@ -53,6 +54,21 @@ def test_depthwise_conv_is_the_grouped_convolution(kernel, stride, size, padding
 
     for actual, expected in zip(all_three(depthwise_conv), all_three(grouped), strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others keep the grouped convolution")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nothing_is_computed_twice_for_a_gradient(stride):
+    """One convolution and two gradients, of a product, its rounding and a sum for every tap, and their margins."""
+    side, kernel = 16, jnp.ones((5, 5, 1, 8))
+
+    def loss(x):
+        y = jnp.clip(depthwise_conv(x, kernel, (1, 1), ((2, 2), (2, 2))), 0, 6)
+        return depthwise_conv(y, kernel, (stride, stride), ((2, 2), (2, 2))).sum()
+
+    compiled = jax.jit(canonical(jax.grad(loss))).lower(jnp.ones((1, side, side, 8))).compile()
+    of_one = 3 * 25 * side * side * 8
+    assert compiled.cost_analysis()["flops"] < 4.6 * of_one  # 6.8 and 4.9 where the windows are read unpadded
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 10), (5, 2, 9), (5, 1, 8)])
