@@ -64,11 +64,12 @@ def test_nothing_is_computed_twice_for_a_gradient(stride):
 
     def loss(x):
         y = jnp.clip(depthwise_conv(x, kernel, (1, 1), ((2, 2), (2, 2))), 0, 6)
-        return depthwise_conv(y, kernel, (stride, stride), ((2, 2), (2, 2))).sum()
+        return jnp.sum(depthwise_conv(y, kernel, (stride, stride), ((2, 2), (2, 2))))
 
-    compiled = jax.jit(canonical(jax.grad(loss))).lower(jnp.ones((1, side, side, 8))).compile()
+    cost = jax.jit(canonical(jax.grad(loss))).lower(jnp.ones((1, side, side, 8))).compile().cost_analysis()
     of_one = 3 * 25 * side * side * 8
-    assert compiled.cost_analysis()["flops"] < 4.6 * of_one  # 6.8 and 4.9 where the windows are read unpadded
+    assert cost is not None
+    assert cost["flops"] < 4.6 * of_one  # 6.8 and 4.9 where the windows are read unpadded
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 10), (5, 2, 9), (5, 1, 8)])
