@@ -9,9 +9,8 @@ detectors, as by train_detectors.py.
 
 Success is made equal in two ways. The others run at the smallest radius at which they succeed on as many squares as key
 pixels do; and, on every square, at the smallest radius that succeeds there, which is generous, since nobody who attacks
-would know it. L0 is the share of pixels that change. Intervals of means are over pictures: squares of one picture are
-alike, so their mean counts as one value. Those of shares of squares that are deceived are exact ones over squares, and
-too narrow by that; no claim rests on them.
+would know it. L0 is the share of pixels that change. Means, success among them, are over pictures, and so are their
+intervals: squares of one picture are alike, so their mean counts as one value.
 
 Writes answers.json, norms.png, transfer.png, kinds.png and pictures.png. A stopped run continues.
 
