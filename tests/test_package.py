@@ -13,7 +13,7 @@ PACKAGE = Path(jaxinterp.__file__).parent
 LATE = ("optax", "orbax", "matplotlib", "PIL", "tyro", "tensorflow_datasets", "tqdm", "torch", "tensorflow", "jinja2")
 CORE = (
     *("network", "canonical", "models", "attacks", "effect", "cam", "attribution", "faithfulness", "localize"),
-    *("pytree", "sharding", "windowed", "jpeg", "similarity", "ensemble"),
+    *("pytree", "sharding", "draws", "windowed", "jpeg", "similarity", "ensemble"),
 )
 SHELL = {
     path.stem if path.is_file() else path.name

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxinterp.attacks.attack import along, norm
+from jaxinterp.draws import shaped
 
 Norm = Literal["linf", "l2", "l1", "l0"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
@@ -202,7 +203,8 @@ def random_in_ball(
     """
     shape = images.shape[1:]
     if which == "linf":
-        return images + along(eps, images) * jax.vmap(lambda k: jax.random.uniform(k, shape, jnp.float32, -1.0))(keys)
+        drawn = jax.vmap(lambda key: shaped(jax.random.uniform, key, shape, jnp.float32, -1.0))(keys)
+        return images + along(eps, images) * drawn
     if which == "l0":
         raise ValueError("no uniform point of an L0 ball is defined")
     draw = jax.random.laplace if which == "l1" else jax.random.normal
@@ -210,7 +212,7 @@ def random_in_ball(
     def direction_and_radius(key):
         first, second = jax.random.split(key)
         radius = jax.random.uniform(second, (), jnp.float32) ** (1.0 / images[0].size)
-        return draw(first, shape, jnp.float32), radius
+        return shaped(draw, first, shape, jnp.float32), radius
 
     direction, radius = jax.vmap(direction_and_radius)(keys)
     return images + normalised(direction, which) * along(eps * radius, images)

@@ -18,6 +18,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import shaped
 from jaxinterp.network import Model, as_model
 
 _PAGE = "docs/diagnostics.md"
@@ -207,5 +208,5 @@ def _without_gradient(model, images, labels):
 
 
 def _jittered(images, key):
-    noise = jax.random.uniform(key, images.shape, jnp.float32, -1.0) / 255
+    noise = shaped(jax.random.uniform, key, images.shape, jnp.float32, -1.0) / 255
     return jnp.clip(images + noise, 0, 1)

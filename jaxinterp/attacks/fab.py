@@ -23,6 +23,7 @@ from jaxinterp.attacks import boundary, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import Norm, distance, to_hyperplane
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import shaped
 from jaxinterp.pytree import pytree, static
 
 _SEARCH = 3  # steps of the final search
@@ -242,8 +243,8 @@ class FAB:
             key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
             shape = x0.shape[1:]
             if self.norm == "linf":
-                return jax.random.uniform(key, shape, jnp.float32, -1.0)
-            return jax.random.normal(key, shape, jnp.float32)
+                return shaped(jax.random.uniform, key, shape, jnp.float32, -1.0)
+            return shaped(jax.random.normal, key, shape, jnp.float32)
 
         delta = jax.vmap(direction)(state.key, state.count)
         if support is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxinterp.attacks import descent, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import shaped
 from jaxinterp.pytree import pytree, static
 
 
@@ -111,7 +112,7 @@ def _estimated(model, state, samples, chunk):
     delta = along(state.memory.delta, x)[:, None]
 
     def draw(key, number):
-        return jax.random.rademacher(jax.random.fold_in(key, number), x.shape[1:], jnp.float32)
+        return shaped(jax.random.rademacher, jax.random.fold_in(key, number), x.shape[1:], jnp.float32)
 
     def loss(points):  # [B,chunk,H,W,C] -> [B,chunk]
         logits = model(points.reshape(-1, *x.shape[1:])).reshape(x.shape[0], chunk, -1)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Real, along, per_example
+from jaxinterp.draws import shaped
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree, static
 
@@ -279,9 +280,8 @@ class VarianceTuning:
 
         def neighbour(i):
             asked = query.numbered(i)
-            r = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), shape, jnp.float32, -1.0))(
-                asked.keys
-            )
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(asked.keys)
+            r = jax.vmap(lambda key: shaped(jax.random.uniform, key, shape, jnp.float32, -1.0))(keys)
             images = query.images + jnp.where(i == 0, 0, radius * r)
             return dataclasses.replace(asked.numbered(1), images=images)
 

@@ -24,6 +24,7 @@ from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along
 from jaxinterp.attacks.embedding import Transform
 from jaxinterp.attacks.search import judge_original
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import shaped
 from jaxinterp.jpeg import recompress, to_levels, to_unit
 from jaxinterp.pytree import pytree, static
 
@@ -220,7 +221,7 @@ class Watermark:
 
         def draw(data, number, what):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(data), what), number)
-            return jax.random.uniform(key, (height, width, channels), jnp.float32, -1 + 2.0**-23)
+            return shaped(jax.random.uniform, key, (height, width, channels), jnp.float32, -1 + 2.0**-23)
 
         def drawn(what):
             return jax.vmap(jax.vmap(lambda data, number: draw(data, number, what), (None, 0)))(state.keys, numbers)

@@ -13,6 +13,7 @@ from jaxinterp import effect, faithfulness, localize, parallel
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.driver import example_keys
 from jaxinterp.data import Batch, Source
+from jaxinterp.draws import shaped
 from jaxinterp.network import Model, Network, Params
 from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
@@ -146,7 +147,7 @@ def _faithfulness(
     found = {}
     for which, (images, classes, maps) in scored.items():
         finite = jnp.all(jnp.isfinite(maps), axis=(1, 2))
-        noise = jax.vmap(functools.partial(jax.random.uniform, shape=maps.shape[1:]))(keys)
+        noise = jax.vmap(functools.partial(shaped, jax.random.uniform, shape=maps.shape[1:]))(keys)
         for null, given in (("", jnp.where(finite[:, None, None], maps, 0)), ("_null", noise)):
             problem = (model, images, classes, given)
             for measure, values in (

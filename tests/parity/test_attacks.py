@@ -124,8 +124,10 @@ def test_cw_ends_where_foolbox_does(problem, peers):
     assert np.quantile(abs(ratio - 1), 0.95) < 0.08
 
 
-@pytest.mark.parametrize("rule", ["en", "l1"])
-def test_ead_ends_where_foolbox_does(problem, peers, rule):
+# By rounding alone some paths of the L1 rule part: with weights moved by one part in 10^7 a tenth of foolbox's own
+# distances change by more than 5 %, at 95 % by 0.095, and ours likewise (three times, by 0.08 to 0.14).
+@pytest.mark.parametrize(("rule", "tail"), [("en", 0.08), ("l1", 0.25)])
+def test_ead_ends_where_foolbox_does(problem, peers, rule, tail):
     needs("foolbox")
     budget: dict[str, Any] = {"steps": 100, "abort_early": False}
     mine = ours(attacks.EAD(beta=0.01, rule=rule, search_steps=5, initial_const=0.1, **budget), problem)
@@ -135,7 +137,8 @@ def test_ead_ends_where_foolbox_does(problem, peers, rule):
     np.testing.assert_array_equal(success, their_success)
     assert success.all()
     assert abs(np.median(ratio) - 1) < 1e-4
-    assert np.quantile(abs(ratio - 1), 0.95) < 0.08
+    assert np.quantile(abs(ratio - 1), 0.75) < 0.05
+    assert np.quantile(abs(ratio - 1), 0.95) < tail
 
 
 def adv_lib(peers: Any, attack: str, **settings: Any) -> np.ndarray:
