@@ -322,11 +322,11 @@ def main(setting: Smooth) -> None:
         }
     draw(study, texts, found, pictures, setting.seed)
     results: dict[str, Any] = {"attacks": table, "kinds": as_json(study.found.summary)}
+    for name, row in table.items():
+        print(f"{name:18}" + "  ".join(f"{key} {value}" for key, value in row.items() if key != "attack"))
     if setting.transfer:
         results["transfer"], more = transfer(setting, study)
         answers += more
-    for name, row in table.items():
-        print(f"{name:18}" + "  ".join(f"{key} {value}" for key, value in row.items() if key != "attack"))
     study.conclude(answers, results)
 
 

@@ -457,17 +457,7 @@ def kinds_bar(
         for spot, (mean, _, high) in zip(spots, rows, strict=True):
             lost = math.isnan(mean)
             text, level = ("no data", 0.0) if lost else (f"{mean:.0f} %", mean if math.isnan(high) else high)
-            axes.annotate(
-                text,
-                (spot, level),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                size=8.5,
-                rotation=90 if lost else 0,
-                color=_MUTED,
-            )
+            _above(axes, spot, level, text, rotation=90 if lost else 0)
     axes.set_xticks(range(len(shares)), [_wrap(attack, 1.7, 10.0) for attack in shares], size=10)
     axes.set_xlim(-0.6, len(shares) - 0.4)
     axes.set_ylim(0, 100 if axes.dataLim.y1 < 94 else 108)  # room for the number above a full bar
@@ -743,7 +733,7 @@ def bars(
     """Means with their 95 % intervals, in groups of bars.
 
     Args:
-        panels: title -> group -> bar -> its estimate.
+        panels: title -> group -> bar -> its estimate; one whose mean is NaN is marked as having no data.
         ylabel: what is measured.
         colours: of bars, by name; without them, those of kinds for kinds and of lines for others.
 
@@ -767,6 +757,9 @@ def bars(
             spots = np.arange(len(by_group)) + (order - (len(chosen) - 1) / 2) * width
             axes.bar(spots, values[:, 0], width * 0.92, color=chosen[name], edgecolor="#333333", linewidth=0.6)
             axes.vlines(spots, values[:, 1], values[:, 2], color="#111111", linewidth=1.2)
+            for spot, estimate in zip(spots, found, strict=True):
+                if estimate is not None and math.isnan(estimate.mean):
+                    _above(axes, spot, 0.0, "no data", rotation=90)
         axes.axhline(0, color="#555555", linewidth=0.8)
         axes.set_xticks(range(len(by_group)), [_wrap(group, 1.4, 10.0) for group in by_group], size=10)
         axes.set_title(title, size=10.5)
@@ -774,6 +767,21 @@ def bars(
         quiet(axes)
     _legend_below(figure, {name: Patch(facecolor=colour, edgecolor="#333333") for name, colour in chosen.items()})
     return figure
+
+
+def _above(axes: Axes, spot: float, level: float, text: str, *, rotation: int) -> None:
+    """A small word on a bar, or where one would stand."""
+    axes.annotate(
+        text,
+        (spot, level),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        size=8.5,
+        rotation=rotation,
+        color=_MUTED,
+    )
 
 
 @style.context(STYLE)

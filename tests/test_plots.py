@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import BarContainer
+from matplotlib.text import Annotation
 from PIL import Image
 from scipy import stats
 
@@ -535,6 +536,10 @@ def test_bars_draw_means_and_intervals_in_groups():
     colours = {to_hex(bar.get_facecolor()).upper() for bar in drawn}
     assert colours == {plots.COLOURS["suppression"], plots.COLOURS["promotion"]}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cw", "ead"]
+    [mark] = axes.texts  # where there is no estimate at all, as of suppression, nothing is missing
+    assert mark.get_text() == "no data"
+    assert isinstance(mark, Annotation)
+    assert mark.xy[0] > 1
     with pytest.raises(ValueError, match="at least one title"):
         plots.bars({}, ylabel="mean")
 
