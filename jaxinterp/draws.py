@@ -1,8 +1,8 @@
 """Random arrays in the shape of an image, from programs that compile fast.
 
 JAX numbers the components of what it draws by their place in memory, which for a shape of several axes it works out
-from their indices. On CPUs compiling that for [64,64,3] under vmap takes five times as long as for [12288] (jaxlib
-0.10.2: 1.6 against 0.3 s, two thirds of what the gradient of a ResNet-18 takes), for the same numbers.
+from their indices. On CPUs compiling that for [64,64,3] under vmap takes about five times as long as for [12288], for
+the same numbers (jaxlib 0.10.2: more than a second, half of what the gradient of a ResNet-18 takes).
 """
 
 from __future__ import annotations
