@@ -259,21 +259,27 @@ def compared(smooth: str, rough: str, found: Mapping[str, Mapping[str, np.ndarra
     if not both.any():
         return answers
     shorter = mean(np.log2(b["l2"][both] / a["l2"][both]))
-    times = f"L2 {2**-shorter.mean:.2f} times as large [{2**-shorter.high:.2f}, {2**-shorter.low:.2f}]"
+    times = f"L2 {_times(shorter)}"
     claim = f"(b) {smooth} is not longer than {rough}"
     answers.append(Answer(claim, f"{times}, {shorter.count} pictures", verdict(shorter, -np.log2(LONGER))))
     quieter = np.log2(b["variation"][both] / np.maximum(a["variation"][both], 1e-12))
     in_flat, difference = mean(quieter[:, 0]), mean(quieter[:, 0] - quieter[:, 1])
-    times = f"variation {2**-in_flat.mean:.2f} times as large [{2**-in_flat.high:.2f}, {2**-in_flat.low:.2f}]"
+    times = f"variation {_times(in_flat)}"
     answers.append(Answer(f"(c) {smooth} is quieter than {rough} in flat areas", times, verdict(in_flat, 0.0)))
     in_texture = mean(quieter[:, 1])
     times = f"{2**-in_texture.mean:.2f} times in textured areas, the difference of logarithms {difference}"
     claim = f"(d) {smooth} loses more of it there than in textured areas"
     answers.append(Answer(claim, times, verdict(difference, 0.0)))
     alike = mean(quieter[:, 0] - np.log2(b["l2"][both] / a["l2"][both]))
-    times = f"{2**-alike.mean:.2f} times as large [{2**-alike.high:.2f}, {2**-alike.low:.2f}]"
+    times = _times(alike)
     claim = f"(e) {smooth} is quieter than {rough} in flat areas, relative to its length"
     return [*answers, Answer(claim, times, verdict(alike, 0.0))]
+
+
+def _times(smaller: Estimate) -> str:
+    """How many times as large, from the logarithm to base two of how many times smaller."""
+    between = "(one picture)" if smaller.count == 1 else f"[{2**-smaller.high:.2f}, {2**-smaller.low:.2f}]"
+    return f"{2**-smaller.mean:.2f} times as large {between}"
 
 
 def main(setting: Smooth) -> None:
