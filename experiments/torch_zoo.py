@@ -35,11 +35,11 @@ class ShortcutA(nn.Module):
 
     def __init__(self, added: int):
         super().__init__()
-        self.half = added // 2
+        self.each_side = added // 2
 
     def forward(self, x):
         """Maps x [B,C,H,W] to [B,C+added,H/2,W/2]."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.half, self.half))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.each_side, self.each_side))
 
 
 class Block(nn.Module):
