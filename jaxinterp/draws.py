@@ -22,5 +22,8 @@ def shaped(draw: Callable[..., Array], key: Array, shape: tuple[int, ...], *args
         key: of one draw.
         shape: of the result.
         args: what `draw` takes behind the shape, such as the type and the limits.
+
+    Returns:
+        Of `shape`, in the type that `draw` returns. Errors are those of `draw`.
     """
     return draw(key, (math.prod(shape),), *args).reshape(shape)
