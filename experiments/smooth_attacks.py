@@ -15,8 +15,9 @@ attacks succeed as often at an equal or smaller L2 norm, with less noise where t
 (e) is it quieter in flat areas relative to its L2 norm?
 
 Shares of kinds of cells come from the effects that `jaxinterp explain` computes. With --transfer, untargeted attacks on
-each of the networks are tried on all others: the adversarial pictures are resized to what the other network takes, and
-pictures count which both networks classify correctly, the resized clean one too. An answer is "confirmed" or "not
+each of the networks, at --transfer-budget times the radii, are tried on all others: the adversarial pictures are
+resized to what the other network takes, and pictures count which both networks classify correctly, the resized clean
+one too. An answer is "confirmed" or "not
 confirmed" where the 95 % bootstrap interval over pictures lies on one side. A stopped run continues. Writes
 smooth_attacks/answers.json, variation.png, kinds.png, magnified-*.png and transfer.png.
 
@@ -65,6 +66,7 @@ class Smooth(Setting):
         search_steps: Constants that C&W and sC&W try.
         search_iterations: Iterations for each constant.
         transfer: Further networks on which adversarial pictures are made and tried.
+        transfer_budget: Times the radii, of those pictures: what just suffices on one network hardly moves another.
         drawn: Pictures of which a figure is drawn.
     """
 
@@ -74,14 +76,16 @@ class Smooth(Setting):
     search_steps: int = 9
     search_iterations: int = 100
     transfer: tuple[str, ...] = ()
+    transfer_budget: float = 8.0
     drawn: int = 3
 
 
-def specs(setting: Smooth, side: int) -> dict[str, str]:
-    """Attacks as text by a short name."""
+def specs(setting: Smooth, side: int, times: float = 1.0) -> dict[str, str]:
+    """Attacks as text by a short name, at so many times the radii."""
     small = side <= _SMALL
-    l2 = f"eps={(0.5 if small else 1.0) if setting.l2 is None else setting.l2:g},steps={setting.steps}"
-    linf = f"eps={(3.0 if small else 1.0) if setting.linf is None else setting.linf:g}/255,steps={setting.steps}"
+    radius = (0.5 if small else 1.0) if setting.l2 is None else setting.l2
+    largest = (3.0 if small else 1.0) if setting.linf is None else setting.linf
+    l2, linf = f"eps={times * radius:g},steps={setting.steps}", f"eps={times * largest:g}/255,steps={setting.steps}"
     search = f"search_steps={setting.search_steps},steps={setting.search_iterations}"
     pgd, cw = f"norm=l2,random_start=false,{l2}", f"initial_const=0.3,{search}"
     return {
@@ -163,7 +167,7 @@ def made(setting: Smooth, source: str, out: Path) -> tuple[Network, dict[str, di
     Untargeted: towards a random class hardly anything transfers.
     """
     size = jaxinterp.models.network(source).image_size
-    texts = specs(setting, size)
+    texts = specs(setting, size, setting.transfer_budget)
     found = evaluate(
         setting.pictures,
         model=source,
@@ -287,13 +291,16 @@ def main(setting: Smooth) -> None:
     if setting.attack:
         raise ValueError("--attack: this study chooses its attacks; see --l2, --linf, --steps and --search-steps")
     network = jaxinterp.models.network(setting.model)
+    if not 0 < setting.transfer_budget < np.inf:
+        raise ValueError(f"--transfer-budget must be positive and finite, got {setting.transfer_budget:g}")
     for name in setting.transfer:
         if (classes := jaxinterp.load(name)[0].num_classes) != network.num_classes:
             raise ValueError(f"--transfer {name} has {classes} classes, {network.name} has {network.num_classes}")
     side = network.image_size
     texts = specs(setting, side)
     asked = dataclasses.replace(setting, attack=tuple(texts.values()))
-    study = begin("smooth_attacks", asked, {"share": SHARE, "transfer": list(setting.transfer)})
+    tried = {"transfer": list(setting.transfer), "transfer_budget": setting.transfer_budget} if setting.transfer else {}
+    study = begin("smooth_attacks", asked, {"share": SHARE, **tried})
     names = {text: name for name, text in texts.items()}
 
     collected: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in texts}

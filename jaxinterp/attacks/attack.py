@@ -67,6 +67,19 @@ class Attack(Protocol):
         ...
 
 
+@runtime_checkable
+class Staged(Attack, Protocol):
+    """An attack whose steps come in stages, so that the driver can compile the steps of each when it is reached."""
+
+    def stage(self, state: Any) -> Int[Array, ""]:
+        """The stage of the next step, which is that of every example of the batch."""
+        ...
+
+    def step_of(self, stage: int, model: Model, state: Any) -> Any:
+        """What `step` returns where the next step is of that stage."""
+        ...
+
+
 @pytree
 class AttackResult:
     """What an attack found, by example.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from jaxtyping import Array, Int
+
 from jaxinterp.attacks.apgd import APGD, APGDT
 from jaxinterp.attacks.attack import AttackResult, Real
 from jaxinterp.attacks.chain import Chain, ChainState
@@ -74,6 +76,14 @@ class AutoAttack:
     def step(self, model, state: ChainState) -> ChainState:
         """One step of the earliest attack that has unfinished examples."""
         return self.chain.step(model, state)
+
+    def stage(self, state: ChainState) -> Int[Array, ""]:
+        """The place of that attack, from 0."""
+        return self.chain.stage(state)
+
+    def step_of(self, stage: int, model, state: ChainState) -> ChainState:
+        """One step of the attack in that place."""
+        return self.chain.step_of(stage, model, state)
 
     def result(self, state: ChainState) -> AttackResult:
         """What the first attack found that succeeded, and the passes of all."""

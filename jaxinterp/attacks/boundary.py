@@ -44,7 +44,7 @@ def ranked(logits: Float[Array, "b k"], examples: Examples, count: int) -> Int[A
     """The largest classes other than the label, or than the target where there is one, the largest first."""
     chosen = examples.labels if examples.targets is None else examples.targets
     others = jnp.where(jnp.arange(logits.shape[-1]) == chosen[:, None], -jnp.inf, logits)
-    return jnp.argsort(others, axis=-1, descending=True)[:, :count].astype(jnp.int32)
+    return lax.top_k(others, min(count, logits.shape[-1]))[1]
 
 
 def nearest(

@@ -91,35 +91,38 @@ class Chain:
 
     def step(self, model, state: ChainState) -> ChainState:
         """One step of the earliest stage that has unfinished examples."""
-        last = len(self.stages) - 1
-        earliest = jnp.min(jnp.where(state.done, last, state.stage))
-        return lax.switch(earliest, [functools.partial(self._step, i, model) for i in range(last + 1)], state)
+        steps = [functools.partial(self.step_of, i, model) for i in range(len(self.stages))]
+        return lax.switch(self.stage(state), steps, state)
 
-    def _step(self, i: int, model: Any, state: ChainState) -> ChainState:
-        """One step of stage i for the examples that are in it."""
-        attack, examples = self._attack(i), state.examples
-        here = ~state.done & (state.stage == i)
+    def stage(self, state: ChainState) -> Int[Array, ""]:
+        """The earliest stage that has unfinished examples; without any, the last one."""
+        return jnp.min(jnp.where(state.done, len(self.stages) - 1, state.stage))
+
+    def step_of(self, stage: int, model, state: ChainState) -> ChainState:
+        """One step of a stage, for the examples that are in it."""
+        attack, examples = self._attack(stage), state.examples
+        here = ~state.done & (state.stage == stage)
 
         def begin(inner):
             # Nobody pays for a stage, or keeps its states up to date, before the stage is reached.
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, i))(jax.random.wrap_key_data(state.keys))
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(jax.random.wrap_key_data(state.keys))
             new = attack.init(model, examples.images, examples.labels, examples.targets, keys, examples.support)
             return select(here & inner.done, new, inner)
 
-        inner = state.stages[i]
+        inner = state.stages[stage]
         inner = lax.cond(jnp.any(here & inner.done), begin, lambda inner: inner, inner)
         inner = lax.cond(jnp.all(inner.done), lambda inner: inner, lambda inner: attack.step(model, inner), inner)
-        found = here & self._succeeded(i, attack.result(inner))
+        found = here & self._succeeded(stage, attack.result(inner))
         if self.eps is not None:
             inner = dataclasses.replace(inner, done=inner.done | found)
         left = here & inner.done
         return dataclasses.replace(
             state,
-            stages=(*state.stages[:i], inner, *state.stages[i + 1 :]),
-            stage=state.stage + (left & ~found & (i + 1 < len(self.stages))),
+            stages=(*state.stages[:stage], inner, *state.stages[stage + 1 :]),
+            stage=state.stage + (left & ~found & (stage + 1 < len(self.stages))),
             iterations=jnp.where(found & (state.iterations < 0), state.count, state.iterations),
             count=state.count + here,
-            done=state.done | (left & (found | (i + 1 == len(self.stages)))),
+            done=state.done | (left & (found | (stage + 1 == len(self.stages)))),
         )
 
     @canonical

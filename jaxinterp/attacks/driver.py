@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxinterp.attacks import objective
-from jaxinterp.attacks.attack import Attack, AttackResult, State
+from jaxinterp.attacks.attack import Attack, AttackResult, Staged, State
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
 
@@ -112,6 +112,9 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
     Examples that are done cost nothing, if they are many: when half of a batch is done the others are gathered into a
     smaller one, and so on. That changes no result, since an example's steps do not depend on its batch.
 
+    On one device, the steps of every stage of an attack in stages are a program of their own, compiled when the stage
+    is reached.
+
     Args:
         attack: as it was started.
         model: as it was started with.
@@ -129,6 +132,9 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
         return _advance(mesh)(own, shared, state, _counts(limit, mesh), np.int32(0))[1]
 
     devices = 1 if mesh is None else mesh.size
+    staged = attack if isinstance(attack, Staged) and mesh is None else None  # devices of a mesh need not be in step
+    if staged and finished(state):
+        return state
     whole, rows, taken = state, np.arange(batch), 0
     while True:
         smaller = _smaller_batch(len(rows), devices) if iterations >= _WORTHWHILE else 0
@@ -136,7 +142,8 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
         # the same number of steps for that, so they stop now and then.
         pause = limit - taken if mesh is None or not smaller else min(limit - taken, _PAUSE)
         # What was gathered here belongs to nobody else. The whole state may: the caller has it, or the images in it.
-        loop = _advance(mesh, len(rows) < batch)
+        stage = int(staged.stage(state)) if staged else None
+        loop = _advance(mesh, len(rows) < batch, stage)
         counted, state = loop(own, shared, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
         taken += int(np.max(counted))
         done = np.asarray(state.done)
@@ -224,18 +231,20 @@ def _start(mesh: Mesh | None):
 
 
 @functools.cache
-def _advance(mesh: Mesh | None, donated: bool = False):
+def _advance(mesh: Mesh | None, donated: bool = False, stage: int | None = None):
     def one_program(own, shared, state, limit, enough):
         common, model = shared
         attack, model = together(own, common), objective.single(model)
+        step = attack.step if stage is None else functools.partial(attack.step_of, stage)
 
         def unfinished(carry):
             taken, state = carry
-            return (taken < limit[0]) & (jnp.sum(~state.done, dtype=jnp.int32) > enough)
+            going = (taken < limit[0]) & (jnp.sum(~state.done, dtype=jnp.int32) > enough)
+            return going if stage is None else going & (attack.stage(state) == stage)
 
         def body(carry):
             taken, state = carry
-            return taken + 1, attack.step(model, state)
+            return taken + 1, step(model, state)
 
         taken, state = lax.while_loop(unfinished, body, (jnp.int32(0), state))
         return taken[None], state

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
@@ -81,8 +82,8 @@ def _dlr_scale(logits, lowest):
     classes = logits.shape[-1]
     if classes == 2:
         return jnp.ones_like(logits[:, 0])
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    first, third, last = (pick(logits, order[:, i]) for i in (0, 2, min(lowest, classes) - 1))
+    _, order = lax.top_k(logits, min(lowest, classes))
+    first, third, last = (pick(logits, order[:, i]) for i in (0, 2, -1))
     return jnp.maximum(first - (third + last) / 2, 1e-12)
 
 

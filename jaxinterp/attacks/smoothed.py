@@ -23,7 +23,6 @@ from jaxinterp.attacks.attack import Attack, AttackResult, Examples, Real, Recor
 from jaxinterp.attacks.constraint import project
 from jaxinterp.attacks.cw import CW
 from jaxinterp.attacks.search import Bracket
-from jaxinterp.attacks.smoothing import Smoother
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -38,7 +37,6 @@ class SmoothedState:
     inner: Any
     record: Record
     best_l2: Float[Array, " b"]
-    smoother: Smoother
     r: Float[Array, "b h w c"]
     bracket: Bracket  # of t
     tried: Int[Array, " b"]
@@ -108,7 +106,6 @@ class Smoothed:
             inner=inner,
             record=Record.start(images),
             best_l2=per_example(jnp.inf, images),
-            smoother=Smoother.of(images, self.alpha, self.lam, normalised=self.normalised, iterations=self.cg_steps),
             r=jnp.zeros_like(images),
             bracket=Bracket.start(1.0, images),
             tried=zeros,
@@ -135,8 +132,11 @@ class Smoothed:
         begins = ready & (state.tried == 0)
 
         def smoothed():
-            r = state.smoother.turned(found.images - examples.images, examples.support)
-            return select(begins, r, state.r)
+            z = found.images - examples.images
+            r = smoothing.once(
+                z, examples.images, self.alpha, self.lam, normalised=self.normalised, iterations=self.cg_steps
+            )
+            return select(begins, smoothing.lengthened(r, z, examples.support), state.r)
 
         r = lax.cond(jnp.any(begins), smoothed, lambda: state.r)
         tries = ready & found.success

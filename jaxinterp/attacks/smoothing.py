@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -87,7 +88,7 @@ def smooth(
 @functools.cache
 def _program(mesh: Mesh | None, normalised: bool, iterations: int):
     def of(z, images, alpha, lam):
-        return Smoother.of(images, alpha, lam, normalised=normalised, iterations=iterations)(z)
+        return once(z, images, alpha, lam, normalised=normalised, iterations=iterations)
 
     return on_mesh(mesh, canonical(of), (True, True, True, True))
 
@@ -179,10 +180,7 @@ class Smoother:
 
     def turned(self, z: Float[Array, "b h w c"], support: Any = None) -> Float[Array, "b h w c"]:
         """What becomes of z, on the support, with the Euclidean length of z: smoothing alone makes it far shorter."""
-        r = self(z)
-        if support is not None:
-            r = jnp.where(support, r, 0)
-        return along(norm(z) / jnp.maximum(norm(r), _TINY), r) * r
+        return lengthened(self(z), z, support)
 
     def _solve(self, b: Float[Array, "b c h w"]) -> Float[Array, "b c h w"]:
         """(I - alpha S)^-1 b."""
@@ -192,6 +190,33 @@ class Smoother:
             lambda _, b: _conjugate_gradients(self.right, self.below, b, self.iterations),
             symmetric=True,
         )
+
+
+def once(
+    z: Float[Array, "b h w c"],
+    images: Float[Array, "b h w c"],
+    alpha: Real | None = None,
+    lam: Real | None = None,
+    *,
+    normalised: bool = True,
+    iterations: int = 50,
+) -> Float[Array, "b h w c"]:
+    """What `Smoother.of(images, ...)(z)` is; z and the ones that normalise it are solved for in one loop."""
+    plain = Smoother.of(images, alpha, lam, normalised=False, iterations=iterations)
+    if not normalised:
+        return plain(z)
+    planes = jnp.moveaxis(z, -1, 1)
+    ones = lax.optimization_barrier(jnp.ones_like(planes))
+    twice = jax.tree.map(lambda weights: jnp.concatenate([weights, weights], axis=1), plain)
+    solution, of_ones = jnp.split(twice._solve(jnp.concatenate([planes, ones], axis=1)), 2, axis=1)
+    return jnp.moveaxis(1 / jnp.maximum(of_ones, 1) * solution, 1, -1)
+
+
+def lengthened(r: Float[Array, "b h w c"], z: Float[Array, "b h w c"], support: Any = None) -> Float[Array, "b h w c"]:
+    """What r is on the support, at the Euclidean length of z."""
+    if support is not None:
+        r = jnp.where(support, r, 0)
+    return along(norm(z) / jnp.maximum(norm(r), _TINY), r) * r
 
 
 def _times(

@@ -9,7 +9,7 @@ import pytest
 from jax.tree_util import Partial
 
 from jaxinterp import attacks
-from jaxinterp.attacks import CW, PGD, Chain, CWLinf, Square, finish, start
+from jaxinterp.attacks import CW, PGD, Chain, CWLinf, Square, driver, finish, start
 from jaxinterp.attacks.driver import by_example, coerce, example_keys
 
 SHAPE = (6, 5, 3)
@@ -119,6 +119,32 @@ def test_an_example_in_a_later_stage_waits_and_stays_as_it_is():
         np.testing.assert_array_equal(later.stage, [int(steps > 3)] * 3 + [1] * 3)
         for old, new in zip(jax.tree.leaves(mixed), jax.tree.leaves(later), strict=True):
             np.testing.assert_array_equal(old[3:], new[3:])
+
+
+def test_on_one_device_stages_are_programs_of_their_own_as_they_are_reached(monkeypatch):
+    model, images, labels = problem()
+    chain = Chain((PGD(eps=WEAK, steps=3), PGD(eps=0.2, steps=70), Square(eps=0.2, steps=80)))
+    asked, original = [], driver._advance
+
+    def recorded(mesh, donated=False, stage=None):
+        asked.append(stage)
+        return original(mesh, donated, stage)
+
+    monkeypatch.setattr(driver, "_advance", recorded)
+    whole = run(chain, model, images, labels, key=KEY)
+    assert asked == [None]
+    asked.clear()
+    state = attacks.advance(chain, model, start(chain, model, images, labels, key=KEY))
+    assert set(asked) == {0, 1}, "the second breaks all that the first has left"
+    asked.clear()
+    assert attacks.advance(chain, model, state) is state
+    assert not asked, "no program for what has ended"
+    pieces = start(chain, model, images, labels, key=KEY)
+    for steps in (2, 5, 200):
+        pieces = attacks.advance(chain, model, pieces, steps)
+    for end in (state, pieces):
+        for a, b in zip(jax.tree.leaves(finish(chain, end)), jax.tree.leaves(whole), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_confidence_and_radius_are_those_of_the_chain():

@@ -37,9 +37,9 @@ def programs(monkeypatch):
     """(size of the batch, steps that ran) of every loop."""
     ran, original = [], driver._advance
 
-    def recorded(mesh, donated=False):
+    def recorded(mesh, donated=False, stage=None):
         def loop(attack, model, state, limit, enough):
-            taken, state = original(mesh, donated)(attack, model, state, limit, enough)
+            taken, state = original(mesh, donated, stage)(attack, model, state, limit, enough)
             ran.append((state.done.shape[0], int(np.max(taken))))
             return taken, state
 
@@ -133,10 +133,10 @@ def test_gathered_states_give_their_memory_up_and_nobody_else_s_does(monkeypatch
     model, images, labels = problem()
     first, held, original = start(ATTACK, model, images, labels, key=KEY), [], driver._advance
 
-    def watched(mesh, donated=False):
+    def watched(mesh, donated=False, stage=None):
         def loop(attack, model, state, limit, enough):
             held.append((donated, state))
-            return original(mesh, donated)(attack, model, state, limit, enough)
+            return original(mesh, donated, stage)(attack, model, state, limit, enough)
 
         return loop
 

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxinterp.attacks import smooth
 from jaxinterp.attacks.smoothing import Smoother, by_image
+from jaxinterp.canonical import canonical
 
 BATCH, SIDE, CHANNELS = 3, 8, 2
 SMALL, LARGE = (0.95, 10.0), (0.997, 300.0)  # the authors' alpha and lambda for small images, and for large ones
@@ -187,6 +188,14 @@ def test_numbers_whose_squares_vanish_are_smoothed_as_others_are():
     tiny = np.float32(2.0**-100)
     np.testing.assert_array_equal(smoothed(tiny * z, images, *SMALL), tiny * smoothed(z, images, *SMALL))
     np.testing.assert_array_equal(smoothed(0 * z, images, *SMALL), 0)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_once_is_what_the_operator_does(normalised):
+    z, images = noise(0).astype(np.float32), pictures(1).astype(np.float32)
+    operator = jax.jit(canonical(lambda z, images: Smoother.of(images, *SMALL, normalised=normalised)(z)))
+    found = np.asarray(smooth(z, images, *SMALL, normalised=normalised))
+    assert found.tobytes() == np.asarray(operator(z, images)).tobytes()
 
 
 def test_a_turned_perturbation_has_its_length_on_the_support():
