@@ -21,7 +21,8 @@ one too. An answer is "confirmed" or "not
 confirmed" where the 95 % bootstrap interval over pictures lies on one side. A stopped run continues. Writes
 smooth_attacks/answers.json, variation.png, kinds.png, magnified-*.png and transfer.png.
 
-Expected time: 5 minutes on two cores for cifar10_cnn; an hour for an ImageNet network with all its pictures.
+Expected time: 5 minutes on two cores for cifar10_cnn; hours for an ImageNet network with all its pictures,
+and a quarter of an hour for transfer between three of them.
 """
 
 from __future__ import annotations

@@ -937,9 +937,9 @@ def matrices(
     rows, columns = next(iter(names.values()))
     if any(found != (rows, columns) for found in names.values()) or any(line != columns[0] for line in columns):
         raise ValueError("panels differ in their rows or columns, expected the same in all")
-    across = min(3, len(panels))
-    down = math.ceil(len(panels) / across)
-    wide, tall = 1.5 + 1.0 * len(columns[0]), 1.2 + 0.62 * len(rows)
+    down = math.ceil(len(panels) / 3)
+    across = math.ceil(len(panels) / down)
+    wide, tall = 1.5 + 1.15 * len(columns[0]), 1.2 + 0.62 * len(rows)
     figure = Figure(figsize=(max(across * wide, 4.5) + 0.9, down * tall + 0.5), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
@@ -954,7 +954,7 @@ def matrices(
             text = "–" if math.isnan(mean) else f"{mean:.0%}\n{estimate.low:.0%} to {estimate.high:.0%}"
             colour = "#111111" if mean > 0.6 else "#ffffff"
             axes.text(j, i, text.replace("%", " %"), ha="center", va="center", size=7.5, color=colour)
-        axes.set_xticks(range(len(columns[0])), [_wrap(name, 0.95, 9.0) for name in columns[0]], size=8)
+        axes.set_xticks(range(len(columns[0])), [_wrap(name, 1.1, 9.0) for name in columns[0]], size=8)
         axes.set_yticks(range(len(rows)), [_wrap(name, 1.1, 9.0) for name in rows], size=8)
         axes.set_title(_wrap(title, wide - 0.2, 10.0), size=10)
         axes.set(xlabel=column, ylabel=row)
@@ -1201,6 +1201,9 @@ def _wrap(text: str, width: float, size: float, lines: int = 2) -> str:
                 break
             marks = re.finditer(r"[,:](?=\D)", rest[: cut + 1])  # not those inside 1,000 or 12:30
             best = max(rest.rfind(" ", 0, cut + 1), *(mark.end() for mark in marks), 0)
+            inside = rest.rfind("_", 0, cut) + 1  # names of networks
+            if best <= 0 and inside > 0 and (len(rows) < lines - 2 or fits(rest[inside:]) <= width):
+                best = inside
             cut = best if best > 0 else cut
         rows.append(rest[:cut])
         rest = rest[cut:].lstrip()

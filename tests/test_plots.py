@@ -206,6 +206,8 @@ def test_characters_that_the_font_lacks_are_boxes_without_a_warning(tmp_path):
 
 def test_lines_end_behind_words_and_marks():
     assert plots._wrap("ifgsm:steps=3,eps=0.1", 1.6, 10.0).split("\n") == ["ifgsm:steps=3,", "eps=0.1"]
+    assert plots._wrap("efficientnet_lite0", 1.1, 9.0).split("\n") == ["efficientnet_", "lite0"]
+    assert plots._wrap("a_wide_name_of_a_network", 1.1, 9.0).split("\n")[0] != "a_", "the rest would not fit"
     assert plots._wrap("two words", 0.6, 10.0).split("\n") == ["two", "words"]
     assert plots._wrap("and 1,000 cells", 0.75, 10.0).split("\n")[0] == "and"
 
