@@ -73,8 +73,9 @@ def run(
         TypeError: a model that is not callable, images that are not floats, labels that are not integers, a warm
             start of an attack that has none.
     """
-    state = start(attack, model, images, labels, targets, key=key, support=support, ids=ids, initial=initial)
-    return finish(attack, advance(attack, model, state, compact=compact))
+    model = as_model(model)
+    parts, state = _started(attack, model, images, labels, targets, key, support, ids, initial)
+    return _finished(parts, _advanced(parts, attack, model, state, None, compact))
 
 
 def start(
@@ -90,7 +91,14 @@ def start(
     initial: Any = None,
 ) -> Any:
     """The state before the first step. Arguments and errors are those of `run`."""
-    attack, model = coerce(attack), as_model(model)
+    return _started(attack, as_model(model), images, labels, targets, key, support, ids, initial)[1]
+
+
+def _started(
+    attack: Attack, model: Any, images: Any, labels: Any, targets: Any, key: Any, support: Any, ids: Any, initial: Any
+) -> tuple[tuple[Any, Any], Any]:
+    """The attack as `apart` divides it, checked once for all that follows, and the state before the first step."""
+    attack = coerce(attack)
     images, labels, targets, support = check(model, images, labels, targets, support)
     if not images.size:
         raise ValueError(f"images: expected at least one image of at least one pixel, got shape {images.shape}")
@@ -103,7 +111,8 @@ def start(
             raise ValueError(f"initial must have the images' shape {images.shape}, got {np.shape(initial)}")
         initial = check(model, initial, labels, names=("initial", "labels"))[0]
     own, common = apart(attack)
-    return _start(mesh_of(images))(own, (common, model), (images, labels, targets, keys, support, initial))
+    state = _start(mesh_of(images))(own, (common, model), (images, labels, targets, keys, support, initial))
+    return (own, common), state
 
 
 def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *, compact: bool = True) -> S:
@@ -123,10 +132,14 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
         compact: gather the unfinished examples; without it all steps run in one program on the whole batch, as they
             do under somebody else's jit.
     """
+    return _advanced(_parts(attack, state), attack, as_model(model), state, steps, compact)
+
+
+def _advanced(parts: tuple[Any, Any], attack: Attack, model: Any, state: S, steps: int | None, compact: bool) -> S:
     iterations, batch = attack.iterations, state.done.shape[0]
     limit = iterations if steps is None else min(steps, iterations)
-    own, common = apart(by_example(coerce(attack), batch))
-    shared, mesh = (common, as_model(model)), mesh_of(state)
+    own, common = parts
+    shared, mesh = (common, model), mesh_of(state)
     state = _beside(shared[1], state)
     if not compact or not _addressable(state):
         return _advance(mesh)(own, shared, state, _counts(limit, mesh), np.int32(0))[1]
@@ -197,7 +210,16 @@ def _addressable(state: Any) -> bool:
 
 def finish(attack: Attack, state: Any) -> AttackResult:
     """The result of a state, whether or not the attack has ended."""
-    return _finish(mesh_of(state))(*apart(by_example(coerce(attack), state.done.shape[0])), state)
+    return _finished(_parts(attack, state), state)
+
+
+def _finished(parts: tuple[Any, Any], state: Any) -> AttackResult:
+    return _finish(mesh_of(state))(*parts, state)
+
+
+def _parts(attack: Attack, state: Any) -> tuple[Any, Any]:
+    """The attack as programs take it, as `apart` divides it."""
+    return apart(by_example(coerce(attack), state.done.shape[0]))
 
 
 def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
@@ -206,7 +228,7 @@ def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
     It tells what a step costs, what memory it takes and what devices exchange. `state` is one from `start`, or its
     shapes (`jax.eval_shape`); the other arguments are those of `advance`.
     """
-    own, common = apart(by_example(coerce(attack), state.done.shape[0]))
+    own, common = _parts(attack, state)
     shared, mesh = (common, as_model(model)), mesh_of(state)
     return _advance(mesh).lower(own, shared, state, _counts(attack.iterations, mesh), np.int32(0))
 
