@@ -142,9 +142,11 @@ class Smoothed:
         tries = ready & found.success
         x = self._projected(examples.images + along(state.bracket.const, r) * r, examples)
         l2 = norm(x - examples.images)
-        shape = jax.eval_shape(model, x)
-        logits = lax.cond(jnp.any(tries), lambda: model(x), lambda: jnp.zeros(shape.shape, shape.dtype))
-        success = tries & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+
+        def judged():
+            return tries & objective.succeeded(model(x), examples.labels, examples.targets, state.kappa)
+
+        success = lax.cond(jnp.any(tries), judged, lambda: jnp.zeros_like(tries))
         better = success & (l2 < state.best_l2)
         record = state.record.update(
             images=x, found=success, better=better, iteration=state.count, forward=tries, backward=tries & False
