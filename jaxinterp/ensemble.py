@@ -22,7 +22,8 @@ class, of no name, that stands for none of them. Then softmax(Z)_c = prod_i (p^i
 
 exactly: attacks that lower cross-entropy lower x* = argmin mean_i CE(f_i(x*), y*) of the ensemble attack (Dong et al.
 2017, arXiv 1708.05493; the two ways of Dong et al. 2018, arXiv 1710.06081, section 3.4). A class is only decided for
-where it exceeds "none": where the members agree.
+where it exceeds "none": where the members agree. So an untargeted success may mean nothing but that they do not, while
+every member still sees the true class; with targets it means that the members' geometric mean reaches them.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_FEW = 6  # values, below which a bootstrap interval is too short
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -41,7 +43,9 @@ def bootstrap_mean(
 ) -> Estimate:
     """The mean of the finite values with a bias-corrected and accelerated bootstrap interval.
 
-    Resampling values that are all alike shows no spread: the interval has no width then, unless `bounds` are given.
+    Resampling values that are all alike shows no spread: the interval has no width then, unless `bounds` are given. Of
+    fewer than six values the interval is Student's: resampling never leaves their range, which five values of one sign
+    share by chance once in sixteen times.
 
     Args:
         values: one for each picture; those that are not finite are left out.
@@ -59,6 +63,8 @@ def bootstrap_mean(
     mean = float(np.mean(finite))
     if finite.size == 1:
         return Estimate(mean, float("nan"), float("nan"), 1)
+    if finite.size < _FEW:
+        return student_mean(finite, level=level, bounds=bounds)
     if np.ptp(finite) == 0:
         return _alike(mean, finite.size, level, bounds)
     interval = bootstrap(
@@ -98,7 +104,8 @@ def student_mean(
     if np.ptp(finite) == 0:
         return _alike(mean, finite.size, level, bounds)
     reach = float(t.ppf((1 + level) / 2, finite.size - 1)) * error
-    return Estimate(mean, mean - reach, mean + reach, int(finite.size))
+    low, high = (-np.inf, np.inf) if bounds is None else map(float, bounds)
+    return Estimate(mean, max(mean - reach, low), min(mean + reach, high), int(finite.size))
 
 
 def spearman(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarray) -> float:

@@ -44,8 +44,8 @@ def written(attack: TransparentText, height: int, width: int) -> TransparentText
         largest = min(max(height // 4, _LEGIBLE), room[longest])
         if largest < _LEGIBLE and (attack.smallest is None or largest < attack.smallest):
             raise ValueError(
-                f"TransparentText.text: {longest!r} does not fit in {height} x {width} pixels at a size that can "
-                f"be read ({_LEGIBLE} or more); {what_fits(longest, angles, height, width)}"
+                f"TransparentText.text: {_quoted(longest)} does not fit in {height} x {width} pixels at a size that "
+                f"can be read ({_LEGIBLE} or more); {what_fits(longest, angles, height, width, _LEGIBLE)}"
             )
     smallest = max(1, largest // 3, min(_LEGIBLE, largest)) if attack.smallest is None else attack.smallest
     if smallest > largest:
@@ -94,11 +94,16 @@ def bank(phrases: tuple[str, ...], sizes: tuple[int, ...], angles: tuple[float, 
     ink = np.zeros((len(entries), 2), np.int32)
     period = np.zeros_like(ink)
     for i, (phrase, size, angle) in enumerate(entries):
+        if _longer_than_any(phrase, size, height, width):
+            raise ValueError(
+                f"text {_quoted(phrase)} of size {size} takes {_length(phrase, size):.0f} pixels and does not fit in "
+                f"{height} x {width}; {what_fits(phrase, angles, height, width)}"
+            )
         mask = render(phrase, size, angle)
         if mask.shape[0] > height or mask.shape[1] > width:
             raise ValueError(
-                f"text {phrase!r} of size {size} at {angle:g} degrees takes {mask.shape[0]} x {mask.shape[1]} pixels "
-                f"and does not fit in {height} x {width}; {what_fits(phrase, angles, height, width)}"
+                f"text {_quoted(phrase)} of size {size} at {angle:g} degrees takes {mask.shape[0]} x {mask.shape[1]} "
+                f"pixels and does not fit in {height} x {width}; {what_fits(phrase, angles, height, width)}"
             )
         ink[i] = mask.shape
         tiles[i, : mask.shape[0], : mask.shape[1]] = mask
@@ -122,21 +127,39 @@ def largest_size(phrase: str, angles: tuple[float, ...], height: int, width: int
     return low
 
 
-def what_fits(phrase: str, angles: tuple[float, ...], height: int, width: int) -> str:
-    """What to ask for instead of a text that does not fit, as the end of a message."""
+def what_fits(phrase: str, angles: tuple[float, ...], height: int, width: int, least: int = 1) -> str:
+    """What to ask for instead of a text that does not fit at a size of at least `least`, as the end of a message."""
     size = largest_size(phrase, angles, height, width)
-    if size:
+    if size >= least:
         return f"size {size} fits" + ("" if len(angles) == 1 else " at every angle")
-    kept = bisect.bisect_right(range(1, len(phrase)), 0, key=lambda n: not _fits(phrase[:n], angles, height, width, 1))
-    return f"no size does, but {phrase[:kept]!r} would" if kept else "no text does"
+    lengths = range(1, len(phrase))
+    kept = bisect.bisect_right(lengths, 0, key=lambda n: not _fits(phrase[:n], angles, height, width, least))
+    return f"no size does, but {phrase[:kept].strip()!r} would" if kept else "no text does"
 
 
 def _fits(phrase: str, angles: tuple[float, ...], height: int, width: int, size: int) -> bool:
+    if _longer_than_any(phrase, size, height, width):
+        return False
     try:
         masks = [render(phrase, size, angle) for angle in angles]
     except ValueError:  # too small to leave a pixel
         return True
     return all(mask.shape[0] <= height and mask.shape[1] <= width for mask in masks)
+
+
+def _longer_than_any(phrase: str, size: int, height: int, width: int) -> bool:
+    """Whether the line is longer than the diagonal, by far; then it need not be drawn to see that it does not fit."""
+    return _length(phrase, size) > 1.25 * math.hypot(height, width) + 8
+
+
+def _length(phrase: str, size: int) -> float:
+    left, _, right, _ = _font(size).getbbox(phrase.strip())
+    return float(right - left)
+
+
+def _quoted(phrase: str) -> str:
+    """The phrase, or how it begins, for a message."""
+    return repr(phrase if len(phrase) <= 80 else phrase[:60] + "…")
 
 
 def _check(phrase: str) -> None:

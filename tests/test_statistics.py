@@ -55,7 +55,20 @@ def test_students_interval():
     found = student_mean([1.0, 2.0, 3.0, math.nan])
     assert (found.mean, found.count) == (2.0, 3)
     assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert student_mean([1.0, 2.0, 3.0], bounds=(0, 9)) == student_mean([1.0, 2.0, 3.0])
+    assert student_mean([1.0, 2.0, 3.0], bounds=(-9, 9)) == student_mean([1.0, 2.0, 3.0])
+    bound = student_mean([0.1, 0.2, 0.9], bounds=(0, 1))
+    assert (bound.low, bound.high) == (0.0, 1.0)
+
+
+def test_of_a_few_values_the_interval_is_students():
+    """Resampling two values never leaves their range, and would settle by two of one sign what chance gives in half."""
+    few = [0.2, 0.5, 0.3, 0.4, 0.1]
+    assert bootstrap_mean(few, seed=0) == student_mean(few)
+    two = bootstrap_mean([0.9, 1.1], seed=0)
+    assert two.low < 0 < two.high
+    six = [*few, 0.6]
+    assert min(six) < bootstrap_mean(six, seed=0).low
+    assert bootstrap_mean(six, seed=0) != student_mean(six)
     same = student_mean([64.0] * 3)
     assert (same.low, same.high) == (64.0, 64.0)
     share = proportion(0, 3).high

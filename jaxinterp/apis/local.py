@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp.apis.ocr import OCREngine
@@ -26,12 +27,17 @@ class LocalVision:
             top: number of labels.
 
         Raises:
-            ValueError: no label is asked for.
+            ValueError: no label is asked for, or a network that does not take RGB images.
         """
         if top < 1:
             raise ValueError(f"top must be at least 1, got {top}")
         self.network, self.ocr, self.top = network, ocr, top
         self._model, self._one = network.bind(params), threading.Lock()
+        side = network.image_size
+        try:
+            jax.eval_shape(self._model, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{network.name} does not take RGB images, as services get them: {error}") from error
         self._crop = Crop(network.image_size, network.crop_pct, network.interpolation)
 
     def labels(self, image: Any) -> tuple[Label, ...]:

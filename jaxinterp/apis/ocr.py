@@ -12,7 +12,7 @@ from jaxinterp.apis.protocol import ServiceError, pixels, to_png
 
 Engine = Literal["auto", "rapidocr", "tesseract"]
 _INSTALL = {
-    "rapidocr": "pip install 'jaxinterp[ocr]'",
+    "rapidocr": "pip install 'jaxinterp[ocr]' (with Python below 3.13)",
     "tesseract": "apt-get install tesseract-ocr (or your system's package of tesseract)",
 }
 _SPARSE = "11"  # tesseract's page segmentation: find as much text as possible, in no particular layout

@@ -87,6 +87,7 @@ def change(
     Arguments and errors are those of `embed`.
     """
     q = _strengths(strengths, transform)
+    _check_fit(watermarks.shape, watermarks.shape)
     if transform == "dct":
         return q * watermarks
     check_even(watermarks.shape)
@@ -112,5 +113,7 @@ def check_even(shape: tuple[int, ...]) -> None:
 
 
 def _check_fit(host: tuple[int, ...], watermark: tuple[int, ...]) -> None:
+    if host[-1] != 3:
+        raise ValueError(f"watermarks are embedded in RGB images [...,H,W,3], got shape {host}")
     if host[-3:] != watermark[-3:]:
         raise ValueError(f"watermarks must have the images' size {host[-3:]}, got {watermark[-3:]}; resize them first")

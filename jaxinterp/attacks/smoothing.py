@@ -12,8 +12,9 @@ and a perturbation z becomes the r that minimises
 
 plain, or normalised: divided by what becomes of ones, so that every r_i is a weighted mean of z and constants stay
 what they are. The linear system is solved by conjugate gradients, every channel of every image by itself, with the same
-number of iterations for all: no result depends on the batch. I - alpha S is symmetric, so derivatives are one more
-solution of the same system.
+number of iterations for all: no result depends on the batch (`jax.scipy.sparse.linalg.cg` has one step length for all
+that it is given, and stops by the residual of all). I - alpha S is symmetric, so derivatives are one more solution of
+the same system.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jaxinterp import attacks, processes
 from jaxinterp.attacks.attack import Attack
 from jaxinterp.attacks.diagnostics import Finding
+from jaxinterp.ensemble import Members
 from jaxinterp.job import Job, Say, attacking, begin, choose_attacks
 from jaxinterp.network import Network
 from jaxinterp.pictures import Pictures, load_chunk, shared_chunks, stored_parts
@@ -95,7 +97,7 @@ def evaluate(
         model=model,
         chosen=chosen,
         config={"targeted": targeted, "images": images},
-        check=lambda network: None,
+        check=functools.partial(_check, targeted),
         out=out,
         labels=labels,
         data_dir=data_dir,
@@ -152,6 +154,14 @@ def evaluate(
         say(f"warning: {finding}")
     group.wait()
     return Evaluated(run, job.network, chosen, seen, rows, summary, clean, findings, curves)
+
+
+def _check(targeted: bool, network: Network) -> None:
+    if not targeted and isinstance(network.apply, Members) and network.apply.combine == "losses":
+        raise ValueError(
+            f"{network.name}: combine=losses has a class that stands for none, and an untargeted attack would succeed "
+            "where members only disagree; attack towards classes (--targeted), or use combine=logits"
+        )
 
 
 def _diagnose(job: Job, seed: int) -> list[Finding]:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxinterp import Network, attacks, cli, typesetting
+from jaxinterp import Network, attacks, cli, models, typesetting
 from jaxinterp.apis import HTTPVision, Label, LocalVision, Server, ServiceError, as_model
 from jaxinterp.apis import ocr as engines
 from jaxinterp.data import Crop
 from jaxinterp.data.decode import crop_pixels
+from jaxinterp.weights import seeded
 
 NAMES = ("dark", "bright", "red")
 
@@ -283,6 +284,9 @@ def test_a_network_ranks_its_classes(rng):
         LocalVision(network, jnp.float32(np.nan)).labels(image)
     with pytest.raises(ValueError, match="top must be at least 1"):
         LocalVision(network, params, top=0)
+    grey = models.network("carlini_mnist")
+    with pytest.raises(ValueError, match="carlini_mnist does not take RGB images"):
+        LocalVision(grey, seeded.params(models.shapes("carlini_mnist")))
 
 
 def test_an_attack_on_a_service_is_the_attack_on_what_is_behind_it(rng):
@@ -359,7 +363,10 @@ def test_serve_answers_and_ends(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--model", "resnet5"], "unknown model 'resnet5'"),
-        (["--ocr"], "no OCR engine is installed: pip install 'jaxinterp[ocr]', or apt-get install tesseract-ocr"),
+        (
+            ["--ocr"],
+            "no OCR engine is installed: pip install 'jaxinterp[ocr]' (with Python below 3.13), or apt-get install tess",
+        ),
         (["--ocr", "--engine", "tesseract"], "the OCR engine tesseract is not installed: apt-get install"),
         (["--port", "70000"], "port must be from 0 to 65535, got 70000"),
         (["--top", "0"], "top must be at least 1"),

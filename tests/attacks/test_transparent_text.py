@@ -50,13 +50,20 @@ def test_text_that_cannot_be_drawn(phrase, size, message):
 
 def test_a_text_that_does_not_fit_says_what_would():
     with pytest.raises(
-        ValueError, match=r"'wide words' of size 30 at 0 degrees takes .* in 40 x 64; size (\d+) fits"
+        ValueError, match=r"'wide words' of size 30 takes \d+ pixels .* in 40 x 64; size (\d+) fits"
     ) as e:
         typesetting.bank(("wide words",), (30,), (0.0,), 40, 64)
     size = int(str(e.value).split("; size ")[1].split()[0])
     assert len(typesetting.bank(("wide words",), (size,), (0.0,), 40, 64)) == 1
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"at 0 degrees takes \d+ x \d+ pixels and does not fit"):
         typesetting.bank(("wide words",), (size + 1,), (0.0,), 40, 64)
+    long = "no sign so long " * 300
+    with pytest.raises(
+        ValueError, match=r"'no sign so long .*…' does not fit in 40 x 64 .*; no size does, but 'no \w.*\w' would"
+    ):
+        typesetting.written(TransparentText(text=long), 40, 64)
+    with pytest.raises(ValueError, match=r"of size 900 takes \d+ pixels and does not fit in 40 x 64; no size does"):
+        typesetting.written(TransparentText(text=long, largest=900), 40, 64)
     with pytest.raises(ValueError, match=r"no size does, but 'w+' would"):
         typesetting.bank(("w" * 200,), (5,), (0.0,), 40, 64)
 

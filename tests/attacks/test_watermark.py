@@ -256,5 +256,7 @@ def test_folders_as_text():
         from_spec("watermark:folders=a", {"watermark": Watermark})
     with pytest.raises(ValueError, match="sides that two divides, got 5 x 6 pixels"):
         embed(jnp.zeros((5, 6, 3)), jnp.zeros((5, 6, 3)))
+    with pytest.raises(ValueError, match=r"embedded in RGB images .*, got shape \(4, 6, 1\)"):
+        embed(jnp.zeros((4, 6, 1)), jnp.zeros((4, 6, 1)))
     with pytest.raises(ValueError, match=r"images' size \(4, 6, 3\), got \(4, 4, 3\)"):
         embed(jnp.zeros((4, 6, 3)), jnp.zeros((4, 4, 3)), transform="dct")

@@ -116,6 +116,13 @@ def test_a_targeted_evaluation_reaches_its_targets(pictures, tmp_path):
     assert not (tmp_path / "out" / "adversarial").exists()
 
 
+def test_an_ensemble_of_losses_is_attacked_towards_classes_only(pictures, tmp_path):
+    """Else members that only disagree would count as deceived."""
+    with pytest.raises(ValueError, match="combine=losses has a class that stands for none"):
+        evaluate(pictures, tmp_path / "out", model="small_cnn+small_cnn:combine=losses")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (8, 2), (2, 8)])
 def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch, before, after):
     """Stopped when its state was stored, in the third search step; the last bit is that of an uninterrupted run.
