@@ -365,7 +365,7 @@ def test_serve_answers_and_ends(monkeypatch, capsys):
         (["--model", "resnet5"], "unknown model 'resnet5'"),
         (
             ["--ocr"],
-            "no OCR engine is installed: pip install 'jaxinterp[ocr]' (with Python below 3.13), or apt-get install tess",
+            "no OCR engine is installed: pip install 'jaxinterp[ocr]' (with Python below 3.13), or apt-get install",
         ),
         (["--ocr", "--engine", "tesseract"], "the OCR engine tesseract is not installed: apt-get install"),
         (["--port", "70000"], "port must be from 0 to 65535, got 70000"),
