@@ -35,6 +35,7 @@ from PIL import Image
 from jaxinterp import attacks, effect, models, plots, processes, similarity, watermarks
 from jaxinterp.attacks import embedding
 from jaxinterp.attacks.driver import example_keys
+from jaxinterp.bench.records import machine
 from jaxinterp.cli import guarded
 from jaxinterp.jpeg import recompress
 from jaxinterp.pictures import classify
@@ -128,6 +129,7 @@ def main(setting: Watermarking) -> None:
                 for name, row in results.items()
             },
             "seconds": seconds,
+            "machine": machine(),
         },
     )
 
