@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxinterp import attacks
-from jaxinterp.attacks.attack import Attack, AttackResult
+from jaxinterp.attacks.attack import Attack, AttackResult, ended
 from jaxinterp.network import Model
 from jaxinterp.runs import Run
 
@@ -54,7 +54,8 @@ def run_to_end(
         OSError: the state cannot be stored.
     """
     first = attacks.start(attack, model, images, labels, targets, key=key)
-    stored = run.read_state(part, {"steps": np.zeros((), np.int64), "state": first}, padded=True)
+    filled = {"steps": np.zeros((), np.int64), "state": ended(first)}  # nobody waits for an example that fills up
+    stored = run.read_state(part, filled, padded=True)
     steps, state = (0, first) if stored is None else (int(stored["steps"]), stored["state"])
     piece, written = 1, time.monotonic()
     while steps < attack.iterations and not attacks.finished(state):

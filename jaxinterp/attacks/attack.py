@@ -187,6 +187,15 @@ class Record:
         )
 
 
+def ended(state: Any) -> Any:
+    """The state with every example done, in the states that it holds as well: steps leave it as it is."""
+
+    def done(path, leaf):
+        return leaf | True if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "done" else leaf
+
+    return jax.tree_util.tree_map_with_path(done, state)
+
+
 def along(values: Array, images: Array) -> Array:
     """Values [B] or [] shaped to broadcast against images [B,...]."""
     return jnp.reshape(values, jnp.shape(values) + (1,) * (images.ndim - 1)) if jnp.ndim(values) else values

@@ -41,10 +41,14 @@ def passes(logits: Float[Array, "b k"], examples: Examples, candidates: int) -> 
 
 
 def ranked(logits: Float[Array, "b k"], examples: Examples, count: int) -> Int[Array, "b n"]:
-    """The largest classes other than the label, or than the target where there is one, the largest first."""
+    """The largest classes other than the label, or than the target where there is one, the largest first.
+
+    In place of classes that the model rules out the largest one is repeated.
+    """
     chosen = examples.labels if examples.targets is None else examples.targets
     others = jnp.where(jnp.arange(logits.shape[-1]) == chosen[:, None], -jnp.inf, logits)
-    return lax.top_k(others, min(count, logits.shape[-1]))[1]
+    values, classes = lax.top_k(others, min(count, logits.shape[-1]))
+    return jnp.where(values == -jnp.inf, classes[:, :1], classes)
 
 
 def nearest(
@@ -86,11 +90,7 @@ def lacking(
     logits: Float[Array, "b k"], losing: Int[Array, " b"], winning: Int[Array, " b"], kappa: Float[Array, " b"]
 ) -> Float[Array, " b"]:
     """What the difference of two logits lacks for a success that is twice as safe from rounding as it must be."""
-    return (
-        kappa
-        + 2 * objective.ROUNDING * objective.spread(logits)
-        - (objective.pick(logits, winning) - objective.pick(logits, losing))
-    )
+    return kappa + 2 * objective.rounding(logits) - (objective.pick(logits, winning) - objective.pick(logits, losing))
 
 
 def pair(logits: Float[Array, "b k"], examples: Examples) -> tuple[Int[Array, " b"], Int[Array, " b"]]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt
 
-from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, per_example, select
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, ended, per_example, select
 from jaxinterp.attacks.constraint import NORMS, Norm
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
@@ -168,5 +168,4 @@ class Chain:
 def _waiting(attack: Any, model: Any, problem: tuple[Any, ...]) -> Any:
     """The state of a stage that no example has begun: nothing found, nothing paid, done."""
     shapes = jax.eval_shape(lambda *problem: attack.init(model, *problem), *problem)
-    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return dataclasses.replace(empty, done=jnp.ones_like(empty.done))
+    return ended(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))

@@ -51,6 +51,13 @@ class Finding:
         return f"{self.message}; see {self.section}"
 
 
+def _largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Of finite values; infinite where one of two is not finite and the other not the same."""
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    apart = np.abs(np.subtract(one, other, where=~same, out=np.zeros_like(one)))
+    return float(np.where(np.isnan(apart), np.inf, apart).max())
+
+
 def _finding(name: str, message: str) -> Finding:
     return Finding(name, message, f"{_PAGE}#{name}")
 
@@ -81,8 +88,8 @@ def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[
     precision = float(jnp.finfo(first.dtype).eps) if jnp.issubdtype(first.dtype, jnp.floating) else 0.0
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     again = np.asarray(jax.jit(lambda m, x: m(x))(model, images), np.float64)
-    spread = np.ptp(first, axis=1).max() or 1.0
-    difference = max(np.abs(first - second).max(), np.abs(first - again).max()) / spread
+    spread = np.ptp(np.where(np.isfinite(first), first, 0), axis=1).max() or 1.0
+    difference = max(_largest_difference(first, other) for other in (second, again)) / spread
     if difference > 1e-3:
         found.append(
             _finding(

@@ -131,7 +131,12 @@ def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *,
         steps: how many steps, at most.
         compact: gather the unfinished examples; without it all steps run in one program on the whole batch, as they
             do under somebody else's jit.
+
+    Raises:
+        ValueError: steps below zero, or an attack as `run` refuses it.
+        TypeError: steps that are not a whole number, likewise.
     """
+    steps = None if steps is None else whole(steps, "steps", least=0)
     return _advanced(_parts(attack, state), attack, as_model(model), state, steps, compact)
 
 
@@ -141,7 +146,7 @@ def _advanced(parts: tuple[Any, Any], attack: Attack, model: Any, state: S, step
     own, common = parts
     shared, mesh = (common, model), mesh_of(state)
     state = _beside(shared[1], state)
-    if not compact or not _addressable(state):
+    if not compact or not _addressable(state) or _traced((own, shared)):
         return _advance(mesh)(own, shared, state, _counts(limit, mesh), np.int32(0))[1]
 
     devices = 1 if mesh is None else mesh.size
@@ -205,7 +210,11 @@ def _beside(model: Model, state: S) -> S:
 
 def _addressable(state: Any) -> bool:
     """Whether this process can look at the whole state: neither a trace nor spread over several processes."""
-    return not any(isinstance(x, Tracer) or not x.is_fully_addressable for x in jax.tree.leaves(state))
+    return not _traced(state) and all(x.is_fully_addressable for x in jax.tree.leaves(state))
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def finish(attack: Attack, state: Any) -> AttackResult:
@@ -557,12 +566,17 @@ def check_several(model: Model, images: Any, classes: Any) -> tuple[Array, Array
     return images, jnp.asarray(several, jnp.int32)
 
 
-def whole(value: Any, name: str) -> int:
-    """A number of steps, samples and the like. Raises TypeError where it is not whole, ValueError where below 1."""
+def whole(value: Any, name: str, *, least: int = 1) -> int:
+    """A number of steps, samples and the like.
+
+    Raises:
+        TypeError: it is not whole.
+        ValueError: it is below `least`.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 

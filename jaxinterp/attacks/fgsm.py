@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples, Real
+from jaxinterp.attacks.constraint import Norm
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree
 
@@ -22,6 +23,7 @@ class FGSM:
     """
 
     name: ClassVar[str] = "fgsm"
+    norm: ClassVar[Norm] = "linf"
 
     eps: Real = 8 / 255
     kappa: Real = 0.0

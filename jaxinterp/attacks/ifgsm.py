@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples, Real
+from jaxinterp.attacks.constraint import Norm
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -25,6 +26,7 @@ class IFGSM:
     """
 
     name: ClassVar[str] = "ifgsm"
+    norm: ClassVar[Norm] = "linf"
 
     eps: Real = 8 / 255
     step_size: Real | None = None

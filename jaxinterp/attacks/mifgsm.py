@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxinterp.attacks import descent, objective
 from jaxinterp.attacks import transforms as chains
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example
-from jaxinterp.attacks.constraint import normalised, steepest
+from jaxinterp.attacks.constraint import Norm, normalised, steepest
 from jaxinterp.attacks.transforms import Memory, Transform
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
@@ -50,6 +50,7 @@ class MIFGSM:
     """
 
     name: ClassVar[str] = "mifgsm"
+    norm: ClassVar[Norm] = "linf"
     parts: ClassVar[dict[str, Any]] = {"transforms": chains.TRANSFORMS}
 
     eps: Real = 8 / 255

@@ -18,6 +18,7 @@ from jaxinterp.network import Model
 # Another program (another batch size, another framework) computes the same logits with other rounding. A success
 # must survive that, so its margin exceeds the confidence by this fraction of the largest difference of logits.
 ROUNDING = 1e-5
+_ULPS = 4  # of the largest logit
 
 
 def single(model: Model) -> Partial:
@@ -67,7 +68,7 @@ def dlr(logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Arra
     (Z_y - max_{j != y} Z_j) / (Z_1 - Z_3), with Z_1 >= Z_2 >= ... the sorted logits; with targets
     (max_{j != t} Z_j - Z_t) / (Z_1 - (Z_3 + Z_4) / 2). Croce and Hein (2020, arXiv 2003.01690, equations 6 and 7)
     have Z_y in place of the maximum in the latter, which does not see a third class that stays above the target.
-    Where there are too few classes for a divisor, it is Z_1 - Z_3, or one.
+    Where there are too few classes for a divisor, those with -inf aside, it is Z_1 - Z_3, or one.
     """
     return margin(logits, labels, targets) / _dlr_scale(logits, 3 if targets is None else 4)
 
@@ -82,9 +83,12 @@ def _dlr_scale(logits, lowest):
     classes = logits.shape[-1]
     if classes == 2:
         return jnp.ones_like(logits[:, 0])
+    ruled_out = logits == -jnp.inf
+    few = jnp.sum(~ruled_out, axis=-1, dtype=jnp.int32) < 3
+    logits = jnp.where(ruled_out, jnp.min(jnp.where(ruled_out, jnp.inf, logits), axis=-1, keepdims=True), logits)
     _, order = lax.top_k(logits, min(lowest, classes))
     first, third, last = (pick(logits, order[:, i]) for i in (0, 2, -1))
-    return jnp.maximum(first - (third + last) / 2, 1e-12)
+    return jnp.where(few, 1.0, jnp.maximum(first - (third + last) / 2, 1e-12))
 
 
 def succeeded(
@@ -97,7 +101,7 @@ def succeeded(
 
     A logit of -inf is a class that the model rules out: it takes part in nothing.
     """
-    return -margin(logits, labels, targets) > kappa + ROUNDING * spread(logits)
+    return -margin(logits, labels, targets) > kappa + rounding(logits)
 
 
 def shortfall(
@@ -107,7 +111,7 @@ def shortfall(
     kappa: Float[Array, " b"] | Float[Array, ""] | float,
 ) -> Float[Array, " b"]:
     """What the margin lacks: negative exactly where `succeeded` is true, not a number for logits not finite."""
-    return margin(logits, labels, targets) + (kappa + ROUNDING * spread(logits))
+    return margin(logits, labels, targets) + (kappa + rounding(logits))
 
 
 def linearised(
@@ -139,6 +143,19 @@ def value_and_gradient(
     logits, pull_back = linearised(model, images)
     values, by_logits = jax.vjp(objective, logits)
     return logits, values, pull_back(by_logits(jnp.ones_like(values))[0])
+
+
+def rounding(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
+    """What the margin of the same image may be off by in another program.
+
+    The difference of two classes is the margin itself, which says nothing of what it was computed from: with no more
+    than two it is taken to be one at least. Large logits have few digits left for their differences.
+    """
+    difference = spread(logits)
+    few = jnp.sum(logits != -jnp.inf, axis=-1, dtype=jnp.int32) <= 2
+    largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=-1)
+    digits = _ULPS * jnp.finfo(logits.dtype).eps * largest
+    return jnp.maximum(ROUNDING * jnp.where(few, jnp.maximum(difference, 1), difference), digits)
 
 
 def spread(logits: Float[Array, "b k"]) -> Float[Array, " b"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxinterp.attacks import descent, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example
+from jaxinterp.attacks.constraint import Norm
 from jaxinterp.canonical import canonical
 from jaxinterp.draws import shaped
 from jaxinterp.pytree import pytree, static
@@ -46,6 +47,7 @@ class SPSA:
     """
 
     name: ClassVar[str] = "spsa"
+    norm: ClassVar[Norm] = "linf"
     ranges: ClassVar[dict[str, str]] = {"delta": "positive"}
 
     eps: Real = 8 / 255

@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, norm, per_example, select
+from jaxinterp.attacks.constraint import Norm
 from jaxinterp.attacks.search import Bracket, Progress, judge_if_warm, restart
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
@@ -95,6 +96,7 @@ class StrAttack:
     """
 
     name: ClassVar[str] = "strattack"
+    norm: ClassVar[Norm] = "linf"
     ranges: ClassVar[dict[str, str]] = {"rho": "positive"}
 
     eps: Real = 0.5

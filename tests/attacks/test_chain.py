@@ -9,7 +9,22 @@ import pytest
 from jax.tree_util import Partial
 
 from jaxinterp import attacks
-from jaxinterp.attacks import CW, PGD, Chain, CWLinf, Square, driver, finish, start
+from jaxinterp.attacks import (
+    CW,
+    FGSM,
+    IFGSM,
+    MIFGSM,
+    PGD,
+    SPSA,
+    Chain,
+    CWLinf,
+    Smoothed,
+    Square,
+    StrAttack,
+    driver,
+    finish,
+    start,
+)
 from jaxinterp.attacks.driver import by_example, coerce, example_keys
 
 SHAPE = (6, 5, 3)
@@ -167,8 +182,29 @@ def test_a_chain_can_be_a_stage():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "later", [Chain((PGD(eps=0.1, steps=2), PGD(eps=0.2, steps=4))), Smoothed(PGD(eps=0.2, steps=3))]
+)
+def test_an_attack_that_holds_others_waits_as_a_whole(later):
+    """What the first stage breaks stays as it is, whatever the network sees in a state that was never begun: zeros."""
+    model, images, labels = problem()
+    chain = Chain((FGSM(eps=WEAK), later))
+    first = run(FGSM(eps=WEAK), model, images, labels, key=KEY)
+    assert 0 < np.sum(first.success) < BATCH
+    together = run(chain, model, images, labels, key=KEY)
+    np.testing.assert_array_equal(together.images[first.success], first.images[first.success])
+    np.testing.assert_array_equal(together.forward[first.success], first.forward[first.success])
+    for i in range(BATCH):
+        alone = run(chain, model, images[i : i + 1], labels[i : i + 1], key=KEY)
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_array_equal(a[0], b[i])
+
+
 def test_bad_chains_are_refused():
     model, images, labels = problem()
+    for stage in (FGSM(), IFGSM(), MIFGSM(), SPSA(), StrAttack()):
+        with pytest.raises(ValueError, match=r"stages\[0\] must have the chain's norm 'l2'.*'linf'"):
+            run(Chain((stage,), eps=0.2, norm="l2"), model, images, labels, key=KEY)
     with pytest.raises(ValueError, match="at least one attack"):
         run(Chain(()), model, images, labels, key=KEY)
     with pytest.raises(ValueError, match=r"stages\[1\] must have the chain's norm 'linf'.*'l2'"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.tree_util import Partial
 
 from jaxinterp import attacks
-from jaxinterp.attacks import CW, IFGSM, PGD, finish, objective, start
+from jaxinterp.attacks import APGD, APGDT, CW, DDN, FAB, IFGSM, PGD, DeepFool, finish, objective, start
 from jaxinterp.attacks.constraint import NORMS, distance, project, random_in_ball, steepest
 
 SHAPE = (6, 5, 3)
@@ -341,6 +341,33 @@ def test_a_class_that_the_model_rules_out_does_not_shield_the_others():
         assert np.asarray(plain.success).any()
         np.testing.assert_array_equal(result.success, plain.success)
         np.testing.assert_allclose(result.l2, plain.l2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attack", [APGD(eps=0.3, loss="dlr", steps=10), APGDT(eps=0.3, classes=3, steps=10)])
+@pytest.mark.parametrize("live", [2, 3])
+def test_ratios_of_logits_are_those_of_the_classes_that_are_left(attack, live):
+    """Of six classes the model rules out all but two or three; a divisor that is infinite would hide every slope."""
+    model, images, _, _ = linear(6)
+    mask = jnp.where(jnp.arange(6) < live, 0, -jnp.inf)
+    masked = Partial(lambda m, x: m(x) + mask, model)
+    labels = jnp.argmax(masked(images), axis=1)
+    result = run(attack, masked, images, labels, key=KEY)
+    expected = run(APGD(eps=0.3, steps=10), masked, images, labels, key=KEY)
+    assert np.asarray(expected.success).any()
+    np.testing.assert_array_equal(result.success, expected.success)
+
+
+def test_of_two_classes_a_success_exceeds_rounding_too():
+    """At the boundary their difference is the margin itself, and no measure of what it was computed from."""
+    model, _, _, _ = linear(2)
+    images = jnp.asarray(np.random.default_rng(3).uniform(size=(64, *SHAPE)), jnp.float32)
+    labels = jnp.argmax(model(images), axis=1)
+    for attack in (FAB(steps=10), FAB(norm="linf", steps=10), DeepFool(), DDN(steps=30)):
+        result = run(attack, model, images, labels, key=KEY)
+        exact = np.asarray(result.images, np.float64).reshape(64, -1) @ np.asarray(model.args[0][0], np.float64)
+        exact = exact + np.asarray(model.args[0][1], np.float64)
+        assert np.asarray(result.success).sum() > 32
+        assert (exact.argmax(1) != labels)[np.asarray(result.success)].all()
 
 
 # The search of Carlini and Wagner

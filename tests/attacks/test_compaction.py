@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,21 @@ def test_a_limit_counts_steps_of_every_example():
     first = start(ATTACK, model, images, labels, key=KEY)
     for steps in (0, 1, 60, 110):
         same(advance(ATTACK, model, first, steps), advance(ATTACK, model, first, steps, compact=False))
+
+
+def test_steps_are_a_whole_number():
+    model, images, labels = problem()
+    state = start(ATTACK, model, images, labels, key=KEY)
+    unchecked = inspect.unwrap(advance)  # the type checker would refuse some of them
+    for steps, error in ((2.5, TypeError), (True, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="steps must be"):
+            unchecked(ATTACK, model, state, steps)
+
+
+def test_a_state_that_is_known_advances_under_a_trace_of_the_model():
+    model, images, labels = problem()
+    state = start(ATTACK, model, images, labels, key=KEY)
+    same(jax.jit(lambda model: advance(ATTACK, model, state, 9))(model), advance(ATTACK, model, state, 9))
 
 
 def test_the_devices_of_a_mesh_share_the_unfinished_examples(programs):

@@ -52,6 +52,8 @@ MODELS = {
     "logits of 8 bits": (lambda x: linear(x).astype(jnp.bfloat16), set()),
     "noise of NumPy": (noisy_when_traced, {"random"}),
     "noise of a callback": (noisy_when_run, {"random"}),
+    "a class ruled out": (lambda x: linear(x).at[:, 0].set(-jnp.inf), set()),
+    "noise, and a class ruled out": (lambda x: noisy_when_traced(x).at[:, 0].set(-jnp.inf), {"random"}),
     "rounded input": (lambda x: linear(jnp.round(x * 255) / 255), {"zero-gradients"}),
     "gradient not finite": (lambda x: linear(x) + 0 * jnp.sqrt(0 * x.sum(axis=(1, 2, 3))[:, None]), {"zero-gradients"}),
     "saturated": (lambda x: jnp.tanh(1e6 * linear(x)), {"zero-gradients"}),

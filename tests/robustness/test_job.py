@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jax.tree_util import Partial
 from PIL import Image
 
 from jaxinterp import attacks, cli, models, parallel, robustness, watermarks
@@ -172,6 +173,36 @@ def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch, be
     assert run.read_state("cw", {"steps": np.zeros((), np.int64), "state": np.zeros(3)}) is None
     run.remove_state("cw")
     assert not list((tmp_path / "run" / "parts").iterdir())
+
+
+def test_stages_go_on_where_they_were_on_more_devices(tmp_path, monkeypatch):
+    """Images that fill up a batch begin the first stage anew; nobody may wait for them."""
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(48, 3)) * 3, jnp.float32)
+    model = Partial(lambda w, x: (x.reshape(x.shape[0], -1) - 0.5) @ w, weights)
+    images = jnp.asarray(np.random.default_rng(1).uniform(size=(3, 4, 4, 3)), jnp.float32)
+    labels, key = np.argmax(model(images), axis=1), jax.random.key(0)
+    attack = attacks.Chain((attacks.PGD(eps=0.0, steps=30), attacks.PGD(eps=0.3, steps=30)))
+    run = Run(tmp_path / "run", {})
+    write = run.write_state
+
+    def stop(name, state):
+        write(name, state)
+        if np.all(np.asarray(state["state"].stage) == 1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_state", stop)
+    arguments = {"key": key, "run": run, "part": "chain", "store_every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(attack, model, images, labels, None, **arguments)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows, truth = parallel.shard((jnp.pad(images, ((0, 1), (0, 0), (0, 0), (0, 0))), np.pad(labels, (0, 1))), mesh)
+    copied = Partial(model.func, parallel.replicate(weights, mesh))
+    monkeypatch.setattr(run, "write_state", write)
+    result = run_to_end(attack, copied, rows, truth, None, **arguments)
+    whole = attacks.run(attack, model, images, labels, key=key)
+    assert np.all(whole.success)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(result), jax.tree.leaves(whole), strict=True):
+        assert np.asarray(a)[:3].tobytes() == np.asarray(b).tobytes(), path
 
 
 @pytest.mark.exhaustive  # tests/test_distributed.py kills other commands
