@@ -231,7 +231,8 @@ def summary(columns: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
         "queries, mean": bootstrap_mean(columns["queries"], seed=seed),
     }
     for what in ("l2", "linf", "ssim", "psnr", *KINDS):
-        row[f"share {what}" if what in KINDS else what] = bootstrap_mean(columns[what], seed=seed)
+        found = bootstrap_mean(columns[what], seed=seed)
+        row[f"share {what}" if what in KINDS else what] = found.within(0, 1) if what in KINDS else found
     replayed = columns["replayed"][np.isfinite(columns["replayed"])]
     if len(replayed):
         row["with Pillow's files"] = f"{int(replayed.sum())} of {len(replayed)} succeed"
@@ -300,7 +301,8 @@ def draw(
     plots.save(plots.curves(panels, steps, xlabel="queries", log=True, reference=level), folder / "queries.png")
 
     shares = {
-        name: {kind: bootstrap_mean(c[kind], seed=setting.seed).interval for kind in KINDS} for name, c in by.items()
+        name: {kind: bootstrap_mean(c[kind], seed=setting.seed).within(0, 1).interval for kind in KINDS}
+        for name, c in by.items()
     }
     for row in study.found.summary:
         shares[f"{row['attack']}, targeted"] = {kind: row[f"share_{kind}"].interval for kind in KINDS}

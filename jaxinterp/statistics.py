@@ -25,6 +25,12 @@ class Estimate:
         """(mean, low, high) for drawing; an interval that a single value cannot give has no width."""
         return (self.mean, self.mean, self.mean) if self.count == 1 else (self.mean, self.low, self.high)
 
+    def within(self, low: float | int, high: float | int) -> Estimate:
+        """The interval without what lies outside the range that values have."""
+        return dataclasses.replace(
+            self, low=float(np.clip(self.low, low, high)), high=float(np.clip(self.high, low, high))
+        )
+
     def __format__(self, spec: str) -> str:
         if self.count == 0:
             return "-"

@@ -60,6 +60,13 @@ def test_students_interval():
     assert (bound.low, bound.high) == (0.0, 1.0)
 
 
+def test_an_interval_within_the_range_of_its_values():
+    found = student_mean([0.1, 0.2, 0.9]).within(0, 1)
+    assert (found.low, found.high, found.count) == (0.0, 1.0, 3)
+    assert found.mean == pytest.approx(0.4)
+    assert math.isnan(bootstrap_mean([0.25], seed=0).within(0, 1).low)
+
+
 def test_of_a_few_values_the_interval_is_students():
     """Resampling two values never leaves their range, and would settle by two of one sign what chance gives in half."""
     few = [0.2, 0.5, 0.3, 0.4, 0.1]

@@ -142,8 +142,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, seed: 
         def median(key, good=good):
             return float(np.median([row[key] for row in good])) if good else float("nan")
 
-        def mean(key, good=good) -> Estimate:
-            return bootstrap_mean([row[key] for row in good], seed=seed)
+        def mean(key, low: float, high: float, good=good) -> Estimate:
+            return bootstrap_mean([row[key] for row in good], seed=seed).within(low, high)
 
         summary.append(
             {
@@ -151,10 +151,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, seed: 
                 "pictures": len(mine),
                 "success": len(good) / len(mine) if mine else float("nan"),
                 **{key: median(key) for key in ("l0", "l1", "l2", "linf", "forward", "backward")},
-                **{key: mean(key) for key in ("share_suppression", "share_balanced", "share_promotion")},
-                **{key: mean(key) for key in ("is_label", "is_target", "is_null", "is_shuffled")},
-                "rho_effect_norm": mean("rho_effect_norm"),
-                **{key: mean(key) for row in mine[:1] for key in FAITHFULNESS_COLUMNS if key in row},
+                **{key: mean(key, 0, 1) for key in ("share_suppression", "share_balanced", "share_promotion")},
+                **{key: mean(key, 0, 1) for key in ("is_label", "is_target", "is_null", "is_shuffled")},
+                "rho_effect_norm": mean("rho_effect_norm", -1, 1),
+                **{key: mean(key, -np.inf, np.inf) for row in mine[:1] for key in FAITHFULNESS_COLUMNS if key in row},
                 **({"effect": mine[0]["effect"]} if mine and "effect" in mine[0] else {}),
             }
         )
