@@ -1,6 +1,6 @@
 """Does smoothing hide a perturbation without making it fail, longer, or another kind of perturbation?
 
-    python experiments/smooth_attacks.py --model cifar10_cnn
+    python experiments/smooth_attacks.py --model cifar10_cnn --cell 4
     python experiments/smooth_attacks.py --model efficientnet_lite0 --transfer efficientnet_lite1 caffe_squeezenet1_1
 
 Attacks the labelled pictures (or the given ones) with PGD in L2, I-FGSM and C&W, with their smooth forms sPGD_2, sBIM
@@ -319,18 +319,20 @@ def main(setting: Smooth) -> None:
     found = {name: {key: np.concatenate(parts) for key, parts in kept.items()} for name, kept in collected.items()}
 
     answers = [answer for smooth, rough in PAIRS.items() for answer in compared(smooth, rough, found, setting.seed)]
+
+    def size(values):
+        return bootstrap_mean(values, seed=setting.seed).within(0, np.inf)
+
     table: dict[str, Any] = {}
     for name, of in found.items():
         won = of["success"]
         table[name] = {
             "attack": texts[name],
             "success": format(proportion(int(won.sum()), len(won)), ".2f"),
-            "l2": format(bootstrap_mean(of["l2"][won], seed=setting.seed), ".4g"),
-            "linf": format(bootstrap_mean(of["linf"][won], seed=setting.seed), ".4g"),
+            "l2": format(size(of["l2"][won]), ".4g"),
+            "linf": format(size(of["linf"][won]), ".4g"),
             **{
-                f"variation in {region} areas": format(
-                    bootstrap_mean(of["variation"][won, i], seed=setting.seed), ".3g"
-                )
+                f"variation in {region} areas": format(size(of["variation"][won, i]), ".3g")
                 for i, region in enumerate(REGIONS)
             },
         }
@@ -358,7 +360,7 @@ def draw(
         of = found[name]
         won = of["success"] & (of["l2"] > 0)
         size = of["l2"][won] / np.sqrt(study.found.network.image_size**2 * 3)  # root mean square of the perturbation
-        return bootstrap_mean(of["variation"][won, i] / size, seed=seed)
+        return bootstrap_mean(of["variation"][won, i] / size, seed=seed).within(0, np.inf)
 
     panels = {
         "total variation, perturbation of unit strength": {
