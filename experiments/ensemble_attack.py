@@ -3,8 +3,9 @@
     python experiments/ensemble_attack.py
     python experiments/ensemble_attack.py --tree wordnet.is_a.txt --classes LOC_synset_mapping.txt
 
-Targeted attacks (arXiv 1708.05493: x* = argmin mean_i CE(f_i(x*), y*)) on each member alone, on the mean of the
-members' logits and on the mean of their losses; the pictures are tried on the members and on held-out networks: whether
+Targeted attacks (arXiv 1708.05493: x* = argmin lambda d(x*, x) + mean_i CE(f_i(x*), y*); in a ball by MI-FGSM, or with
+the distance as a penalty by `--attack cw:loss=ce`) on each member alone, on the mean of the members' logits and on the
+mean of their losses; the pictures are tried on the members and on held-out networks: whether
 these lose the true class, and whether they see the target. All networks see pictures of one size, resized
 differentiably to theirs; attacked are those that every network classifies correctly.
 

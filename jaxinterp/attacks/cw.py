@@ -2,13 +2,15 @@
 
     min ||x' - x0||^2 + c max(max_{j != t} Z(x')_j - Z(x')_t + kappa, 0),   x' = (tanh w + 1) / 2
 
-by Adam on w, inside a search for the smallest constant c that succeeds.
+by Adam on w, inside a search for the smallest constant c that succeeds. With cross-entropy in place of the margin, and
+1 / c for lambda, it is the ensemble attack of Dong et al. (2017, arXiv 1708.05493), min lambda d(x', x) + CE(Z(x'), t),
+with d the squared distance; they let Adam move the pixels themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -46,9 +48,11 @@ class CW:
         window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged; the lowest loss of the
             search step must stand still then, too, since at the boundary the loss goes up and down.
         tolerance: see `abort_early`.
+        loss: "margin", or "ce" for cross-entropy: of the target, or untargeted of any other class than the label.
     """
 
     name: ClassVar[str] = "cw"
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"loss": ("margin", "ce")}
 
     lr: Real = 0.01
     initial_const: Real = 1e-3
@@ -58,6 +62,7 @@ class CW:
     abort_early: bool = static(default=True)
     window: int | None = static(default=None)
     tolerance: Real = TOLERANCE
+    loss: Literal["margin", "ce"] = static(default="margin")
 
     @property
     def iterations(self) -> int:
@@ -94,7 +99,14 @@ class CW:
             x = jnp.where(examples.support, x, examples.images)
         delta = x - examples.images
         judged, gradient, ended = evaluate(
-            model, state, x, jnp.square(norm(delta)), steps=self.steps, abort_early=self.abort_early, window=self.window
+            model,
+            state,
+            x,
+            jnp.square(norm(delta)),
+            steps=self.steps,
+            abort_early=self.abort_early,
+            window=self.window,
+            loss=self.loss,
         )
         variable = state.variable.descend(gradient + 2 * delta, state.lr, examples.support)
         moved = select(active, dataclasses.replace(judged, variable=variable), state)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -222,6 +223,7 @@ def evaluate(
     steps: int,
     abort_early: bool,
     window: int | None = None,
+    loss: Literal["margin", "ce"] = "margin",
 ) -> tuple[N, Float[Array, "b h w c"], Bool[Array, " b"]]:
     """The state after an evaluation at images x, the gradient of c max(f + kappa, 0) there, and who ends a problem.
 
@@ -235,18 +237,22 @@ def evaluate(
         steps: iterations for every constant, at most.
         abort_early: see `Progress.advance`.
         window: the same.
+        loss: "margin", or "ce" for cross-entropy in place of max(f + kappa, 0).
     """
     state = judge_if_warm(model, state, state.kappa)
     examples, active, first = state.examples, ~state.done, state.progress.count == 0
     if examples.initial is None:  # the original itself, without the rounding of the variable
         x = select(first, examples.images, x)
 
-    def hinge(logits):
-        f = objective.margin(logits, examples.labels, examples.targets)
-        return state.bracket.const * jnp.maximum(f + state.kappa, 0)
+    def penalised(logits):
+        if loss == "ce":
+            f = jax.nn.softplus(objective.likelihood(logits, examples.labels, examples.targets))
+        else:
+            f = jnp.maximum(objective.margin(logits, examples.labels, examples.targets) + state.kappa, 0)
+        return state.bracket.const * f
 
     l2 = norm(x - examples.images)
-    logits, penalty, gradient = objective.value_and_gradient(model, x, hinge)
+    logits, penalty, gradient = objective.value_and_gradient(model, x, penalised)
     success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
     better = success & (l2 < state.best_l2)
     record = state.record.update(

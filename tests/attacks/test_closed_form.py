@@ -119,6 +119,26 @@ def test_descent_succeeds_just_outside_the_optimum_and_not_inside(method, classe
     assert (distances[enough] >= 0.999 * best).all()
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_penalised_cross_entropy_reaches_the_optimum_and_minimises_what_it_says(targeted):
+    """The loss is ||d||^2 + c CE: at the end of one problem its gradient, written by hand, vanishes."""
+    model, images, labels, weights = linear(2)
+    targets = 1 - labels if targeted else None
+    attack = CW(lr=0.001, initial_const=0.1, search_steps=9, steps=400, loss="ce")
+    result = run(attack, model, images, labels, targets, key=KEY)
+    assert np.asarray(result.success).all()
+    best, _ = optimum(model, images, labels, weights)
+    assert (np.asarray(result.l2) <= 1.05 * best).all()
+
+    const = 3.0
+    one = CW(lr=0.003, initial_const=const, search_steps=2, steps=1500, abort_early=False, loss="ce")
+    state = advance(one, model, start(one, model, images, labels, targets, key=KEY), 1499)
+    x = np.asarray(state.variable.images(), np.float64)
+    logits = x.reshape(6, -1) @ weights + np.asarray(model.args[0][1], np.float64)
+    slope = const * numpy_gradient(weights, logits, 1 - labels).reshape(x.shape)
+    np.testing.assert_allclose(2 * (x - images), -slope, atol=0.02 * np.abs(slope).max())
+
+
 # Single steps
 
 
