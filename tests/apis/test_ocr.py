@@ -30,7 +30,7 @@ def test_absent_engines_say_how_to_install_them(monkeypatch):
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(ocr.shutil, "which", lambda name: None)
     messages: tuple[tuple[ocr.Engine, str], ...] = (
-        ("auto", r"no OCR engine is installed: pip install 'jaxinterp\[ocr\]' .*3\.13\), or apt-get install tesseract-ocr"),
+        ("auto", r"no OCR engine is installed: pip install 'jaxinterp\[ocr\]' .*3\.13\), or apt-get install tess"),
         ("rapidocr", r"the OCR engine rapidocr is not installed: pip install 'jaxinterp\[ocr\]'"),
         ("tesseract", "the OCR engine tesseract is not installed: apt-get install tesseract-ocr"),
     )

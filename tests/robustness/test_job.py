@@ -175,6 +175,52 @@ def test_an_attack_goes_on_in_the_middle_of_its_search(tmp_path, monkeypatch, be
     assert not list((tmp_path / "run" / "parts").iterdir())
 
 
+KILLED = """
+import os, signal, sys
+import jax, numpy as np
+from jaxinterp.resumable import run_to_end
+from jaxinterp.runs import Run
+from tests.robustness.test_job import SEARCH, searched
+
+class Killed(Run):
+    def write_state(self, name, state):
+        super().write_state(name, state)
+        if np.any(np.asarray(state["state"].progress.problem) == 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run_to_end(SEARCH, *searched(), None, key=jax.random.key(0), run=Killed(sys.argv[1], {}), part="cw", store_every=0.0)
+"""
+SEARCH = attacks.CW(search_steps=6, steps=15, initial_const=1.0, lr=0.05, abort_early=False)
+
+
+def searched() -> tuple[Any, Any, Any]:
+    """A network, images and labels."""
+    network, params = models.network("small_cnn"), seeded.params(models.shapes("small_cnn"))
+    model = network.bind(jax.tree.map(jnp.asarray, params))
+    images = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 32, 32, 3)), jnp.float32)
+    return model, images, np.argmax(model(images), axis=1)
+
+
+def test_a_process_killed_in_the_fifth_search_step_is_gone_on_with(tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    run = Run(tmp_path / "run", {})
+    arguments = {"key": jax.random.key(0), "run": run, "part": "cw", "store_every": 0.0}
+    first = attacks.start(SEARCH, *searched(), key=jax.random.key(0))
+    stored = run.read_state("cw", {"steps": np.zeros((), np.int64), "state": first}, padded=True)
+    assert stored is not None
+    assert 4 * 15 <= int(stored["steps"]) < SEARCH.iterations
+    result, whole = (
+        run_to_end(SEARCH, *searched(), None, **arguments),
+        attacks.run(SEARCH, *searched(), key=arguments["key"]),
+    )
+    assert np.asarray(whole.success).all()
+    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(whole), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def test_stages_go_on_where_they_were_on_more_devices(tmp_path, monkeypatch):
     """Images that fill up a batch begin the first stage anew; nobody may wait for them."""
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(48, 3)) * 3, jnp.float32)
