@@ -9,7 +9,7 @@ what the first speaks. `as_model` makes any of them a model, so that attacks whi
 
 from jaxinterp.apis.client import HTTPVision
 from jaxinterp.apis.local import LocalVision
-from jaxinterp.apis.model import as_model
+from jaxinterp.apis.model import as_model, asking
 from jaxinterp.apis.ocr import MissingEngine, OCREngine, ocr_engine
 from jaxinterp.apis.protocol import BadAnswer, Label, ServiceError, VisionAPI
 from jaxinterp.apis.server import Server
@@ -25,5 +25,6 @@ __all__ = [
     "ServiceError",
     "VisionAPI",
     "as_model",
+    "asking",
     "ocr_engine",
 ]

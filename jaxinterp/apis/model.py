@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from jaxinterp.apis.protocol import VisionAPI
+from jaxinterp.apis.protocol import Label, VisionAPI
 
 _LEAST = 1e-12  # the score of a label whose score is not above zero
 
@@ -22,6 +23,7 @@ class _Asking:
 
     def __init__(self, api: VisionAPI, classes: Sequence[str]):
         self.api, self.classes = api, len(classes)
+        self.failure: Exception | None = None  # what the last request ended with
         self.positions: dict[str, list[int]] = defaultdict(list)
         for i, name in enumerate(classes):
             self.positions[name].append(i)
@@ -34,10 +36,40 @@ class _Asking:
         """One request for every image."""
         logits = np.full((len(images), self.classes), -np.inf, np.float32)
         for row, image in zip(logits, np.asarray(images), strict=True):
-            for label in self.api.labels(image):
+            for label in self._labels(image):
                 for i in self.positions.get(label.name, ()):
                     row[i] = max(row[i], np.log(max(label.score, _LEAST)))
         return logits
+
+    def _labels(self, image: np.ndarray) -> Sequence[Label]:
+        self.failure = None
+        try:
+            return self.api.labels(image)
+        except Exception as error:
+            self.failure = error
+            raise
+
+
+@contextlib.contextmanager
+def asking(model: Partial) -> Iterator[None]:
+    """Raises what a service failed with as it was, where a compiled program makes an error of JAX's of it.
+
+        with asking(model):
+            result = attacks.run(attack, model, images, labels, key=key)
+
+    Args:
+        model: from `as_model`.
+
+    Raises:
+        ServiceError: as the service raised it, with its status; likewise anything else that it raised.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        failure = getattr(model.func, "failure", None)
+        if failure is None:
+            raise
+        raise failure from None
 
 
 def as_model(api: VisionAPI, classes: Sequence[str]) -> Partial:
@@ -48,7 +80,8 @@ def as_model(api: VisionAPI, classes: Sequence[str]) -> Partial:
 
     Attacks count what the same search costs one query after the other, but a step evaluates what it evaluates at
     once: with `population=1`, a `TransparentText` sends no more than it counts, but for examples that are done while
-    others in the batch are not. A service that fails ends the attack with JAX's error, in which the service's stands.
+    others in the batch are not. A service that fails ends the attack with JAX's error, in which the service's stands;
+    with `asking` it is the service's own.
 
     Args:
         api: the service.

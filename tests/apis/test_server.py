@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxinterp import Network, attacks, cli, models, typesetting
-from jaxinterp.apis import HTTPVision, Label, LocalVision, Server, ServiceError, as_model
+from jaxinterp.apis import HTTPVision, Label, LocalVision, Server, ServiceError, as_model, asking
 from jaxinterp.apis import ocr as engines
 from jaxinterp.data import Crop
 from jaxinterp.data.decode import crop_pixels
@@ -312,6 +312,30 @@ def test_an_attack_on_a_service_is_the_attack_on_what_is_behind_it(rng):
     np.testing.assert_array_equal(found.success, expected.success)
     np.testing.assert_array_equal(found.forward, expected.forward)
     np.testing.assert_array_equal(found.images, expected.images)
+
+
+def test_a_service_that_fails_under_an_attack_raises_its_own_error():
+    class Busy:
+        asked = 0
+
+        def labels(self, image):
+            self.asked += 1
+            if self.asked > 2:
+                raise ServiceError("too many requests", 429)
+            return (Label("dark", 0.9), Label("bright", 0.1))
+
+        def text(self, image):
+            return ()
+
+    model = as_model(Busy(), NAMES)
+    images, labels = jnp.full((1, 16, 16, 3), 0.4), np.zeros(1, np.int32)
+    attack = attacks.TransparentText(text="go", queries=9, population=1)
+    with pytest.raises(ServiceError, match="too many requests") as caught, asking(model):
+        attacks.run(typesetting.written(attack, 16, 16), model, images, labels, key=jax.random.key(0))
+    assert caught.value.status == 429
+    model.func.failure = None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"), asking(model):
+        raise jax.errors.JaxRuntimeError("another")
 
 
 def test_labels_that_are_not_named_are_ruled_out_and_shared_names_are_shared():
