@@ -72,7 +72,7 @@ class Staged(Attack, Protocol):
     """An attack whose steps come in stages, so that the driver can compile the steps of each when it is reached."""
 
     def stage(self, state: Any) -> Int[Array, ""]:
-        """The stage of the next step, which is that of every example of the batch."""
+        """The stage that the next step of the batch is of, a number from 0."""
         ...
 
     def step_of(self, stage: int, model: Model, state: Any) -> Any:
