@@ -9,11 +9,15 @@ mean of their losses; the pictures are tried on the members and on held-out netw
 these lose the true class, and whether they see the target. All networks see pictures of one size, resized
 differentiably to theirs; attacked are those that every network classifies correctly.
 
+What the cells of the pictures do is asked of every member: the kinds of cells towards the target of the pictures that
+succeeded on what they were made on, and whether two members see the same kinds in the same cells, as Cohen's kappa of
+every picture (0: as often as chance has it, 1: everywhere). SSIM stands beside.
+
 Then the consistency level of the units of the first member's layer: on the clean pictures, on those of the attack on
 the mean of the losses, which it succeeded on, with the classes of their originals, and on clean pictures with random
 signs of the same Linf norm. Units are many but pictures few, so intervals are the jackknife's over pictures.
 
-Writes answers.json, transfer.png, levels.png and pictures.png. A stopped run continues.
+Writes answers.json, transfer.png, kinds.png, levels.png and pictures.png. A stopped run continues.
 """
 
 from __future__ import annotations
@@ -29,21 +33,25 @@ import numpy as np
 import tyro
 from scipy.stats import t as student
 
-from jaxinterp import attacks, ensemble, labeltrees, plots, processes
+from jaxinterp import attacks, effect, ensemble, labeltrees, plots, processes
 from jaxinterp.attacks.spec import record
+from jaxinterp.cellsize import CellSize
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, open_source
 from jaxinterp.dissect import consistency
+from jaxinterp.explain.tables import SHARE_COLUMNS
 from jaxinterp.job import check_seed, choose_attacks, identity
 from jaxinterp.network import Network, features
 from jaxinterp.pictures import Selection, classify, labelled, random_targets
 from jaxinterp.processes import open_run
 from jaxinterp.resumable import run_to_end
 from jaxinterp.runs import Run
+from jaxinterp.similarity import ssim
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import UNDECIDED, Answer, conclude, verdict
 from jaxinterp.weights import digest, load
 
+KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 LOSSES, LOGITS = "mean of losses", "mean of logits"
 
 
@@ -56,6 +64,7 @@ class Transfer:
         members: Networks of the ensemble.
         held_out: Networks that the pictures are tried on.
         attack: As in `jaxinterp attack`.
+        cell: Side of a cell, in pixels.
         node: Layer of the first member; None means its last feature map.
         tree: Label tree: imagenet (coarse), or a file with lines PARENT CHILD, such as ImageNet's wordnet.is_a.txt.
         classes: File with a line for every class that begins with its label in the tree; None means the classes' names.
@@ -72,6 +81,7 @@ class Transfer:
     members: tuple[str, ...] = ("efficientnet_lite0", "efficientnet_lite1")
     held_out: tuple[str, ...] = ("caffe_squeezenet1_1", "efficientnet_lite2")
     attack: str = "mifgsm:eps=16/255,steps=10"
+    cell: CellSize = 28
     node: str | None = None
     tree: str = "imagenet"
     classes: Path | None = None
@@ -99,6 +109,7 @@ def main(setting: Transfer) -> None:
     whole = sources[LOGITS][0]
     size, count = whole.image_size, whole.num_classes
     judges = {name: ensemble.of([member], image_size=size) for name, member in loaded.items()}
+    members = {name: judges[name] for name in setting.members}
     tried = {name: judges.get(name, source) for name, source in sources.items()}  # all take pictures of one size
     ensemble.of(list(loaded.values()))  # refuses other classes
     consistency.count(10**9, setting.share)  # and a share that is none
@@ -140,7 +151,10 @@ def main(setting: Transfer) -> None:
     images, labels = images[right], labels[right]
     targets = random_targets([ids[i] for i in right], labels, count, setting.seed)
 
-    made = {name: attacked(run, name, tried[name], attack, images, labels, targets, setting) for name in tried}
+    made = {}
+    for name in tried:
+        made[name] = attacked(run, name, tried[name], attack, images, labels, targets, setting)
+        made[name] |= explained(run, name, members, images, labels, targets, made[name], setting)
     lost, reached = {}, {}
     for name, found in made.items():
         for judge, (network, params) in judges.items():
@@ -154,18 +168,25 @@ def main(setting: Transfer) -> None:
         print(f"\n{title}")
         for name, row in table.items():
             print(f"  {name:<22}" + "   ".join(f"{judge}: {value:.2f}" for judge, value in row.items()))
+    seed = setting.seed
+    by_kind = {
+        member: {name: shares_of_kinds(found["kinds"][found["success"], i], seed) for name, found in made.items()}
+        for i, member in enumerate(members)
+    }
+    pair = {name: [cohen(*each[:2]) for each in found["kinds"][found["success"]]] for name, found in made.items()}
+    similar = {name: bootstrap_mean(found["ssim"][found["success"]], seed=seed) for name, found in made.items()}
     levels = None
     if enough(int(np.sum(made[LOSSES]["success"])), setting.share):
         levels = neurons(setting, judges[setting.members[0]], images, labels, made[LOSSES], affinity)
     estimates = {} if levels is None else levels["estimates"]
     for name, value in estimates.items():
         print(f"{name:<58}{value}")
-    draw(run, whole, results, levels, made, images, labels, targets)
+    draw(run, whole, results, by_kind, levels, made, images, labels, targets)
     conclude(
         run,
         "ensemble_attack",
         len(right),
-        answers(setting, lost, reached, estimates),
+        answers(setting, lost, reached, pair, estimates),
         {
             **{
                 title: {n: {j: f"{e:.2f}" for j, e in row.items()} for n, row in found.items()}
@@ -173,6 +194,14 @@ def main(setting: Transfer) -> None:
             },
             "success on the source": {name: f"{share(found['success']):.2f}" for name, found in made.items()},
             "l2": {name: f"{np.mean(found['l2']):.3g}" for name, found in made.items()},
+            "ssim": {name: f"{value:.4f}" for name, value in similar.items()},
+            "kinds": {
+                member: {name: {kind: f"{e:.2f}" for kind, e in row.items()} for name, row in rows.items()}
+                for member, rows in by_kind.items()
+            },
+            f"kappa of the kinds that {' and '.join(setting.members[:2])} see": {
+                name: f"{bootstrap_mean(each, seed=seed, bounds=(-1, 1)):.2f}" for name, each in pair.items()
+            },
             "levels": {name: format(value, ".4f") for name, value in estimates.items()},
             "units": None if levels is None else levels["units"],
         },
@@ -231,6 +260,57 @@ def attacked(
     group.wait()
     parts = [processes.read_part(run, part) for part in names]
     return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
+
+
+def explained(
+    run: Run,
+    name: str,
+    members: dict[str, tuple[Network, Any]],
+    images: np.ndarray,
+    labels: np.ndarray,
+    targets: np.ndarray,
+    found: dict[str, np.ndarray],
+    setting: Transfer,
+) -> dict[str, np.ndarray]:
+    """SSIM [N] of pictures, and the kinds of their cells [N,members,cells] as every member sees them, computed once."""
+    group, chunks = processes.current(), rows(len(images), setting.batch_size)
+    names = [f"{name.replace(' ', '-')}-kinds-{number:06d}" for number in range(len(chunks))]
+    missing = group.told([number for number, part in enumerate(names) if run.read_part(part) is None])
+    for number in group.share(missing):
+        chosen = chunks[number]
+        print(f"cells of {name}: pictures {chosen[0] + 1} to {chosen[-1] + 1}", flush=True)
+        # What fills up the last batch is left as it was, which costs nothing.
+        repeated = np.append(False, chosen[1:] == chosen[:-1])[:, None, None, None]
+        clean, made = jnp.asarray(images[chosen]), jnp.asarray(found["images"][chosen])
+        made = jnp.where(repeated, clean, made)
+        kinds = [
+            effect.pse(network.bind(params), clean, made, labels[chosen], targets[chosen], setting.cell).kind
+            for network, params in members.values()
+        ]
+        flat = np.stack([np.asarray(kind).reshape(len(chosen), -1) for kind in kinds], axis=1)
+        run.write_part(names[number], {"kinds": flat, "ssim": np.asarray(ssim(clean, made))})
+    group.wait()
+    parts = [processes.read_part(run, part) for part in names]
+    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
+
+
+def shares_of_kinds(kinds: np.ndarray, seed: int) -> dict[str, Estimate]:
+    """Of kinds [N,cells] the mean shares of the cells of a picture."""
+    shares = np.asarray(effect.shares(jnp.asarray(kinds)))
+    return {kind: bootstrap_mean(shares[:, i], seed=seed, bounds=(0, 1)) for i, kind in enumerate(KINDS)}
+
+
+def cohen(kinds: np.ndarray, others: np.ndarray) -> float:
+    """Cohen's kappa of the kinds of cells [n] that two networks see in a picture, of cells that neither calls none.
+
+    NaN where chance alone would make them the same everywhere, or no such cell is left.
+    """
+    both = (kinds != effect.Kind.NONE) & (others != effect.Kind.NONE)
+    if not both.any():
+        return float("nan")
+    first, second = (np.array([np.mean(each[both] == kind) for kind in effect.Kind]) for each in (kinds, others))
+    chance = float(first @ second)
+    return float((np.mean(kinds[both] == others[both]) - chance) / (1 - chance)) if chance < 1 else float("nan")
 
 
 def neurons(
@@ -311,6 +391,7 @@ def answers(
     setting: Transfer,
     lost: dict[tuple[str, str], np.ndarray],
     reached: dict[tuple[str, str], np.ndarray],
+    pair: dict[str, list[float]],
     levels: dict[str, Estimate],
 ) -> list[Answer]:
     """The papers' directions, paired by picture."""
@@ -332,6 +413,10 @@ def answers(
         found.append(gain(claim, reached, LOSSES, member, setting.held_out))
     claim = "mean of losses: held-out networks lose the true class more often than with the mean of logits"
     found.append(gain(claim, lost, LOSSES, LOGITS, setting.held_out))
+    for name in (LOSSES, setting.members[0]):
+        estimate = bootstrap_mean(pair[name], seed=setting.seed, bounds=(-1, 1))
+        claim = f"{name}: the first two members see the same kinds in the same cells more often than by chance"
+        found.append(Answer(claim, f"kappa {estimate}, {estimate.count} pictures", verdict(estimate, 0.0)))
     for what, name in (
         ("levels are lower on adversarial than on clean pictures", "fall from clean to adversarial"),
         ("levels are lower on adversarial pictures than with random signs", "fall from random signs to adversarial"),
@@ -348,6 +433,7 @@ def draw(
     run: Run,
     network: Network,
     results: dict[str, dict[str, dict[str, Estimate]]],
+    by_kind: dict[str, dict[str, dict[str, Estimate]]],
     levels: dict[str, Any] | None,
     made: dict[str, dict[str, np.ndarray]],
     images: np.ndarray,
@@ -360,6 +446,8 @@ def draw(
     panels = {"the target is seen": results["target"], "the true class is lost": results["lost"]}
     figure = plots.matrices(panels, row="made on", column="tried on", unit="share of pictures")
     plots.save(figure, run.directory / "transfer.png")
+    panels = {f"cells as {member} sees them": by_source for member, by_source in by_kind.items()}
+    plots.save(plots.bars(panels, ylabel="share of cells"), run.directory / "kinds.png")
     if levels is not None:
         draw_levels(run, levels)
     shown = []

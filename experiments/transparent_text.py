@@ -10,7 +10,8 @@ opacity:
 * one overlay: the share of `draws` random overlays that change the predicted class,
 * noise: the same with random signs of the same L2 norm, in the box; the control,
 * any of them: whether any of the `draws` does, for both,
-* search: `attacks.TransparentText`, which may ask the network `queries` times, with its queries and kinds of cells.
+* search: `attacks.TransparentText`, which may ask the network `queries` times, with its queries and kinds of cells,
+* search of the opacity, too: the share of pictures that as many queries find an overlay for that is no less faint.
 
 A service (`jaxinterp serve --model caffe_squeezenet1_1`, for instance), if one is given, sees one overlay and the noise
 of its size for every picture. A stopped run continues. Writes answers.json, success.png, kinds.png and examples.png.
@@ -73,6 +74,7 @@ class Texts(Asked):
     rate: float | None = None
 
 
+LEAST = ("opacity", "ssim", "psnr")
 NAMES = ("one", "noise", "any", "any noise", "search", "queries", "ssim", "psnr", "service", "service noise")
 
 
@@ -110,6 +112,16 @@ def lost(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.array([np.nan if isinstance(a, float) else float(a != b) for a, b in zip(before, after, strict=True)])
 
 
+def shares_of_kinds(
+    model: Model, clean: jax.Array, found: attacks.AttackResult, labels: np.ndarray, targets: np.ndarray, cell: Any
+) -> np.ndarray:
+    """[B,kinds] shares of the kinds of cells of what succeeded, towards the class that is seen; else NaN."""
+    success = np.asarray(found.success)
+    reached = np.where(success, np.asarray(classify(model, found.images)), targets)
+    e = effect.pse(model, clean, found.images, labels, reached, cell)
+    return np.where(success[:, None], np.asarray(effect.shares(e.kind)), np.nan)
+
+
 def client(setting: Texts) -> contextlib.AbstractContextManager[apis.VisionAPI | None]:
     """The service, if there is one; nobody is asked yet. Raises ValueError as `apis.HTTPVision`."""
     if setting.service is None:
@@ -130,6 +142,8 @@ def analyse(
 ) -> dict[str, np.ndarray]:
     """Of every picture [B,H,W,3] and opacity the numbers `NAMES`, shares of kinds, and an example.
 
+    Of the faintest overlay that a search up to the highest opacity finds, the numbers `LEAST` and shares of kinds.
+
     The service is asked about the pictures that count [B] only, and once about each as it is.
     """
     clean, key = jnp.asarray(images), jax.random.key(setting.seed)
@@ -144,8 +158,6 @@ def analyse(
         by_text, by_noise = fooled(model, drawn, labels), fooled(model, noise, labels)
         result = attacks.run(attack, model, clean, labels, key=key)
         success = np.asarray(result.success)
-        reached = np.where(success, np.asarray(classify(model, result.images)), targets)
-        e = effect.pse(model, clean, result.images, labels, reached, setting.cell)
         seen = [lost(before, first_labels(service, x[:, 0], counts)) for x in (drawn, noise)]
         columns = [
             *(x.mean(1) for x in (by_text, by_noise)),
@@ -156,11 +168,21 @@ def analyse(
             *seen,
         ]
         measured.append(np.column_stack(columns))
-        shares.append(np.where(success[:, None], np.asarray(effect.shares(e.kind)), np.nan))
+        shares.append(shares_of_kinds(model, clean, result, labels, targets, setting.cell))
         shown = np.where(success[:, None, None, None], result.images, drawn[:, 0])
         examples.append(np.round(shown * 255).astype(np.uint8))
     stacked = (np.stack(each, axis=1) for each in (measured, shares, examples))
-    return {**dict(zip(("measured", "shares", "examples"), stacked, strict=True)), "clean": images}
+    attack = dataclasses.replace(text, opacity=opacities[-1], faintest=0.0)
+    state = attacks.advance(attack, model, attacks.start(attack, model, clean, labels, key=key))
+    result = attacks.finish(attack, state)
+    least = np.column_stack([state.opacity, *(f(clean, result.images) for f in (ssim, psnr))])
+    return {
+        **dict(zip(("measured", "shares", "examples"), stacked, strict=True)),
+        "least": np.where(np.asarray(result.success)[:, None], least, np.nan),
+        "least shares": shares_of_kinds(model, clean, result, labels, targets, setting.cell),
+        "least examples": np.round(np.asarray(result.images) * 255).astype(np.uint8),
+        "clean": images,
+    }
 
 
 def main(setting: Texts) -> None:
@@ -190,6 +212,8 @@ def main(setting: Texts) -> None:
     parts = [arrays for _, _, arrays in stored_parts(run, (text.name,), seen, setting.batch_size)]
     measured = np.concatenate([part["measured"] for part in parts])  # [pictures, opacities, names]
     shares = np.concatenate([part["shares"] for part in parts])  # [pictures, opacities, kinds]
+    least = np.concatenate([part["least"] for part in parts])  # [pictures, LEAST]
+    least_shares = np.concatenate([part["least shares"] for part in parts])  # [pictures, kinds]
     of = {name: measured[..., i] for i, name in enumerate(NAMES)}
     shown = tuple(range(len(opacities)))
 
@@ -205,6 +229,7 @@ def main(setting: Texts) -> None:
         f"any of {setting.draws} overlays": [share(of["any"][:, i]) for i in shown],
         f"any of {setting.draws} noises": [share(of["any noise"][:, i]) for i in shown],
         f"search, {setting.queries} queries": [share(of["search"][:, i]) for i in shown],
+        "search of the opacity, too": [share(least[:, 0] <= opacity) for opacity in opacities],
     }
     if setting.service is not None:
         found["service, one overlay"] = [share(of["service"][:, i]) for i in shown]
@@ -233,20 +258,22 @@ def main(setting: Texts) -> None:
     directory = run.directory
     plots.save(plots.curves(panels, opacities, xlabel="opacity", log=True), directory / "success.png")
     by_kind = {kind: [mean(shares[:, i, j]) for i in shown] for j, kind in enumerate(KINDS)}
+    faintest = dict(zip(KINDS, map(mean, least_shares.T), strict=True))
     successes = {f"opacity {o:g}": {k: by_kind[k][i] for k in KINDS} for i, o in enumerate(opacities)}
+    successes["the faintest found"] = faintest
     plots.save(
         plots.bars({"kinds of cells of the overlays that the search found": successes}, ylabel="share of cells"),
         directory / "kinds.png",
     )
     rows = []
-    for clean, examples, numbers in zip(
-        *(parts[0][name][:SHOWN] for name in ("clean", "examples", "measured")), strict=True
-    ):
+    names = ("clean", "examples", "measured", "least examples", "least")
+    for clean, examples, numbers, faint, (lowest, *_) in zip(*(parts[0][name][:SHOWN] for name in names), strict=True):
         lost_at = numbers[:, NAMES.index("search")]
         captions = (
             f"opacity {o:g}, {'lost' if lost else 'not lost'}" for o, lost in zip(opacities, lost_at, strict=True)
         )
-        rows.append([("original", clean), *zip(captions, examples / 255, strict=True)])
+        caption = f"faintest, {lowest:.2g}" if np.isfinite(lowest) else "none found"
+        rows.append([("original", clean), *zip(captions, examples / 255, strict=True), (caption, faint / 255)])
     plots.save(plots.gallery(rows), directory / "examples.png")
     conclude(
         run,
@@ -254,11 +281,18 @@ def main(setting: Texts) -> None:
         len(seen.correct),
         answers,
         {
-            f"{opacity:g}": {
-                **{name: format(each[i]) for name, each in {**found, **likeness}.items()},
-                **{kind: format(by_kind[kind][i]) for kind in KINDS},
-            }
-            for i, opacity in enumerate(opacities)
+            **{
+                f"{opacity:g}": {
+                    **{name: format(each[i]) for name, each in {**found, **likeness}.items()},
+                    **{kind: format(by_kind[kind][i]) for kind in KINDS},
+                }
+                for i, opacity in enumerate(opacities)
+            },
+            "the faintest that is found": {
+                "pictures": int(np.isfinite(least[:, 0]).sum()),
+                **{name: format(mean(values)) for name, values in zip(LEAST, least.T, strict=True)},
+                **{kind: format(value) for kind, value in faintest.items()},
+            },
         },
     )
 

@@ -6,6 +6,10 @@ a is the opacity, m the coverage by letters. The paper asks no query. Here theta
 them, from logits alone: half of the overlays are drawn at random, half are the best one so far with one thing changed.
 Overlays come in populations, each proposed from what the ones before have shown, and a population is evaluated as one
 batch. What is counted are the queries of the same search done one by one: those up to the first success.
+
+a is given. Where a lowest one is given, too, it is searched for as well: after a success the queries that are left go
+to fainter overlays, half of them random as before, half the faintest one so far with its opacity lowered and, every
+other time, with one thing changed. The faintest success is returned, for which all queries are paid.
 """
 
 from __future__ import annotations
@@ -47,13 +51,27 @@ class Overlay:
 
 @pytree
 class TransparentTextState:
-    """The best overlay so far of every example, the margin of logits that it leaves, and the queries made."""
+    """What the search of every example has found.
+
+    Attributes:
+        examples: the problem.
+        record: the adversarial image, and what it has cost.
+        best: the overlay that is changed: of the lowest loss, after a success the faintest that succeeded.
+        loss: the margin of logits that it leaves.
+        opacity: what the next overlays may have at most: that of the faintest success, or the attack's.
+        faintest: what they may have at least.
+        kappa: confidence.
+        keys: data of the examples' keys.
+        count: queries made.
+        done: examples that no further step changes.
+    """
 
     examples: Examples
     record: Record
     best: Overlay
     loss: Float[Array, " b"]
     opacity: Float[Array, " b"]
+    faintest: Float[Array, " b"]
     kappa: Float[Array, " b"]
     keys: UInt[Array, "b n"]
     count: Int[Array, " b"]
@@ -64,7 +82,8 @@ class TransparentTextState:
 class TransparentText:
     """A text of low opacity, once or on a grid, found by random search; forward passes only.
 
-    An example ends at its first success. The input itself is judged first, which costs one query.
+    An example ends at its first success, or with its queries where `faintest` is given. The input itself is judged
+    first, which costs one query.
 
     `jaxinterp.typesetting.written` gives it what it places; `text`, `smallest`, `largest`, `sizes` and `angles` say
     what that is.
@@ -72,6 +91,8 @@ class TransparentText:
     Attributes:
         bank: every text in every size and at every angle, for the images' size.
         opacity: of the letters, from 0 to 1; one number, or one for every example.
+        faintest: the lowest opacity that a success is followed by a search for, one number or one for every example
+            (above `opacity` it means that); None ends the search at the first success.
         kappa: confidence, the margin of logits that counts as success.
         text: what may be written, phrases separated by |.
         layout: "single", "grid", or "any" of them.
@@ -91,11 +112,12 @@ class TransparentText:
         "layout": ("any", "single", "grid"),
         "colour": ("any", "grey", "hues", "black", "white"),
     }
-    ranges: ClassVar[dict[str, str]] = {"opacity": "from 0 to 1"}
+    ranges: ClassVar[dict[str, str]] = {"opacity": "from 0 to 1", "faintest": "from 0 to 1"}
     shared: ClassVar[tuple[str, ...]] = ("bank",)
 
     bank: lettering.Bank | None = None
     opacity: Real = 0.2
+    faintest: Real | None = None
     kappa: Real = 0.0
     text: str = static(default="sample|copyright|confidential")
     layout: Literal["any", "single", "grid"] = static(default="any")
@@ -144,12 +166,15 @@ class TransparentText:
         self._texts(images.shape[1:])
         self.palette(images.shape[3])
         zeros = jnp.zeros(batch, jnp.int32)
+        opacity = per_example(self.opacity, images)
+        faintest = opacity if self.faintest is None else jnp.minimum(per_example(self.faintest, images), opacity)
         return TransparentTextState(
             examples=Examples(images, labels, targets, support),
             record=Record.start(images),
             best=Overlay(zeros, zeros.astype(bool), jnp.zeros((batch, 2), jnp.int32), zeros),
             loss=per_example(jnp.inf, images),
-            opacity=per_example(self.opacity, images),
+            opacity=opacity,
+            faintest=faintest,
             kappa=per_example(self.kappa, images),
             keys=jax.random.key_data(keys),
             count=zeros,
@@ -161,8 +186,8 @@ class TransparentText:
         """One population of queries, of which the first is the input itself."""
         examples, active = state.examples, ~state.done
         numbers = state.count[:, None] + jnp.arange(self.population, dtype=jnp.int32)  # [B,P], from 0: the input
-        overlays = self._proposed(state, numbers)
-        images = self._overlaid(examples, overlays, jnp.where(numbers > 0, state.opacity[:, None], 0))
+        overlays, opacity = self._proposed(state, numbers)
+        images = self._overlaid(examples, overlays, jnp.where(numbers > 0, opacity, 0))
         logits = model(images.reshape(-1, *images.shape[2:]))
         logits = logits.reshape(*numbers.shape, logits.shape[-1])
 
@@ -174,30 +199,38 @@ class TransparentText:
         asked = active[:, None] & (numbers <= self.queries)
         success = success & asked
         found, first = jnp.any(success, axis=1), jnp.argmax(success, axis=1).astype(jnp.int32)
-        paid = jnp.where(found, first + 1, jnp.sum(asked, axis=1, dtype=jnp.int32))
+        unchanged = success[:, 0] & (numbers[:, 0] == 0)
+        if self.faintest is None:
+            ended, taken = found, first
+        else:  # the input as it is needs no overlay; of others the faintest
+            ended = unchanged
+            taken = jnp.where(unchanged, 0, jnp.argmin(jnp.where(success, opacity, jnp.inf), axis=1).astype(jnp.int32))
+        better = found & (unchanged | ~state.record.success | (_at(opacity, taken) < state.opacity))
+        paid = jnp.where(ended, first + 1, jnp.sum(asked, axis=1, dtype=jnp.int32))
         record = state.record.update(
-            images=_at(images, first),
+            images=_at(images, taken),
             found=found,
-            better=found,
+            better=better,
             iteration=state.count + first,
             forward=paid,
             backward=jnp.zeros_like(found),
         )
         loss = jnp.where(asked & (numbers > 0) & ~jnp.isnan(loss), loss, jnp.inf)
-        lowest = jnp.argmin(loss, axis=1)
-        better = _at(loss, lowest) < state.loss
+        lowest = jnp.where(better, taken, jnp.argmin(loss, axis=1))
+        kept = better | (~record.success & (_at(loss, lowest) < state.loss))
         return dataclasses.replace(
             state,
             record=record,
-            best=select(better, jax.tree.map(lambda part: _at(part, lowest), overlays), state.best),
-            loss=jnp.where(better, _at(loss, lowest), state.loss),
+            best=select(kept, jax.tree.map(lambda part: _at(part, lowest), overlays), state.best),
+            loss=jnp.where(kept, _at(loss, lowest), state.loss),
+            opacity=jnp.where(better & ~unchanged, _at(opacity, taken), state.opacity),
             count=state.count + paid,
-            done=state.done | found | (state.count + paid > self.queries),
+            done=state.done | ended | (state.count + paid > self.queries),
         )
 
     @canonical
     def result(self, state: TransparentTextState) -> AttackResult:
-        """The first overlay that succeeded."""
+        """The first overlay that succeeded, or the faintest that did."""
         return state.record.result(state.examples.images)
 
     def drawn(
@@ -220,14 +253,20 @@ class TransparentText:
         opacity = jnp.broadcast_to(per_example(self.opacity, images)[:, None], numbers.shape)
         return self._overlaid(Examples(images, labels, None, support), overlays, opacity)
 
-    def _proposed(self, state: TransparentTextState, numbers: Int[Array, "b p"]) -> Overlay:
-        """Random overlays, and the best one so far with its place, its text, or its colour and layout changed."""
+    def _proposed(self, state: TransparentTextState, numbers: Int[Array, "b p"]) -> tuple[Overlay, Float[Array, "b p"]]:
+        """Random overlays, and the best one so far with its place, its text, or its colour and layout changed.
+
+        After a success their opacities are below its own, mostly by little, and every other one of the best overlays
+        is changed in nothing else.
+        """
         shape = state.examples.images.shape[1:]
         u = _uniform(jax.random.wrap_key_data(state.keys), numbers)
         fresh = self._random(u, shape)
         best = jax.tree.map(lambda part: part[:, None], state.best)
-        moves, writes = u[..., 5] < 1 / 3, (u[..., 5] >= 1 / 3) & (u[..., 5] < 2 / 3)
-        paints = ~moves & ~writes
+        found = state.record.success[:, None]
+        change = jnp.where(found, 2 * u[..., 5] - 1, u[..., 5])  # below 0: none
+        moves, writes = (change >= 0) & (change < 1 / 3), (change >= 1 / 3) & (change < 2 / 3)
+        paints = change >= 2 / 3
         reach = jnp.asarray([max(1, side // _REACH) for side in shape[:2]], jnp.int32)
         step = jnp.floor(u[..., 2:4] * (2 * reach + 1)).astype(jnp.int32) - reach
         entry = jnp.where(writes, fresh.entry, best.entry)
@@ -237,7 +276,9 @@ class TransparentText:
         offset = jnp.where(tiled[..., None], offset % span, jnp.clip(offset, 0, span - 1))
         changed = Overlay(entry, tiled, offset, jnp.where(paints, fresh.colour, best.colour))
         keeps = (u[..., 6] < 0.5) & jnp.isfinite(state.loss)[:, None]
-        return _select(keeps, changed, fresh)
+        highest = state.opacity[:, None]
+        fainter = highest - (highest - state.faintest[:, None]) * u[..., 7] ** 2
+        return _select(keeps, changed, fresh), jnp.where(found, fainter, highest)
 
     def _random(self, u: Float[Array, "*b n"], shape: tuple[int, ...]) -> Overlay:
         """An overlay from numbers uniform in [0, 1)."""

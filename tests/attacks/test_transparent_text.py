@@ -193,6 +193,42 @@ def test_colours_layouts_and_opacity_mean_what_they_say(images):
     assert (delta <= 0.5 * (1 - images) + 1e-6).all()
 
 
+def test_the_opacity_is_searched_too():
+    """The faintest success of all that were shown, near the least opacity that can succeed, for all queries."""
+    images, labels = np.full((4, 24, 32, 3), 0.2, np.float32), np.array([0, 0, 0, 1], np.int32)
+    attack = written(
+        TransparentText(
+            opacity=jnp.asarray([0.9, 0.5, 0.001, 0.9]),
+            faintest=0.01,
+            text="go|no",
+            layout="single",
+            colour="white",
+            queries=399,
+            population=20,
+        ),
+        24,
+        32,
+    )
+    model = Partial(brightness, jnp.ones((24, 32, 3)), jnp.float32(0.205))
+    result, shown = shown_to(model, attack, images, labels)
+    np.testing.assert_array_equal(result.success, [True, True, False, True])
+    np.testing.assert_array_equal(result.forward, [400, 400, 400, 1])
+    np.testing.assert_array_equal(result.images[2:], images[2:])
+    assert attack.bank is not None
+    coverage = np.asarray(attack.bank.tiles).mean((1, 2)).max() / 255
+    least = 0.005 / (coverage * 0.8)
+    for i in range(2):
+        opacity = (shown[i, :400] - images[i]).max((1, 2, 3)) / 0.8
+        adversarial = np.asarray(model(jnp.asarray(shown[i, :400]))).argmax(-1) == 1
+        found = (np.asarray(result.images[i]) - images[i]).max() / 0.8
+        assert found == pytest.approx(opacity[adversarial].min())
+        assert least * 0.999 <= found <= least * 1.05
+    # As long as nothing is found, it is the search for any success.
+    first = int(np.asarray(result.iterations)[1])
+    only = TransparentText(**{**vars(attack), "faintest": None})
+    np.testing.assert_array_equal(shown_to(model, only, images, labels)[1][1, : first + 1], shown[1, : first + 1])
+
+
 def test_support_and_targets(images):
     labels = np.zeros(2, np.int32)
     support = np.zeros((1, 24, 32, 1), bool)

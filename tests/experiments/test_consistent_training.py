@@ -85,16 +85,31 @@ def test_answers_follow_from_the_classes(ensembles):
         "fall from clean to adversarial": Estimate(0.1, 0.05, 0.2, 20),
         "fall from random signs to adversarial": Estimate(-0.1, -0.2, 0.05, 20),
     }
-    verdicts = [answer.verdict for answer in ensembles.answers(setting, lost, reached, levels)]
+    pair = {"mean of losses": list(np.linspace(0.1, 0.3, 20)), "a": list(np.linspace(-0.3, 0.3, 20))}
+    verdicts = [answer.verdict for answer in ensembles.answers(setting, lost, reached, pair, levels)]
     assert verdicts == [
         *(CONFIRMED, CONFIRMED, UNDECIDED, CONFIRMED, UNDECIDED),
-        *(CONFIRMED, CONFIRMED, UNDECIDED),
+        *(CONFIRMED, CONFIRMED, UNDECIDED, CONFIRMED, UNDECIDED),
     ]
     # With too few successes there are no levels.
-    without = ensembles.answers(setting, lost, reached, {})
-    assert [answer.verdict for answer in without[:6]] == verdicts[:6]
-    assert [answer.verdict for answer in without[6:]] == [UNDECIDED] * 2
+    without = ensembles.answers(setting, lost, reached, pair, {})
+    assert [answer.verdict for answer in without[:8]] == verdicts[:8]
+    assert [answer.verdict for answer in without[8:]] == [UNDECIDED] * 2
     assert [ensembles.enough(n, 0.2) for n in (0, 1, 2, 3)] == [False, False, False, True]
+
+
+def test_kinds_that_two_members_see_agree_as_kappa_says(ensembles):
+    a, b = np.array([1, 1, 2, 2, 3, 3, 0]), np.array([1, 1, 2, 3, 3, 3, 1])
+    # Of six cells five agree; by chance 2/6 2/6 + 2/6 1/6 + 2/6 3/6 = 1/3.
+    assert ensembles.cohen(a, b) == pytest.approx((5 / 6 - 1 / 3) / (2 / 3))
+    assert ensembles.cohen(a, a) == 1
+    assert ensembles.cohen(np.array([1, 2]), np.array([2, 1])) == -1
+    assert np.isnan(ensembles.cohen(np.ones(3), np.ones(3)))
+    assert np.isnan(ensembles.cohen(np.zeros(3), np.ones(3)))
+    found = ensembles.shares_of_kinds(np.array([[1, 1, 2, 0], [3, 2, 2, 1]]), 0)
+    assert [found[kind].mean for kind in ("suppression", "balanced", "promotion")] == pytest.approx(
+        [(2 / 3 + 1 / 4) / 2, (1 / 3 + 1 / 2) / 2, 1 / 8]
+    )
 
 
 def test_bad_input_is_named(training, ensembles, tmp_path):
@@ -166,16 +181,22 @@ def test_three_networks_that_are_nearly_the_same_deceive_one_another(ensembles, 
         limit=8,
         share=0.5,
         batch_size=3,
+        cell=8,
         out=tmp_path / "run",
     )
     ensembles.main(setting)
-    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("attacking ")]
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("attacking ", "cells of "))]
     found = json.loads((setting.out / "answers.json").read_text())
     assert found["pictures"] >= 4
     rates = {name: float(row["three"].split()[0]) for name, row in found["results"]["target"].items()}
     assert rates.keys() == {"one", "two", ensembles.LOGITS, ensembles.LOSSES}
     assert min(rates.values()) > 0.5
-    for name in ("transfer.png", "pictures.png"):
+    [kappa] = (row for title, row in found["results"].items() if title.startswith("kappa"))
+    assert min(float(value.split()[0]) for value in kappa.values()) > 0.7  # they see nearly the same
+    one, two = (found["results"]["kinds"][member] for member in ("one", "two"))
+    assert one.keys() == two.keys() == rates.keys()
+    assert all(0 < float(value.split()[0]) < 1 for value in found["results"]["ssim"].values())
+    for name in ("transfer.png", "kinds.png", "pictures.png"):
         assert (setting.out / name).read_bytes().startswith(b"\x89PNG")
     stored = {path: path.stat().st_mtime_ns for path in (setting.out / "parts").iterdir()}
     ensembles.main(setting)

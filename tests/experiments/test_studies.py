@@ -158,6 +158,9 @@ def test_transparent_text(tmp_path, monkeypatch):
     network, params = jaxinterp.load("cifar10_cnn")
     model, key = network.bind(params), jax.random.key(0)
     [part] = (tmp_path / "text" / "parts").glob("transparent-text-*.npz")
+    least = np.load(part)["least"]
+    assert record["results"]["the faintest that is found"]["pictures"] == np.isfinite(least[:, 0]).sum()
+    assert not (least[:, 0] > 0.9).any()
     clean = jnp.asarray(np.load(part)["clean"])
     attack = typesetting.written(attacks.TransparentText(opacity=0.9, text="go", queries=15), 32, 32)
     drawn = text._draw(attack, clean, example_keys(key, clean), 3)
