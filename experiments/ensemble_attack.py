@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,7 +155,7 @@ def main(setting: Transfer) -> None:
     made = {}
     for name in tried:
         made[name] = attacked(run, name, tried[name], attack, images, labels, targets, setting)
-        made[name] |= explained(run, name, members, images, labels, targets, made[name], setting)
+        made[name] |= explained(run, name, members, images, labels, targets, made[name]["images"], setting)
     lost, reached = {}, {}
     for name, found in made.items():
         for judge, (network, params) in judges.items():
@@ -174,6 +175,10 @@ def main(setting: Transfer) -> None:
         for i, member in enumerate(members)
     }
     pair = {name: [cohen(*each[:2]) for each in found["kinds"][found["success"]]] for name, found in made.items()}
+    promoting = {  # of pictures made on a member, the share of its cells that promote there less that on another one
+        own: promotion(made[own]["kinds"][:, i]) - promotion(made[own]["kinds"][:, 1 - i])
+        for i, own in enumerate(setting.members[:2])
+    }
     similar = {name: bootstrap_mean(found["ssim"][found["success"]], seed=seed) for name, found in made.items()}
     levels = None
     if enough(int(np.sum(made[LOSSES]["success"])), setting.share):
@@ -186,7 +191,7 @@ def main(setting: Transfer) -> None:
         run,
         "ensemble_attack",
         len(right),
-        answers(setting, lost, reached, pair, estimates),
+        answers(setting, lost, reached, pair, promoting, estimates),
         {
             **{
                 title: {n: {j: f"{e:.2f}" for j, e in row.items()} for n, row in found.items()}
@@ -227,6 +232,31 @@ def rows(count: int, size: int) -> list[np.ndarray]:
     return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
 
 
+def by_chunk(
+    run: Run, name: str, count: int, size: int, compute: Callable[[np.ndarray, str], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays of `count` pictures, computed once, chunk by chunk, by all processes.
+
+    Args:
+        run: where every chunk is stored.
+        name: of what is computed, for its parts.
+        count: number of pictures.
+        size: of a chunk.
+        compute: numbers of pictures (those of the last chunk are filled up) and a part's name -> its arrays.
+    """
+    group, chunks = processes.current(), rows(count, size)
+    names = [f"{name.replace(' ', '-')}-{number:06d}" for number in range(len(chunks))]
+    missing = group.told([number for number, part in enumerate(names) if run.read_part(part) is None])
+    for number in group.share(missing):
+        chosen, part = chunks[number], names[number]
+        print(f"{name}: pictures {chosen[0] + 1} to {chosen[-1] + 1}", flush=True)
+        run.write_part(part, compute(chosen, part))
+        run.remove_state(part)
+    group.wait()
+    parts = [processes.read_part(run, part) for part in names]
+    return {key: np.concatenate([part[key] for part in parts])[:count] for key in parts[0]}
+
+
 def attacked(
     run: Run,
     name: str,
@@ -237,14 +267,10 @@ def attacked(
     targets: np.ndarray,
     setting: Transfer,
 ) -> dict[str, np.ndarray]:
-    """The targeted attack on one network or ensemble: images, success and L2 norm of every picture, computed once."""
+    """The targeted attack on one network or ensemble: images, success and norms of every picture."""
     network, params = source
-    group, chunks = processes.current(), rows(len(images), setting.batch_size)
-    names = [f"{name.replace(' ', '-')}-{number:06d}" for number in range(len(chunks))]
-    missing = group.told([number for number, part in enumerate(names) if run.read_part(part) is None])
-    for number in group.share(missing):
-        chosen, part = chunks[number], names[number]
-        print(f"attacking {name}: pictures {chosen[0] + 1} to {chosen[-1] + 1}", flush=True)
+
+    def compute(chosen: np.ndarray, part: str) -> dict[str, np.ndarray]:
         found = run_to_end(
             attack,
             network.bind(params),
@@ -255,11 +281,9 @@ def attacked(
             run=run,
             part=part,
         )
-        run.write_part(part, {key: np.asarray(getattr(found, key)) for key in ("images", "success", "l2", "linf")})
-        run.remove_state(part)
-    group.wait()
-    parts = [processes.read_part(run, part) for part in names]
-    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
+        return {key: np.asarray(getattr(found, key)) for key in ("images", "success", "l2", "linf")}
+
+    return by_chunk(run, f"attack on {name}", len(images), setting.batch_size, compute)
 
 
 def explained(
@@ -269,35 +293,35 @@ def explained(
     images: np.ndarray,
     labels: np.ndarray,
     targets: np.ndarray,
-    found: dict[str, np.ndarray],
+    changed: np.ndarray,
     setting: Transfer,
 ) -> dict[str, np.ndarray]:
-    """SSIM [N] of pictures, and the kinds of their cells [N,members,cells] as every member sees them, computed once."""
-    group, chunks = processes.current(), rows(len(images), setting.batch_size)
-    names = [f"{name.replace(' ', '-')}-kinds-{number:06d}" for number in range(len(chunks))]
-    missing = group.told([number for number, part in enumerate(names) if run.read_part(part) is None])
-    for number in group.share(missing):
-        chosen = chunks[number]
-        print(f"cells of {name}: pictures {chosen[0] + 1} to {chosen[-1] + 1}", flush=True)
-        # What fills up the last batch is left as it was, which costs nothing.
+    """SSIM [N] of changed pictures, and the kinds of their cells [N,members,cells] as every member sees them."""
+
+    def compute(chosen: np.ndarray, _part: str) -> dict[str, np.ndarray]:
+        # What fills up the last chunk is left as it was, which costs nothing.
         repeated = np.append(False, chosen[1:] == chosen[:-1])[:, None, None, None]
-        clean, made = jnp.asarray(images[chosen]), jnp.asarray(found["images"][chosen])
-        made = jnp.where(repeated, clean, made)
+        clean = jnp.asarray(images[chosen])
+        made = jnp.where(repeated, clean, changed[chosen])
         kinds = [
             effect.pse(network.bind(params), clean, made, labels[chosen], targets[chosen], setting.cell).kind
             for network, params in members.values()
         ]
         flat = np.stack([np.asarray(kind).reshape(len(chosen), -1) for kind in kinds], axis=1)
-        run.write_part(names[number], {"kinds": flat, "ssim": np.asarray(ssim(clean, made))})
-    group.wait()
-    parts = [processes.read_part(run, part) for part in names]
-    return {key: np.concatenate([part[key] for part in parts])[: len(images)] for key in parts[0]}
+        return {"kinds": flat, "ssim": np.asarray(ssim(clean, made))}
+
+    return by_chunk(run, f"cells of {name}", len(images), setting.batch_size, compute)
 
 
 def shares_of_kinds(kinds: np.ndarray, seed: int) -> dict[str, Estimate]:
     """Of kinds [N,cells] the mean shares of the cells of a picture."""
     shares = np.asarray(effect.shares(jnp.asarray(kinds)))
     return {kind: bootstrap_mean(shares[:, i], seed=seed, bounds=(0, 1)) for i, kind in enumerate(KINDS)}
+
+
+def promotion(kinds: np.ndarray) -> np.ndarray:
+    """Of kinds [N,cells] the shares [N] of promotion-dominated cells."""
+    return np.asarray(effect.shares(jnp.asarray(kinds)))[:, KINDS.index("promotion")]
 
 
 def cohen(kinds: np.ndarray, others: np.ndarray) -> float:
@@ -392,6 +416,7 @@ def answers(
     lost: dict[tuple[str, str], np.ndarray],
     reached: dict[tuple[str, str], np.ndarray],
     pair: dict[str, list[float]],
+    promoting: dict[str, np.ndarray],
     levels: dict[str, Estimate],
 ) -> list[Answer]:
     """The papers' directions, paired by picture."""
@@ -417,6 +442,10 @@ def answers(
         estimate = bootstrap_mean(pair[name], seed=setting.seed, bounds=(-1, 1))
         claim = f"{name}: the first two members see the same kinds in the same cells more often than by chance"
         found.append(Answer(claim, f"kappa {estimate}, {estimate.count} pictures", verdict(estimate, 0.0)))
+    for (name, more), other in zip(promoting.items(), reversed(promoting), strict=True):
+        estimate = bootstrap_mean(more, seed=setting.seed, bounds=(-1, 1))
+        claim = f"{name} alone: it sees more promotion-dominated cells in its pictures than {other} does"
+        found.append(Answer(claim, f"by {estimate}, {estimate.count} pictures", verdict(estimate, 0.0)))
     for what, name in (
         ("levels are lower on adversarial than on clean pictures", "fall from clean to adversarial"),
         ("levels are lower on adversarial pictures than with random signs", "fall from random signs to adversarial"),

@@ -223,17 +223,23 @@ def main(setting: Texts) -> None:
     def share(values):
         return proportion(int(values.sum()), len(values))
 
-    found = {
+    unasked = {
         "one overlay": [mean(of["one"][:, i], 0, 1) for i in shown],
         "noise of its size": [mean(of["noise"][:, i], 0, 1) for i in shown],
         f"any of {setting.draws} overlays": [share(of["any"][:, i]) for i in shown],
         f"any of {setting.draws} noises": [share(of["any noise"][:, i]) for i in shown],
+    }
+    searched = {
         f"search, {setting.queries} queries": [share(of["search"][:, i]) for i in shown],
         "search of the opacity, too": [share(least[:, 0] <= opacity) for opacity in opacities],
     }
+    served = {}
     if setting.service is not None:
-        found["service, one overlay"] = [share(of["service"][:, i]) for i in shown]
-        found["service, noise"] = [share(of["service noise"][:, i]) for i in shown]
+        served = {
+            "one overlay": [share(of["service"][:, i]) for i in shown],
+            "noise of its size": [share(of["service noise"][:, i]) for i in shown],
+        }
+    found = {**unasked, **searched, **{f"service, {name}": each for name, each in served.items()}}
     answers = []
     for i, opacity in enumerate(opacities):
         for name, level in PUBLISHED.items():
@@ -251,7 +257,9 @@ def main(setting: Texts) -> None:
     answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
     likeness = {name: [mean(of[name][:, i]) for i in shown] for name in ("ssim", "psnr", "queries")}
     panels = {
-        "pictures lost": found,
+        "pictures lost, without a query": unasked,
+        "pictures lost, with queries": searched,
+        **({"pictures lost on the service": served} if served else {}),
         "SSIM of one overlay": {"one overlay": likeness["ssim"]},
         "PSNR of one overlay, dB": {"one overlay": likeness["psnr"]},
     }

@@ -86,15 +86,19 @@ def test_answers_follow_from_the_classes(ensembles):
         "fall from random signs to adversarial": Estimate(-0.1, -0.2, 0.05, 20),
     }
     pair = {"mean of losses": list(np.linspace(0.1, 0.3, 20)), "a": list(np.linspace(-0.3, 0.3, 20))}
-    verdicts = [answer.verdict for answer in ensembles.answers(setting, lost, reached, pair, levels)]
+    promoting = {"a": np.linspace(0.2, 0.4, 20), "b": np.linspace(-0.4, -0.2, 20)}
+    found = ensembles.answers(setting, lost, reached, pair, promoting, levels)
+    verdicts = [answer.verdict for answer in found]
+    assert found[8].claim == "a alone: it sees more promotion-dominated cells in its pictures than b does"
     assert verdicts == [
         *(CONFIRMED, CONFIRMED, UNDECIDED, CONFIRMED, UNDECIDED),
-        *(CONFIRMED, CONFIRMED, UNDECIDED, CONFIRMED, UNDECIDED),
+        *(CONFIRMED, CONFIRMED, UNDECIDED),
+        *(CONFIRMED, NOT_CONFIRMED, CONFIRMED, UNDECIDED),
     ]
     # With too few successes there are no levels.
-    without = ensembles.answers(setting, lost, reached, pair, {})
-    assert [answer.verdict for answer in without[:8]] == verdicts[:8]
-    assert [answer.verdict for answer in without[8:]] == [UNDECIDED] * 2
+    without = ensembles.answers(setting, lost, reached, pair, promoting, {})
+    assert [answer.verdict for answer in without[:10]] == verdicts[:10]
+    assert [answer.verdict for answer in without[10:]] == [UNDECIDED] * 2
     assert [ensembles.enough(n, 0.2) for n in (0, 1, 2, 3)] == [False, False, False, True]
 
 
@@ -185,7 +189,7 @@ def test_three_networks_that_are_nearly_the_same_deceive_one_another(ensembles, 
         out=tmp_path / "run",
     )
     ensembles.main(setting)
-    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("attacking ", "cells of "))]
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("attack on ", "cells of "))]
     found = json.loads((setting.out / "answers.json").read_text())
     assert found["pictures"] >= 4
     rates = {name: float(row["three"].split()[0]) for name, row in found["results"]["target"].items()}
