@@ -94,13 +94,22 @@ def _evaluate(
     def read(atom):
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
+    spread = set()  # numbers that stand in several places each
+
     def is_product(atom):
         return isinstance(atom, jex.Var) and atom in unrounded
+
+    def is_spread(atom, eqn):
+        if isinstance(atom, jex.Literal):
+            return not _is_exact(atom)
+        return atom in spread or atom.aval.size < eqn.outvars[0].aval.size
 
     for eqn in _needed(jaxpr):
         inputs, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
         flags = list(map(is_product, eqn.invars))
         if name in _SUMS:
+            inputs = [rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
+        elif name in _FACTORS and any(flags) and any(is_spread(atom, eqn) for atom in eqn.invars):
             inputs = [rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
         rule = _RULES.get(name)
         if name in _CALLS:
@@ -115,26 +124,36 @@ def _evaluate(
             outputs = [outputs]
         if _rounds(eqn) or (name in _MOVES and flags[0]):
             unrounded.update(eqn.outvars)
+        if name == "broadcast_in_dim" and is_spread(eqn.invars[0], eqn):
+            spread.update(eqn.outvars)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars], list(map(is_product, jaxpr.outvars))
 
 
 # A product that is added to something may be rounded on its own, or only with the sum: the compiler decides that by
 # what it fuses, and so by the size of the batch. An operation in between that it cannot see through leaves no choice;
-# the one in `rounded` is a single instruction.
+# the one in `rounded` is a single instruction. A quotient is one with the reciprocal, if the divisor has fewer
+# components. And a product that is multiplied with a smaller array, such as the norm of every example, may become one
+# with the product of both factors.
 _SUMS = ("add", "sub", "add_any", "reduce_sum")
+_FACTORS = ("mul", "div")
 _MOVES = ("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "transpose", "rev", "copy")
 _CALLS = ("jit", "pjit")
 
 
 def _rounds(eqn: Any) -> bool:
-    """Whether it is a product of floats that needs rounding; one with a power of two does not."""
-    if eqn.primitive.name not in ("mul", "square", "integer_pow"):
+    """Whether it is a product or a quotient of floats that needs rounding; one with a power of two does not."""
+    name = eqn.primitive.name
+    if name not in ("mul", "div", "square", "integer_pow"):
         return False
-    literals = [atom.val for atom in eqn.invars if isinstance(atom, jex.Literal)]
-    exact = any(jnp.ndim(v) == 0 and abs(math.frexp(float(v))[0]) in (0, 0.5) for v in literals)
+    exact = any(isinstance(atom, jex.Literal) and _is_exact(atom) for atom in eqn.invars[name == "div" :])
     dtype = eqn.outvars[0].aval.dtype
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1 and not exact
+
+
+def _is_exact(literal: Any) -> bool:
+    """Whether a product with this number needs no rounding."""
+    return jnp.ndim(literal.val) == 0 and abs(math.frexp(float(literal.val))[0]) in (0, 0.5)
 
 
 @jax.custom_jvp
@@ -357,8 +376,13 @@ def _sum(eqn, x):
 
 
 def _extreme(eqn, x):
-    """A largest or smallest value, exact in any order: only what surrounds it must not be taken into it."""
-    return eqn.primitive.bind(lax.optimization_barrier(x), **eqn.params)
+    """A largest or smallest value, exact in any order: only what surrounds it must not be taken into it.
+
+    A barrier for the optimizer is gone when that is decided; an operation that the other library does not know is not.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
+        return eqn.primitive.bind(x, **eqn.params)
+    return rounded(eqn.primitive.bind(rounded(x), **eqn.params))
 
 
 def _pad_side(x, axes):
