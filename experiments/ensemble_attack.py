@@ -97,8 +97,8 @@ class Transfer:
 
 def main(setting: Transfer) -> None:
     """Attacks, tries, looks at neurons, answers."""
-    if len(setting.members) < 2 or set(setting.members) & set(setting.held_out):
-        raise ValueError("--members: expected at least two networks, none of which is held out")
+    if len(set(setting.members)) < max(2, len(setting.members)) or set(setting.members) & set(setting.held_out):
+        raise ValueError("--members: expected at least two different networks, none of which is held out")
     for name, value in (("batch-size", setting.batch_size), ("limit", 1 if setting.limit is None else setting.limit)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -113,6 +113,7 @@ def main(setting: Transfer) -> None:
     members = {name: judges[name] for name in setting.members}
     tried = {name: judges.get(name, source) for name, source in sources.items()}  # all take pictures of one size
     ensemble.of(list(loaded.values()))  # refuses other classes
+    effect.grid(size, size, setting.cell)  # cells that do not fit
     consistency.count(10**9, setting.share)  # and a share that is none
     if setting.node is not None:
         loaded[setting.members[0]][0].check_node(setting.node, argument="--node")
@@ -141,6 +142,7 @@ def main(setting: Transfer) -> None:
             "classes": None if setting.classes is None else list(names),
             "attack": record(attack),
             "source": identity(source, asked, total),
+            "pictures": total,
             "weights": {name: digest(name) for name in loaded},
         },
     )
@@ -179,7 +181,9 @@ def main(setting: Transfer) -> None:
         own: promotion(made[own]["kinds"][:, i]) - promotion(made[own]["kinds"][:, 1 - i])
         for i, own in enumerate(setting.members[:2])
     }
-    similar = {name: bootstrap_mean(found["ssim"][found["success"]], seed=seed) for name, found in made.items()}
+    similar = {
+        name: bootstrap_mean(found["ssim"][found["success"]], seed=seed, bounds=(-1, 1)) for name, found in made.items()
+    }
     levels = None
     if enough(int(np.sum(made[LOSSES]["success"])), setting.share):
         levels = neurons(setting, judges[setting.members[0]], images, labels, made[LOSSES], affinity)

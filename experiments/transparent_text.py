@@ -252,10 +252,12 @@ def main(setting: Texts) -> None:
             more = mean(of["service"][:, i] - of["service noise"][:, i], -1, 1)
             claim = f"opacity {opacity:g}: on the service, one overlay loses more pictures than noise of its size"
             answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
-    more = mean(of["one"][:, -1] - of["one"][:, 0], -1, 1)
-    claim = f"one overlay of opacity {opacities[-1]:g} loses more pictures than one of {opacities[0]:g}"
-    answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
-    likeness = {name: [mean(of[name][:, i]) for i in shown] for name in ("ssim", "psnr", "queries")}
+    if len(opacities) > 1:
+        more = mean(of["one"][:, -1] - of["one"][:, 0], -1, 1)
+        claim = f"one overlay of opacity {opacities[-1]:g} loses more pictures than one of {opacities[0]:g}"
+        answers.append(Answer(claim, f"by {more}", verdict(more, 0.0)))
+    within = {"ssim": (-1, 1), "psnr": (), "queries": (1, setting.queries + 1), "opacity": (0, 1)}
+    likeness = {name: [mean(of[name][:, i], *within[name]) for i in shown] for name in ("ssim", "psnr", "queries")}
     panels = {
         "pictures lost, without a query": unasked,
         "pictures lost, with queries": searched,
@@ -265,8 +267,8 @@ def main(setting: Texts) -> None:
     }
     directory = run.directory
     plots.save(plots.curves(panels, opacities, xlabel="opacity", log=True), directory / "success.png")
-    by_kind = {kind: [mean(shares[:, i, j]) for i in shown] for j, kind in enumerate(KINDS)}
-    faintest = dict(zip(KINDS, map(mean, least_shares.T), strict=True))
+    by_kind = {kind: [mean(shares[:, i, j], 0, 1) for i in shown] for j, kind in enumerate(KINDS)}
+    faintest = {kind: mean(each, 0, 1) for kind, each in zip(KINDS, least_shares.T, strict=True)}
     successes = {f"opacity {o:g}": {k: by_kind[k][i] for k in KINDS} for i, o in enumerate(opacities)}
     successes["the faintest found"] = faintest
     plots.save(
@@ -298,7 +300,7 @@ def main(setting: Texts) -> None:
             },
             "the faintest that is found": {
                 "pictures": int(np.isfinite(least[:, 0]).sum()),
-                **{name: format(mean(values)) for name, values in zip(LEAST, least.T, strict=True)},
+                **{name: format(mean(values, *within[name])) for name, values in zip(LEAST, least.T, strict=True)},
                 **{kind: format(value) for kind, value in faintest.items()},
             },
         },

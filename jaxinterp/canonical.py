@@ -107,9 +107,7 @@ def _evaluate(
     for eqn in _needed(jaxpr):
         inputs, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
         flags = list(map(is_product, eqn.invars))
-        if name in _SUMS:
-            inputs = [rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
-        elif name in _FACTORS and any(flags) and any(is_spread(atom, eqn) for atom in eqn.invars):
+        if name in _SUMS or (name in _FACTORS and any(flags) and any(is_spread(atom, eqn) for atom in eqn.invars)):
             inputs = [rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
         rule = _RULES.get(name)
         if name in _CALLS:
@@ -122,7 +120,7 @@ def _evaluate(
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
         if not eqn.primitive.multiple_results:
             outputs = [outputs]
-        if _rounds(eqn) or (name in _MOVES and flags[0]):
+        if _rounds(eqn) or (name in _MOVES and any(flags)):
             unrounded.update(eqn.outvars)
         if name == "broadcast_in_dim" and is_spread(eqn.invars[0], eqn):
             spread.update(eqn.outvars)
@@ -137,7 +135,10 @@ def _evaluate(
 # with the product of both factors.
 _SUMS = ("add", "sub", "add_any", "reduce_sum")
 _FACTORS = ("mul", "div")
-_MOVES = ("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "transpose", "rev", "copy")
+_MOVES = (
+    *("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "rev", "copy", "abs"),
+    *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "stop_gradient"),
+)
 _CALLS = ("jit", "pjit")
 
 

@@ -552,6 +552,6 @@ def shares(kind: Int[Array, " b *cells"]) -> Float[Array, "b 3"]:
 
     NaN for an image all of whose cells are of kind NONE.
     """
-    flat = kind.reshape(kind.shape[0], -1)
+    flat = kind.reshape(kind.shape[0], math.prod(kind.shape[1:]))
     counts = jnp.stack([jnp.sum(flat == k, axis=1) for k in list(Kind)[1:]], axis=-1)
     return counts / jnp.sum(counts, axis=-1, keepdims=True)

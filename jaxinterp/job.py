@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxinterp import attacks, parallel, processes
@@ -105,6 +107,7 @@ def begin(
     check(network)
     marks = None if watermarks is None else read_watermarks(watermarks, network.image_size)
     equipped = supplied(chosen, network.image_size, marks)
+    _check_starts(equipped.values(), network, params)
     crop = Crop(network.image_size, network.crop_pct, network.interpolation)
     if not pictures:
         pictures = [_SAMPLES.get(network.num_classes, "samples")]
@@ -159,6 +162,26 @@ def begin(
     if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
     return Job(run, network, params, equipped, selected, seen, source.label_origin)
+
+
+def _check_starts(chosen: Iterable[Attack], network: Network, params: Params) -> None:
+    """Raises ValueError or TypeError where an attack does not suit images of the network's size; computes nothing."""
+    size, label = network.image_size, jax.ShapeDtypeStruct((1,), jnp.int32)
+    for channels in (3, 1):  # which the network takes
+        image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+        try:
+            jax.eval_shape(lambda params, image: network.bind(params)(image), params, image)
+            break
+        except (TypeError, ValueError):
+            continue
+    else:
+        return  # as the pictures will be told
+    for attack in chosen:
+
+        def start(params, image, label, target, key, attack=attack):
+            return attacks.start(attack, network.bind(params), image, label, target, key=key)
+
+        jax.eval_shape(start, params, image, label, label, jax.eval_shape(jax.random.key, 0))
 
 
 def check_seed(seed: int) -> None:

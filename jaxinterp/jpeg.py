@@ -45,7 +45,7 @@ _NARROW = 4  # up to this width, in pixels, libjpeg repeats chroma instead of in
 
 
 def recompress(
-    images: Float[Array, "b h w c"], quality: float | Float[Array, ""] | Float[Array, " b"] = 75.0
+    images: Float[Array, "b h w c"], quality: float | int | Float[Array, ""] | Float[Array, " b"] = 75.0
 ) -> Float[Array, "b h w c"]:
     """The images as a JPEG file of this quality gives them back.
 

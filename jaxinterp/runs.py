@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import importlib.metadata
 import io
 import json
@@ -19,8 +20,10 @@ import math
 import os
 import platform
 import re
+import struct
 import tempfile
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +35,13 @@ import numpy as np
 
 T = TypeVar("T")
 
+_ZIP = b"PK\x03\x04"  # what an archive begins with
+_NAMES = "names of the arrays"  # in a part, that none is lost unnoticed
+# What zipfile, zlib and the parser of headers raise for damaged bytes, beside OSError.
+_DAMAGE = (
+    *(zipfile.BadZipFile, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, TypeError, zlib.error),
+    *(struct.error, OverflowError, SyntaxError, tokenize.TokenError, MemoryError),
+)
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `replacing` names them
 
 
@@ -148,7 +158,8 @@ class Run:
     def write_part(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Stores the arrays of a finished chunk. Raises OSError where that fails; an older part is kept then."""
         with replacing(self._part(name)) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # a mapping of names to arrays
+            names = np.array(list(arrays), np.str_)
+            np.savez(file, **{_NAMES: names}, **arrays)  # type: ignore[arg-type]  # mappings of names to arrays
 
     def read_part(self, name: str, *, without: Collection[str] = ()) -> dict[str, np.ndarray] | None:
         """The arrays of a chunk; None where it has not been finished, or is damaged and must be made again.
@@ -158,9 +169,21 @@ class Run:
             without: names of arrays that are not wanted, and not read.
         """
         try:
-            with np.load(self._part(name), allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files if key not in without}
-        except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
+            with open(self._part(name), "rb") as file:
+                if file.read(len(_ZIP)) != _ZIP:
+                    return None
+                file.seek(0)
+                with np.load(file, allow_pickle=False) as arrays:
+                    if _NAMES in arrays.files and sorted(arrays[_NAMES]) != sorted({*arrays.files} - {_NAMES}):
+                        return None  # the archive's directory has lost some
+                    return {key: arrays[key] for key in arrays.files if key not in (_NAMES, *without)}
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in (None, errno.EINVAL):  # which damaged offsets end in
+                raise
+            return None
+        except _DAMAGE:
             return None
 
     def write_state(self, name: str, state: Any) -> None:

@@ -450,7 +450,7 @@ NORMALISED = {
 
 @pytest.mark.parametrize("name", NORMALISED)
 def test_what_is_divided_by_a_number_of_the_example_does_not_depend_on_the_batch(rng, name):
-    """The compiler multiplies by the reciprocal, in another order where there is one example; large ones go elsewhere."""
+    """The compiler multiplies by reciprocals, in another order where there is one example."""
     x = rng.normal(size=(40, 24, 12)).astype(np.float32)
     run = jax.jit(canonical(NORMALISED[name]))
     together = np.asarray(run(x))

@@ -58,6 +58,37 @@ def test_a_damaged_part_counts_as_unfinished(tmp_path, damage):
     assert run.read_part("one") is None
 
 
+def test_a_part_with_a_flipped_bit_is_whole_or_unfinished(tmp_path):
+    run = Run(tmp_path / "r", CONFIG)
+    arrays = {"images": np.arange(6, dtype=np.float32).reshape(2, 3), "success": np.array([True, False])}
+    run.write_part("one", arrays)
+    path = tmp_path / "r" / "parts" / "one.npz"
+    content = path.read_bytes()
+    damaged = 0
+    for bit in range(0, 8 * len(content), 3):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        found = run.read_part("one")
+        damaged += found is None
+        if found is not None:
+            assert found.keys() == arrays.keys()
+            assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    assert damaged > len(content)
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+    assert run.read_part("one") is None
+
+
+def test_a_part_that_an_older_version_wrote_is_read(tmp_path):
+    run = Run(tmp_path / "r", CONFIG)
+    run.write_part("one", {"a": np.zeros(1)})
+    np.savez(tmp_path / "r" / "parts" / "one.npz", a=np.ones(2))
+    found = run.read_part("one")
+    assert found is not None
+    assert {**found}.keys() == {"a"}
+
+
 def test_a_part_with_a_pickle_is_not_unpickled(tmp_path):
     run = Run(tmp_path / "r", CONFIG)
     run.write_part("one", {"a": np.ones(1)})

@@ -13,9 +13,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from jaxinterp.apis.protocol import Label, VisionAPI
+from jaxinterp.apis.protocol import BadAnswer, Label, VisionAPI
 
-_LEAST = 1e-12  # the score of a label whose score is not above zero
+_LEAST = 1e-12  # the score of a label whose score is zero
 
 
 class _Asking:
@@ -37,9 +37,17 @@ class _Asking:
         logits = np.full((len(images), self.classes), -np.inf, np.float32)
         for row, image in zip(logits, np.asarray(images), strict=True):
             for label in self._labels(image):
+                if label.score < 0:
+                    raise self._negative(label)
                 for i in self.positions.get(label.name, ()):
                     row[i] = max(row[i], np.log(max(label.score, _LEAST)))
         return logits
+
+    def _negative(self, label: Label) -> Exception:
+        self.failure = BadAnswer(
+            f"scores must not be negative to have logarithms, got {label.score:g} of {label.name!r}"
+        )
+        return self.failure
 
     def _labels(self, image: np.ndarray) -> Sequence[Label]:
         self.failure = None
@@ -75,8 +83,9 @@ def asking(model: Partial) -> Iterator[None]:
 def as_model(api: VisionAPI, classes: Sequence[str]) -> Partial:
     """The model `images [B,H,W,3] -> logits [B,K]` that asks a service once for every image.
 
-    A logit is the logarithm of the score; classes that the service does not name have -inf, which attacks take for
-    ruled out. A name that several classes share is given to all of them, so that no success hangs on which is meant.
+    A logit is the logarithm of the score, which must not be negative; classes that the service does not name have -inf,
+    which attacks take for ruled out. A name that several classes share is given to all of them, so that no success
+    hangs on which is meant.
 
     Attacks count what the same search costs one query after the other, but a step evaluates what it evaluates at
     once: with `population=1`, a `TransparentText` sends no more than it counts, but for examples that are done while

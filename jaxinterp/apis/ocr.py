@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import threading
 from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
 
 from jaxinterp.apis.protocol import ServiceError, pixels, to_png
 
@@ -15,6 +18,7 @@ _INSTALL = {
     "rapidocr": "pip install 'jaxinterp[ocr]' (with Python below 3.13)",
     "tesseract": "apt-get install tesseract-ocr (or your system's package of tesseract)",
 }
+_SHORT, _LONG = 30, 4000  # pixels: sides that RapidOCR enlarges a picture to, and that it may come to have
 _SPARSE = "11"  # tesseract's page segmentation: find as much text as possible, in no particular layout
 
 
@@ -68,8 +72,19 @@ class RapidOCR:
     def text(self, image: Any) -> tuple[str, ...]:
         """The recognised lines. Errors are those of `jaxinterp.apis.protocol.pixels`."""
         with self._one:
-            found, _ = self._pipeline(pixels(image)[..., ::-1].copy())  # it takes blue first
+            found, _ = self._pipeline(_wide_enough(pixels(image))[..., ::-1].copy())  # it takes blue first
         return tuple(str(line[1]) for line in found or ())
+
+
+def _wide_enough(image: np.ndarray) -> np.ndarray:
+    """The picture [H,W,3], with edges repeated where it is so narrow that RapidOCR would make it huge.
+
+    It enlarges what is narrower than 30 pixels until it is not, however long that gets; a row of pixels would take
+    gigabytes and minutes.
+    """
+    needed = math.ceil(_SHORT * max(image.shape[:2]) / _LONG)
+    lacking = [max(0, needed - side) for side in image.shape[:2]]
+    return np.pad(image, [*((lack // 2, lack - lack // 2) for lack in lacking), (0, 0)], mode="edge")
 
 
 class Tesseract:

@@ -15,6 +15,7 @@ import hmac
 import io
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -181,6 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(error.status, str(error))
 
     def do_GET(self) -> None:
+        # A body, which nothing here takes, would be read as the next request.
+        self.close_connection |= self.headers.get("Content-Length", "0").strip() != "0"
+        self.close_connection |= "Transfer-Encoding" in self.headers
         self._answered(self._about)
 
     def do_POST(self) -> None:
@@ -210,9 +214,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_key(self) -> None:
         if self.server.key_variable is None:
             return
-        wanted = f"Bearer {os.environ.get(self.server.key_variable, '')}"
-        given = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace")):
+        key = os.environ.get(self.server.key_variable, "")
+        wanted, given = f"Bearer {key}", self.headers.get("Authorization", "")
+        if not key or not hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace")):
             raise _Refused(401, "a key is needed, as Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
 
     def _body(self) -> bytes:
@@ -296,5 +300,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         if self.server.say is not None:
-            line = (format % args).encode("ascii", "backslashreplace").decode()
+            line = re.sub(r"\?\S*", "?...", format % args)  # what follows may hold a key
+            line = line.encode("ascii", "backslashreplace").decode()
             self.server.say(f"{self.client_address[0]} {line[:200]}")

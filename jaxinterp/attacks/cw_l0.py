@@ -146,9 +146,11 @@ class CWL0:
         ended: Bool[Array, " b"],
     ) -> CWL0State:
         """Where a problem has ended: on from the same point, after a success with fewer pixels and a new Adam."""
-        variable, free = restart(
-            success, lambda: (Boxed.at(state.variable.w), self._fewer(delta, g)), (state.variable, state.free)
-        )
+
+        def fewer():
+            return Boxed.at(state.variable.w), state.free & self._fewer(delta, g)
+
+        variable, free = restart(success, fewer, (state.variable, state.free))
         last = (
             ~jnp.any(free, axis=(1, 2, 3))
             | (state.const >= state.largest_const)

@@ -344,9 +344,15 @@ def _checked(attack: Any) -> Any:
     for field in dataclasses.fields(attack) if dataclasses.is_dataclass(attack) else ():
         value, whole = getattr(attack, field.name), f"{type(attack).__name__}.{field.name}"
         static = field.metadata.get("static")
+        if isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+            raise TypeError(f"{whole} must be a tuple of its parts, got a list")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):  # an attack made of attacks
+            changed[field.name] = _checked(value)
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            changed[field.name] = tuple(_checked(part) if dataclasses.is_dataclass(part) else part for part in value)
         for part in value if isinstance(value, tuple) else (value,):
-            if dataclasses.is_dataclass(part):  # an attack made of attacks
-                _checked(part)
+            if dataclasses.is_dataclass(part):
+                continue
             elif isinstance(part, str):
                 if part not in choices.get(field.name, (part,)):
                     raise ValueError(f"{whole} must be one of {', '.join(choices[field.name])}, got {part!r}")
@@ -390,7 +396,7 @@ def by_example(attack: Attack, batch: int) -> Attack:
     """
 
     def spread(path, leaf):
-        if _is_shared(attack, path) or (leaf.ndim == 4 and leaf.shape[0] == batch):
+        if _is_shared(attack, path) or (_lists(attack, path, "arrays") and leaf.ndim == 4 and leaf.shape[0] == batch):
             return leaf
         if leaf.shape not in ((), (batch,)):
             name = f"{type(attack).__name__}{jax.tree_util.keystr(path)}"
@@ -416,9 +422,13 @@ def together(own: Any, common: Any) -> Any:
 
 def _is_shared(attack: Any, path: Any) -> bool:
     """Whether a leaf lies in a field that the attack, or the attack in it that has the field, lists in `shared`."""
+    return _lists(attack, path, "shared")
+
+
+def _lists(attack: Any, path: Any, which: str) -> bool:
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            if key.name in getattr(attack, "shared", ()):
+            if key.name in getattr(attack, which, ()):
                 return True
             attack = getattr(attack, key.name)
         else:

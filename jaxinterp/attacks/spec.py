@@ -40,13 +40,18 @@ def from_spec(text: str, known: Mapping[str, type], presets: Mapping[str, Mappin
 def _build(kind: type, text: str, whole: str, name: str, values: dict[str, Any]) -> Any:
     """An attack or a part of one, from `values` and what `text` says."""
     fields = {field.name: field for field in _named(kind)}
-    parts = getattr(kind, "parts", {})
+    parts, given = getattr(kind, "parts", {}), set()
     for item in _split(text, ","):
         parameter, equals, value = (part.strip() for part in item.partition("="))
         if parameter in getattr(kind, "arrays", ()):
             raise ValueError(f"parameter {parameter!r} of {whole} holds images, which text cannot give")
-        if not equals or parameter not in fields:
+        if parameter not in fields:
             raise ValueError(f"unknown parameter {parameter!r} of {whole}{suggest(parameter, fields)}")
+        if not equals:
+            raise ValueError(f"parameter {parameter!r} of {whole} needs a value, as in {parameter}=VALUE")
+        if parameter in given:
+            raise ValueError(f"parameter {parameter!r} of {whole} is given twice")
+        given.add(parameter)
         if parameter in parts:
             values[parameter] = tuple(
                 _part(part, parts[parameter], f"{name}:{parameter}")

@@ -289,13 +289,23 @@ class Grids:
             ]
         )
 
+    def number(self, height: int, width: int) -> float | np.ndarray:
+        """In how many groups every pixel is: one number where it is the same for all, or [h,w,1]."""
+        found = self.covered(height, width).sum(0).astype(np.float32)
+        return float(found.flat[0]) if (found == found.flat[0]).all() else found
+
     def total(self, copies: Float[Array, "b n h w c"]) -> Float[Array, "b h w c"]:
         """The sum of the copies of every pixel."""
-        return jnp.sum(jnp.where(self.covered(*copies.shape[2:4]), copies, 0), axis=1)
+        return jnp.sum(_only(self.covered(*copies.shape[2:4]), copies), axis=1)
 
     def mean(self, copies: Float[Array, "b n h w c"]) -> Float[Array, "b h w c"]:
         """The mean of the copies of every pixel: zero where all of them are."""
-        return self.total(copies) / self.covered(*copies.shape[2:4]).sum(0)
+        return self.total(copies) * np.float32(1 / self.number(*copies.shape[2:4]))
+
+
+def _only(inside: np.ndarray, x: Array) -> Array:
+    """What is inside, else zero. A mask that keeps everything is none: programs for several devices would not drop it."""
+    return x if inside.all() else jnp.where(inside, x, 0)
 
 
 def shrink_groups(
@@ -312,9 +322,9 @@ def shrink_groups(
         ]
         padded = jnp.pad(b, ((0, 0), *pads, (0, 0)))
         tiles = padded.reshape(b.shape[0], padded.shape[1] // period, period, padded.shape[2] // period, period, -1)
-        size = jnp.sqrt(jnp.sum(jnp.where(inside, jnp.square(tiles), 0), axis=(2, 4, 5), keepdims=True))
+        size = jnp.sqrt(jnp.sum(_only(inside, jnp.square(tiles)), axis=(2, 4, 5), keepdims=True))
         factor = jnp.maximum(1 - along(threshold, tiles) / jnp.maximum(size, _TINY), 0)
-        shrunk = jnp.where(inside, factor * tiles, 0).reshape(padded.shape)
+        shrunk = _only(inside, factor * tiles).reshape(padded.shape)
         return lax.slice(
             shrunk, (0, pads[0][0], pads[1][0], 0), (b.shape[0], pads[0][0] + height, pads[1][0] + width, b.shape[3])
         )
@@ -361,12 +371,10 @@ def consensus(
         rho: penalty on the difference of z and its copies.
         grids: the groups.
     """
-    covered = jnp.asarray(grids.covered(*d.shape[1:3]))
     eta, rho = along(eta, d), along(rho, d)
     copies = (d + admm.u) + (w + admm.s) + grids.total(y + admm.v)
-    number = 2 + jnp.sum(covered, axis=0, dtype=jnp.float32)
-    z = (eta * admm.z + rho * copies - gradient) / (eta + number * rho)
-    v = jnp.where(covered, admm.v + y - z[:, None], 0)
+    z = (eta * admm.z + rho * copies - gradient) / (eta + (2 + grids.number(*d.shape[1:3])) * rho)
+    v = _only(grids.covered(*d.shape[1:3]), admm.v + y - z[:, None])
     return Admm(z=z, u=admm.u + d - z, s=admm.s + w - z, v=v)
 
 

@@ -91,8 +91,8 @@ class TransparentText:
     Attributes:
         bank: every text in every size and at every angle, for the images' size.
         opacity: of the letters, from 0 to 1; one number, or one for every example.
-        faintest: the lowest opacity that a success is followed by a search for, one number or one for every example
-            (above `opacity` it means that); None ends the search at the first success.
+        faintest: the lowest opacity, from 0 to 1, that a success is followed by a search for, one number or one for
+            every example (above `opacity` it means that); None ends the search at the first success.
         kappa: confidence, the margin of logits that counts as success.
         text: what may be written, phrases separated by |.
         layout: "single", "grid", or "any" of them.

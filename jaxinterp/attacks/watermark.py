@@ -141,6 +141,7 @@ class Watermark:
         """The input is judged, which costs a forward pass.
 
         Raises:
+            TypeError: watermarks that are not of floats.
             ValueError: images that are not RGB, or with a side that two does not divide (Haar); watermarks of another
                 size; folders that do not add up to the watermarks, or one without pictures.
         """
@@ -268,6 +269,11 @@ class Watermark:
                 )
             if not self.watermarks.shape[0]:
                 raise ValueError("Watermark.watermarks must hold at least one picture, got none")
+            if not jnp.issubdtype(self.watermarks.dtype, jnp.floating):
+                raise TypeError(
+                    f"Watermark.watermarks must be of floats in [0, 1], got {self.watermarks.dtype}; divide pixels of "
+                    "8 bits by 255"
+                )
             if sizes and sum(sizes) != self.watermarks.shape[0]:
                 raise ValueError(
                     f"Watermark.folders must add up to the {self.watermarks.shape[0]} watermarks, got {sizes}"

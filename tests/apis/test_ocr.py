@@ -65,6 +65,19 @@ def test_rapidocr_reads():
     read = "".join("".join(engine.text(page())).split())
     assert read.lower() == "northgate17"
     assert engine.text(np.ones((120, 400, 3), np.float32)) == ()
+    assert engine.text(np.ones((1, 400, 3), np.float32)) == ()  # enlarged to 30 x 12,000, it would take gigabytes
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(1, 400, (3, 400)), (9000, 7, (9000, 68)), (8, 900, (8, 900))]
+)
+def test_narrow_pictures_are_made_wider_for_rapidocr(rng, height, width, expected):
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
+    made = ocr._wide_enough(image)
+    assert made.shape == (*expected, 3)
+    top, left = ((a - b) // 2 for a, b in zip(expected, image.shape, strict=False))
+    np.testing.assert_array_equal(made[top : top + height, left : left + width], image)
+    assert 30 * max(expected) <= 4000 * min(expected)
 
 
 @pytest.mark.skipif(ocr.shutil.which("tesseract") is None, reason="tesseract is not installed")

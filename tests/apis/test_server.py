@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxinterp import Network, attacks, cli, models, typesetting
-from jaxinterp.apis import HTTPVision, Label, LocalVision, Server, ServiceError, as_model, asking
+from jaxinterp.apis import BadAnswer, HTTPVision, Label, LocalVision, Server, ServiceError, as_model, asking
 from jaxinterp.apis import ocr as engines
 from jaxinterp.data import Crop
 from jaxinterp.data.decode import crop_pixels
@@ -154,6 +154,19 @@ def test_bad_requests(service, request_, status, message):
     assert ask(service, post(body=png()))[0] == 200  # it goes on
 
 
+@pytest.mark.parametrize("field", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_the_body_of_a_get_is_not_taken_for_a_request(service, field):
+    body = b"hello" + post(body=png())
+    with connected(service) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n" + field + b"\r\n\r\n" + body)
+        answers = b""
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65536):
+                answers += part
+    assert answers.startswith(b"HTTP/1.1 200")
+    assert answers.count(b"HTTP/1.1 ") == 1
+
+
 def test_a_picture_that_is_cut_short_or_too_slow(service):
     body = png()
     half = post(body=body)[: -len(body) // 2]
@@ -219,7 +232,11 @@ def test_requests_need_the_key(monkeypatch):
         assert ask(server, b"GET / HTTP/1.1\r\n\r\n")[0] == 401
         with HTTPVision(server.url, key_variable="SERVICE_KEY") as api:
             assert api.labels(np.ones((4, 4, 3)))[0].name == "bright"
-    assert len(said) == 5
+        assert ask(server, post("/labels?key=sesame", png(), Authorization="Bearer sesame"))[0] == 404
+        monkeypatch.setenv("SERVICE_KEY", "")
+        assert ask(server, post(body=png(), Authorization="Bearer "))[0] == 401  # no key is no key
+    assert len(said) == 7
+    assert '"POST /labels?... HTTP/1.1" 404' in said[5]
     assert "sesame" not in " ".join(said)
     monkeypatch.delenv("SERVICE_KEY")
     with pytest.raises(ValueError, match="'SERVICE_KEY', which is to hold the key, is not set"):
@@ -351,6 +368,21 @@ def test_labels_that_are_not_named_are_ruled_out_and_shared_names_are_shared():
     np.testing.assert_allclose(logits, [row, row], rtol=1e-6)
     with pytest.raises(ValueError, match="at least two names"):
         as_model(Fixed(), ("cat",))
+
+
+def test_scores_without_a_logarithm_are_refused():
+    """Of two negative ones the order would be lost."""
+
+    class Logits(Failing):
+        def labels(self, image):
+            return (Label("dog", -1.0), Label("cat", -5.0))
+
+    model = as_model(Logits(), ("cat", "dog"))
+    with (
+        pytest.raises(BadAnswer, match="scores must not be negative to have logarithms, got -1 of 'dog'"),
+        asking(model),
+    ):
+        jax.block_until_ready(model(jnp.zeros((1, 4, 4, 3))))
 
 
 # The command

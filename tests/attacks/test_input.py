@@ -10,7 +10,7 @@ import pytest
 from jax.core import Tracer
 
 from jaxinterp import attacks
-from jaxinterp.attacks import CW, IFGSM, PGD, driver, run
+from jaxinterp.attacks import CW, FGSM, IFGSM, PGD, driver, run
 from jaxinterp.attacks.driver import RANGES, coerce
 
 BATCH, CLASSES = 3, 4
@@ -175,3 +175,18 @@ def test_numbers_of_the_host_stay_there():
     [eps, *_] = jax.tree.leaves(coerce(PGD(eps=jnp.array([0.1, 0.2], jnp.float16))))
     assert isinstance(eps, jax.Array)
     assert eps.dtype == jnp.float32
+
+
+def test_parts_of_an_attack_are_checked_as_it_is():
+    with pytest.raises(TypeError, match=r"Chain\.stages must be a tuple of its parts, got a list"):
+        chain = attacks.Chain((FGSM(),))
+        object.__setattr__(chain, "stages", [FGSM(), PGD()])  # past the tests' checks
+        attempt(chain)
+    with pytest.raises(ValueError, match=r"Chain\.stages\[0\]\.eps must be one number, or one for each of 3 examples"):
+        stage = PGD()
+        object.__setattr__(stage, "eps", [0.1, 0.2])
+        attempt(attacks.Chain((stage,)))
+    with pytest.raises(ValueError, match=r"eps must be one number, or one for each of 3 .* got shape \(3, 1, 1, 1\)"):
+        attack = PGD()
+        object.__setattr__(attack, "eps", jnp.full((BATCH, 1, 1, 1), 0.1))
+        attempt(attack)

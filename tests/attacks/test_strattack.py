@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from jaxinterp import attacks
@@ -267,3 +269,19 @@ def test_constants_grow_by_five_until_a_success_and_the_refit_starts_at_five_tim
     np.testing.assert_allclose(np.array(consts)[:3, 0], [2, 10, 50])
     np.testing.assert_allclose(np.array(consts)[:, 2], [2, 1, 0.5, 10])
     np.testing.assert_array_equal(state.done, [True, True, False, False])
+
+
+@pytest.mark.parametrize("shape", [(9, 5, 1), (8, 8, 3)])
+def test_two_devices_give_what_one_gives_in_any_shape(shape):
+    """Masks of groups, which programs for several devices do not see through, must not decide how products round."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(0.3 * rng.normal(size=(math.prod(shape), 5)).astype(np.float32))
+    model = Partial(lambda weights, x: x.reshape(x.shape[0], -1) @ weights, weights)
+    images = rng.random((4, *shape), np.float32)
+    labels = np.asarray(model(images)).argmax(1)
+    attack = StrAttack(steps=12, search_steps=2, refit_steps=6, refit_search_steps=2)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put((images, labels), NamedSharding(mesh, PartitionSpec("data")))
+    one, two = (run(attack, model, *arrays, key=jax.random.key(0)) for arrays in ((images, labels), spread))
+    assert np.asarray(one.success).any()
+    np.testing.assert_array_equal(one.images, two.images)

@@ -260,3 +260,11 @@ def test_folders_as_text():
         embed(jnp.zeros((4, 6, 1)), jnp.zeros((4, 6, 1)))
     with pytest.raises(ValueError, match=r"images' size \(4, 6, 3\), got \(4, 4, 3\)"):
         embed(jnp.zeros((4, 6, 3)), jnp.zeros((4, 4, 3)), transform="dct")
+
+
+def test_watermarks_of_eight_bits_are_refused(rng):
+    images = rng.random((1, 8, 8, 3), np.float32)
+    attack = Watermark()
+    object.__setattr__(attack, "watermarks", rng.integers(0, 256, (2, 8, 8, 3), np.uint8))  # past the tests' checks
+    with pytest.raises(TypeError, match=r"must be of floats in .* got uint8; divide pixels of 8 bits by 255"):
+        run(attack, lambda x: x.mean((1, 2))[:, :2], images, np.zeros(1, np.int32), key=jax.random.key(0))

@@ -132,7 +132,8 @@ def test_bad_input_is_named(training, ensembles, tmp_path):
         with pytest.raises(ValueError, match=message):
             training.main(dataclasses.replace(training.Training(train=few, test=few, out=out), **change))
     for change, message in (
-        ({"members": ("a",)}, "--members: expected at least two networks"),
+        ({"members": ("a",)}, "--members: expected at least two different networks"),
+        ({"members": ("efficientnet_lite0",) * 2}, "--members: expected at least two different networks"),
         ({"held_out": ("efficientnet_lite0",)}, "none of which is held out"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),

@@ -284,7 +284,7 @@ def test_refinement_and_strength_continue_where_they_were(setting):
     with pytest.raises(ValueError, match="--refine names pgd, which is not among the attacks: ifgsm"):
         refined.main(dataclasses.replace(asked, refine=("pgd",)))
     arrays = next(a for name, a in stored(setting).items() if name.startswith("ifgsm"))
-    masks = refined.supports(arrays, 8, 0.5, jax.random.key(0))
+    masks = refined.supports(arrays, asked.cell, 0.5, jax.random.key(0))
     np.testing.assert_array_equal(masks["union of maps"], masks["map of t0"] | masks["map of t"])
     for name in ("top cells by s + p", "random cells"):
         assert np.mean(masks[name], axis=(1, 2)).tolist() == [0.5, 0.5]
