@@ -304,7 +304,7 @@ class Grids:
 
 
 def _only(inside: np.ndarray, x: Array) -> Array:
-    """What is inside, else zero. A mask that keeps everything is none: programs for several devices would not drop it."""
+    """What is inside, else zero. A mask that keeps everything is left out: programs for several devices would not."""
     return x if inside.all() else jnp.where(inside, x, 0)
 
 

@@ -177,16 +177,33 @@ def test_numbers_of_the_host_stay_there():
     assert eps.dtype == jnp.float32
 
 
-def test_parts_of_an_attack_are_checked_as_it_is():
-    with pytest.raises(TypeError, match=r"Chain\.stages must be a tuple of its parts, got a list"):
-        chain = attacks.Chain((FGSM(),))
-        object.__setattr__(chain, "stages", [FGSM(), PGD()])  # past the tests' checks
-        attempt(chain)
-    with pytest.raises(ValueError, match=r"Chain\.stages\[0\]\.eps must be one number, or one for each of 3 examples"):
-        stage = PGD()
-        object.__setattr__(stage, "eps", [0.1, 0.2])
-        attempt(attacks.Chain((stage,)))
-    with pytest.raises(ValueError, match=r"eps must be one number, or one for each of 3 .* got shape \(3, 1, 1, 1\)"):
-        attack = PGD()
-        object.__setattr__(attack, "eps", jnp.full((BATCH, 1, 1, 1), 0.1))
+def past_the_checks_of_tests(attack, **fields):
+    """The attack with values that its annotations do not allow, which are not checked outside tests."""
+    for name, value in fields.items():
+        object.__setattr__(attack, name, value)
+    return attack
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind", "message"),
+    [
+        (
+            past_the_checks_of_tests(attacks.Chain((FGSM(),)), stages=[FGSM(), PGD()]),
+            TypeError,
+            "Chain.stages must be a tuple of its parts, got a list",
+        ),
+        (
+            attacks.Chain((past_the_checks_of_tests(PGD(), eps=[0.1, 0.2]),)),
+            ValueError,
+            "Chain.stages[0].eps must be one number, or one for each of 3 examples, got shape (2,)",
+        ),
+        (
+            past_the_checks_of_tests(PGD(), eps=jnp.full((BATCH, 1, 1, 1), 0.1)),
+            ValueError,
+            "PGD.eps must be one number, or one for each of 3 examples, got shape (3, 1, 1, 1)",
+        ),
+    ],
+)
+def test_parts_of_an_attack_are_checked_as_it_is(attack, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
         attempt(attack)
