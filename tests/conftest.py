@@ -86,8 +86,10 @@ LONG += (
 OPTIMIZED = ("tests/attacks/test_compaction.py", "tests/test_canonical.py", "tests/test_parallel.py")
 OPTIMIZED += ("tests/test_windowed.py", "tests/parity/")
 OPTIMIZED += tuple(
-    f"tests/attacks/test_rules.py {case}" for case in ("ifgsm", "pgd-linf", "cw", "ead", "strattack", "square-linf")
+    f"tests/attacks/test_rules.py {case}"
+    for case in ("ifgsm", "pgd-linf", "pgd-l2", "cw", "ead", "strattack", "square-linf", "hopskipjump-l2")
 )
+OPTIMIZED += ("tests/attacks/test_strattack.py::test_two_devices",)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
