@@ -64,7 +64,7 @@ def stored(out: Path) -> dict[str, dict[str, np.ndarray]]:
     found = {}
     for path in sorted((out / "parts").glob("*.npz")):
         with np.load(path) as arrays:
-            found[path.name] = {key: arrays[key] for key in arrays.files}
+            found[path.name] = {key: arrays[key] for key in arrays.files if key != "names of the arrays"}
     return found
 
 
