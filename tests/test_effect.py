@@ -305,6 +305,7 @@ def test_p_of_twice_s_in_a_network_is_balanced():
 def test_shares_leave_out_cells_without_effect():
     kind = jnp.array([[[0, 1, 1, 2], [3, 0, 1, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]], jnp.int32)
     np.testing.assert_allclose(effect.shares(kind), [[0.6, 0.2, 0.2], [np.nan] * 3], rtol=1e-6)
+    assert effect.shares(kind[:0]).shape == (0, 3)  # where no attack succeeded
 
 
 def test_kinds_have_names():

@@ -110,6 +110,8 @@ def test_kinds_that_two_members_see_agree_as_kappa_says(ensembles):
     assert ensembles.cohen(np.array([1, 2]), np.array([2, 1])) == -1
     assert np.isnan(ensembles.cohen(np.ones(3), np.ones(3)))
     assert np.isnan(ensembles.cohen(np.zeros(3), np.ones(3)))
+    nothing = ensembles.shares_of_kinds(np.zeros((0, 4), int), 0)  # no attack succeeded
+    assert {(np.isnan(e.mean), e.count) for e in nothing.values()} == {(True, 0)}
     found = ensembles.shares_of_kinds(np.array([[1, 1, 2, 0], [3, 2, 2, 1]]), 0)
     assert [found[kind].mean for kind in ("suppression", "balanced", "promotion")] == pytest.approx(
         [(2 / 3 + 1 / 4) / 2, (1 / 3 + 1 / 2) / 2, 1 / 8]
