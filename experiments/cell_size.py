@@ -19,11 +19,10 @@ import tyro
 
 from jaxinterp import effect, models, plots
 from jaxinterp.cli import guarded
-from jaxinterp.explain.tables import SHARE_COLUMNS
+from jaxinterp.explain.tables import KINDS
 from jaxinterp.statistics import bootstrap_mean
 from jaxinterp.study import CONFIRMED, NOT_CONFIRMED, UNDECIDED, Answer, Setting, begin, problem
 
-KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 CLOSE = 0.05  # a difference of shares that would not change what one says
 
 

@@ -42,7 +42,7 @@ from jaxinterp import attacks, cam, models, plots, processes, watermarks
 from jaxinterp.attacks.spec import from_spec, record
 from jaxinterp.cli import guarded
 from jaxinterp.explain.compute import explain_batch, map_method
-from jaxinterp.explain.tables import SHARE_COLUMNS, image_rows
+from jaxinterp.explain.tables import KINDS, image_rows
 from jaxinterp.job import Job, attacking, choose_attacks
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Progress, chunk_size, chunks, classify_resized, load_chunk
@@ -57,7 +57,6 @@ from jaxinterp.weights import checkpoint, load
 Goal = Literal["untargeted", "targeted"]
 GOALS: tuple[Goal, ...] = ("untargeted", "targeted")
 NORMS = ("l0", "l1", "l2", "linf")
-KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 FOLDERS = 9  # of watermarks: the pictures of scikit-image
 CHANGED = 1e-3  # of a pixel, that counts for groups
 _SMALL = 64  # side up to which a picture is small

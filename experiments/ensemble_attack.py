@@ -40,7 +40,7 @@ from jaxinterp.cellsize import CellSize
 from jaxinterp.cli import guarded
 from jaxinterp.data import Crop, open_source
 from jaxinterp.dissect import consistency
-from jaxinterp.explain.tables import SHARE_COLUMNS
+from jaxinterp.explain.tables import KINDS
 from jaxinterp.job import check_seed, choose_attacks, identity
 from jaxinterp.network import Network, features
 from jaxinterp.pictures import Selection, classify, labelled, random_targets
@@ -52,7 +52,6 @@ from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import UNDECIDED, Answer, conclude, verdict
 from jaxinterp.weights import digest, load
 
-KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 LOSSES, LOGITS = "mean of losses", "mean of logits"
 
 

@@ -36,14 +36,13 @@ from jaxinterp.attacks.attack import norm
 from jaxinterp.attacks.driver import coerce, example_keys
 from jaxinterp.cellsize import CellSize
 from jaxinterp.cli import guarded
-from jaxinterp.explain.tables import SHARE_COLUMNS
+from jaxinterp.explain.tables import KINDS
 from jaxinterp.network import Model
 from jaxinterp.pictures import chunk_size, chunks, classify, load_chunk, part_name, shared_chunks, stored_parts
 from jaxinterp.similarity import psnr, ssim
 from jaxinterp.statistics import bootstrap_mean, proportion
 from jaxinterp.study import Answer, Asked, conclude, survey, verdict
 
-KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 PUBLISHED = {"36 %": 0.36, "52 %": 0.52}  # of pictures lost, on two services
 SHOWN = 3  # pictures of examples.png
 _draw = jax.jit(attacks.TransparentText.drawn, static_argnums=3)

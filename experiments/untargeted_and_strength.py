@@ -19,12 +19,11 @@ import tyro
 
 from jaxinterp import attacks, effect, models, plots
 from jaxinterp.cli import guarded
-from jaxinterp.explain.tables import SHARE_COLUMNS
+from jaxinterp.explain.tables import KINDS
 from jaxinterp.pictures import classify
 from jaxinterp.statistics import bootstrap_mean, proportion
 from jaxinterp.study import Answer, Setting, begin, verdict
 
-KINDS = tuple(column.removeprefix("share_") for column in SHARE_COLUMNS)
 MODES = ("targeted", "untargeted")
 
 

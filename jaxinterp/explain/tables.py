@@ -36,7 +36,8 @@ CELL_COLUMNS = (
     *("id", "attack", "row", "column", "suppression", "promotion", "ratio", "kind", "norm"),
     *("map_label_clean", "map_target_adversarial"),
 )
-SHARE_COLUMNS = ("share_suppression", "share_balanced", "share_promotion")
+KINDS = ("suppression", "balanced", "promotion")  # of cells that act, in the order of `effect.Kind`
+SHARE_COLUMNS = tuple(f"share_{kind}" for kind in KINDS)
 KIND_LABELS = tuple(kind.label for kind in list(effect.Kind)[1:])
 SUMMARY_COLUMNS = (
     ("attack", "attack", ""),

@@ -155,3 +155,15 @@ def test_cw_l0_gives_up_at_the_largest_constant():
     result = run(attack, model, images, labels, key=KEY)
     np.testing.assert_array_equal(result.success, False)
     np.testing.assert_array_equal(result.backward, 2 * 10)  # at 1 and 2
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_cw_l0_keeps_to_the_channels_of_its_support(independent):
+    """A pixel that is kept after a success does not free the channels of it that may not change."""
+    model, images, labels, _ = linear(4)
+    support = np.zeros((1, *SHAPE), bool)
+    support[..., 0] = True
+    attack = CWL0(steps=100, search_steps=20, initial_const=0.1, lr=0.05, independent_channels=independent)
+    result = run(attack, model, images, labels, key=KEY, support=support)
+    assert np.asarray(result.success).all()
+    assert not (np.asarray(result.images) != images)[..., 1:].any()
