@@ -104,11 +104,19 @@ def _evaluate(
             return not _is_exact(atom)
         return atom in spread or atom.aval.size < eqn.outvars[0].aval.size
 
+    def must_be_rounded(eqn):
+        flags, name = list(map(is_product, eqn.invars)), eqn.primitive.name
+        if name in _FACTORS and any(flags):
+            parts = [is_spread(atom, eqn) for atom in eqn.invars]
+            return [product and any(parts) and not part for product, part in zip(flags, parts, strict=True)]
+        return flags if name in _SUMS else [False] * len(flags)
+
     for eqn in _needed(jaxpr):
-        inputs, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
-        flags = list(map(is_product, eqn.invars))
-        if name in _SUMS or (name in _FACTORS and any(flags) and any(is_spread(atom, eqn) for atom in eqn.invars)):
-            inputs = [rounded(x) if product else x for x, product in zip(inputs, flags, strict=True)]
+        name, flags = eqn.primitive.name, list(map(is_product, eqn.invars))
+        inputs = [
+            rounded(read(atom)) if must else read(atom)
+            for atom, must in zip(eqn.invars, must_be_rounded(eqn), strict=True)
+        ]
         rule = _RULES.get(name)
         if name in _CALLS:
             outputs, flags = _evaluate(eqn.params["jaxpr"], inputs, flags)
@@ -116,7 +124,8 @@ def _evaluate(
         elif rule is not None:
             outputs = rule(eqn, *inputs)
         else:
-            params = {name: _rewrite(value) for name, value in eqn.params.items()}
+            products = flags if name in _CUSTOM else None
+            params = {key: _rewrite(value, products) for key, value in eqn.params.items()}
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
         if not eqn.primitive.multiple_results:
             outputs = [outputs]
@@ -132,7 +141,7 @@ def _evaluate(
 # what it fuses, and so by the size of the batch. An operation in between that it cannot see through leaves no choice;
 # the one in `rounded` is a single instruction. A quotient is one with the reciprocal, if the divisor has fewer
 # components. And a product that is multiplied with a smaller array, such as the norm of every example, may become one
-# with the product of both factors.
+# with the product of both factors; the smaller array may itself be a product.
 _SUMS = ("add", "sub", "add_any", "reduce_sum")
 _FACTORS = ("mul", "div")
 _MOVES = (
@@ -140,6 +149,7 @@ _MOVES = (
     *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "stop_gradient"),
 )
 _CALLS = ("jit", "pjit")
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 
 def _rounds(eqn: Any) -> bool:
@@ -181,11 +191,20 @@ def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
     return needed[::-1]
 
 
-def _rewrite(param: Any) -> Any:
-    """A parameter of a primitive with the functions inside it (loop bodies, branches, calls) rewritten too."""
+def _rewrite(param: Any, products: Sequence[bool] | None = None) -> Any:
+    """A parameter of a primitive with the functions inside it (loop bodies, branches, calls) rewritten too.
+
+    Those that the compiler will see as part of what surrounds them are told which arguments are `products`; what they
+    return is rounded.
+    """
     if isinstance(param, jex.ClosedJaxpr):
+
+        def function(*args):
+            results, unrounded = _evaluate(param, args, products or ())
+            return [rounded(x) if products and each else x for x, each in zip(results, unrounded, strict=True)]
+
         specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in param.in_avals]
-        return jax.make_jaxpr(lambda *args: _evaluate(param, args)[0])(*specs)
+        return jax.make_jaxpr(function)(*specs)
     if isinstance(param, tuple) and any(isinstance(each, jex.ClosedJaxpr) for each in param):
         rewritten = map(_rewrite, param)
         return type(param)(*rewritten) if hasattr(param, "_fields") else tuple(rewritten)  # linear solves name theirs
@@ -217,6 +236,7 @@ def _convolution(eqn, lhs, rhs):
 
 def _enough(eqn, lhs, rhs, p, shape):
     """A convolution with enough rows (positions of examples) and output channels."""
+    lhs, rhs, p = _no_smaller_than_the_kernel(lhs, rhs, p, shape)
     if _is_pointwise(rhs, p) and 0 not in shape:
         return _pointwise(eqn, lhs, rhs, p, shape)
     batch, (*others, size) = shape[0], shape[1:-1] or (1,)
@@ -226,6 +246,31 @@ def _enough(eqn, lhs, rhs, p, shape):
     if p["feature_group_count"] == 1:
         rhs = _pad(rhs, rhs.ndim - 1, max(shape[-1], _COLUMNS))
     return lax.slice(eqn.primitive.bind(lhs, rhs, **p), [0] * len(shape), shape)
+
+
+def _no_smaller_than_the_kernel(lhs, rhs, p, shape):
+    """A convolution whose kernel is larger than its input, with a smaller kernel or a larger input.
+
+    The compiler exchanges the two, and has only its slowest loops for what comes out: a fiftieth of the speed at 2 x 2
+    pixels, to which networks for large images bring small ones. It would take zeros around the input for padding of
+    the convolution, if nothing stood in between.
+    """
+    sizes, taps, dtype = lhs.shape[1:-1], rhs.shape[:-2], lhs.dtype
+    whole = p["feature_group_count"] == 1 == math.prod(p["lhs_dilation"])
+    if not whole or 0 in (*shape, *lhs.shape, *rhs.shape) or math.prod(taps) <= math.prod(sizes):
+        return lhs, rhs, p
+    kept, padding = [], []
+    axes = zip(sizes, taps, shape[1:-1], p["window_strides"], p["rhs_dilation"], p["padding"], strict=True)
+    for size, count, outputs, stride, dilation, (low, high) in axes:  # outer taps see padding only
+        seeing = [t for t in range(count) if any(0 <= t * dilation + i * stride - low < size for i in range(outputs))]
+        first, last = (seeing[0], seeing[-1]) if seeing else (0, 0)
+        kept.append(slice(first, last + 1))
+        padding.append((low - first * dilation, high - (count - 1 - last) * dilation))
+    rhs, p = rhs[tuple(kept)], {**p, "padding": tuple(padding)}
+    if math.prod(rhs.shape[:-2]) > math.prod(sizes) and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
+        around = ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0))
+        lhs, p["padding"] = rounded(lax.pad(lhs, jnp.zeros((), dtype), around)), ((0, 0),) * len(sizes)
+    return lhs, rhs, p
 
 
 def _is_pointwise(rhs, p):

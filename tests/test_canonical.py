@@ -353,6 +353,9 @@ class Attention(nnx.Module):
         (11, 3, 24, 3, 1),
         (7, 100, 17, 1, 1),
         (1, 30, 40, 1, 1),
+        (2, 48, 64, 3, 1),
+        (2, 64, 40, 5, 2),
+        (1, 64, 64, 3, 1),
     ],
 )
 def test_convolutions_of_few_channels_do_not_depend_on_the_batch(size, channels, filters, kernel, stride):
@@ -458,6 +461,77 @@ def test_what_is_divided_by_a_number_of_the_example_does_not_depend_on_the_batch
         np.testing.assert_array_equal(run(x[:size]), together[:size], err_msg=f"{size} examples")
 
 
+@jax.custom_jvp
+def swapped(a, b):
+    return b, a
+
+
+@jax.custom_vjp
+def multiplied(a, b):
+    return a * b
+
+
+swapped.defjvp(lambda primals, tangents: (swapped(*primals), tangents[::-1]))
+multiplied.defvjp(lambda a, b: (a * b, (a, b)), lambda ab, g: (g * ab[1], g * ab[0]))
+
+
+@quick
+@given(
+    sides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    taps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    pads=st.tuples(*[st.integers(-1, 9)] * 4),
+    rank=st.sampled_from([1, 2]),
+)
+def test_kernels_larger_than_their_input(sides, taps, stride, dilation, pads, rank):
+    """Against sums of NumPy, with padding of any size."""
+    sides, taps, padding = sides[:rank], taps[:rank], [pads[:2], pads[2:]][:rank]
+    reach = [(t - 1) * dilation + 1 for t in taps]
+    for i, (side, needed) in enumerate(zip(sides, reach, strict=True)):  # at least one position
+        low, high = padding[i]
+        padding[i] = (low, max(high, needed - side - low))
+    x, k = normal(0, 3, *sides, 6), normal(1, *taps, 6, 5)
+    letters = "HW"[:rank]
+    names = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+
+    def convolution(x):
+        return lax.conv_general_dilated(
+            x, k, (stride,) * rank, padding, rhs_dilation=(dilation,) * rank, dimension_numbers=names
+        )
+
+    around = [(max(low, 0), max(high, 0)) for low, high in padding]
+    inside = tuple(slice(max(-low, 0), side - max(-high, 0)) for side, (low, high) in zip(sides, padding, strict=True))
+    padded = np.pad(np.asarray(x, np.float64)[(slice(None), *inside)], [(0, 0), *around, (0, 0)])
+    positions = [range(0, size - needed + 1, stride) for size, needed in zip(padded.shape[1:-1], reach, strict=True)]
+    expected = np.zeros((3, *map(len, positions), 5))
+    for at in np.ndindex(*map(len, positions)):
+        first = [p[i] for p, i in zip(positions, at, strict=True)]
+        seen = padded[(slice(None), *(slice(a, a + n, dilation) for a, n in zip(first, reach, strict=True)))]
+        expected[(slice(None), *at)] = np.tensordot(
+            seen, np.asarray(k, np.float64), (range(1, rank + 2), range(rank + 1))
+        )
+    program = jax.jit(canonical(convolution))
+    np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sides", [(2, 2), (1, 2), (2, 3), (1, 1)])
+def test_the_compiler_exchanges_no_kernel_with_its_input(sides, dtype):
+    x, k = normal(0, 16, *sides, 32).astype(dtype), normal(1, 3, 3, 32, 32).astype(dtype)
+
+    def convolution(x):
+        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def exchanged(function):
+        text = jax.jit(function).lower(x).compile().as_text() or ""
+        return [label for label in re.findall(r"dim_labels=(\w+->\w+)", text) if label.split("->")[0] != "b01f_01io"]
+
+    for function in (convolution, lambda g: jax.linear_transpose(convolution, x)(g)[0]):
+        assert not exchanged(canonical(function))
+        assert exchanged(function) or sides == (1, 1), "else this would test nothing"
+
+
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_a_product_is_rounded_before_it_is_added(rng, size):
     """NumPy, whose operations are one by one, is equal to the last bit; a fused multiply-add is not."""
@@ -469,6 +543,8 @@ def test_a_product_is_rounded_before_it_is_added(rng, size):
         "through a call": (lambda np, a, b, c: np.where(a > 0, c, b) - (np.reshape(a * b, (1, -1)))[0]),
         "negative": (lambda np, a, b, c: -(a * b) + c),
         "exact": (lambda np, a, b, c: 2 * a + c),
+        "into and out of a rule": (lambda np, a, b, c: (swapped if np is jnp else swapped.fun)(a * b, c)[1] + c),
+        "within a rule": (lambda np, a, b, c: (multiplied if np is jnp else multiplied.fun)(a, b) + c),
     }
     for name, function in cases.items():
         result = jax.jit(canonical(functools.partial(function, jnp)))(a, b, c)

@@ -103,7 +103,7 @@ def _started(
     if not images.size:
         raise ValueError(f"images: expected at least one image of at least one pixel, got shape {images.shape}")
     attack = by_example(attack, images.shape[0])
-    keys = example_keys(key, images, ids)
+    ids = _checked_ids(ids, images)
     if initial is not None:
         if not hasattr(attack, "warm"):
             raise TypeError(f"{type(attack).__name__} cannot begin at given images: it has no warm start")
@@ -111,7 +111,8 @@ def _started(
             raise ValueError(f"initial must have the images' shape {images.shape}, got {np.shape(initial)}")
         initial = check(model, initial, labels, names=("initial", "labels"))[0]
     own, common = apart(attack)
-    state = _start(mesh_of(images))(own, (common, model), (images, labels, targets, keys, support, initial))
+    problem = images, labels, targets, ids, support, initial
+    state = _start(mesh_of(images))(own, (common, model, key), problem)
     return (own, common), state
 
 
@@ -163,7 +164,7 @@ def _advanced(parts: tuple[Any, Any], attack: Attack, model: Any, state: S, step
         stage = int(staged.stage(state)) if staged else None
         loop = _advance(mesh, len(rows) < batch, stage)
         counted, state = loop(own, shared, state, _counts(pause, mesh), np.int32(smaller * (mesh is None)))
-        taken += int(np.max(counted))
+        taken += int(np.max(np.asarray(counted)))  # on the host: a program for it would have to be compiled
         done = np.asarray(state.done)
         unfinished = int(np.sum(~done))
         ended = taken >= limit or unfinished == 0
@@ -250,9 +251,10 @@ def finished(state: Any) -> bool:
 @functools.cache
 def _start(mesh: Mesh | None):
     def one_program(own, shared, problem):
-        common, model = shared
+        common, model, key = shared
         attack = together(own, common)
-        images, labels, targets, keys, support, initial = problem
+        images, labels, targets, ids, support, initial = problem
+        keys = _example_keys(key, images, ids)  # in here, so that attacks without chance do not pay for them
         state = attack.init(objective.single(model), images, labels, targets, keys, support)
         if initial is None:
             return state
@@ -443,8 +445,12 @@ def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = Non
         ValueError: ids of the wrong shape or out of range.
         TypeError: ids that are not integers.
     """
+    return _example_keys(key, images, _checked_ids(ids, images))
+
+
+def _checked_ids(ids: Any, images: Any) -> Any:
     if ids is None:
-        return _example_keys(key, images, None)
+        return None
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"ids must be integers, got {ids.dtype}")
@@ -452,7 +458,7 @@ def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = Non
         raise ValueError(f"ids must have shape [{images.shape[0]}], one for every image, got {ids.shape}")
     if not isinstance(ids, Tracer) and ids.size and not 0 <= np.min(ids) <= np.max(ids) < 2**32:
         raise ValueError(f"ids must be from 0 to 2**32 - 1, got {np.min(ids)} to {np.max(ids)}")
-    return _example_keys(key, images, jnp.asarray(ids, jnp.uint32))
+    return jnp.asarray(ids, jnp.uint32)
 
 
 @jax.jit

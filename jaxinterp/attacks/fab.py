@@ -193,8 +193,8 @@ class FAB:
         gap_0 = near.gap + jnp.sum(near.normal * delta, axis=tuple(range(1, x.ndim)))
         # One bisection for both: they do not depend on each other.
         twice = jax.vmap(lambda images, gap: to_hyperplane(images, near.normal, gap, self.norm, support))
-        d, d_0 = twice(jnp.stack([x, x0]), jnp.stack([near.gap, gap_0]))
-        size, size_0 = distance(d, self.norm), distance(d_0, self.norm)
+        both = twice(jnp.stack([x, x0]), jnp.stack([near.gap, gap_0]))
+        (d, d_0), (size, size_0) = both, jax.vmap(lambda d: distance(d, self.norm))(both)
         alpha = along(jnp.minimum(size / jnp.maximum(size + size_0, _TINY), state.alpha_max), x)
         eta = along(state.eta, x)
         # The formula of the paper, written so that a component that no projection moves stays the very same.

@@ -151,21 +151,30 @@ def rounding(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
     The difference of two classes is the margin itself, which says nothing of what it was computed from: with no more
     than two it is taken to be one at least. Large logits have few digits left for their differences.
     """
-    difference = spread(logits)
+    high, low = _range(logits)
     few = jnp.sum(logits != -jnp.inf, axis=-1, dtype=jnp.int32) <= 2
-    largest = jnp.max(jnp.where(jnp.isfinite(logits), jnp.abs(logits), 0), axis=-1)
-    digits = _ULPS * jnp.finfo(logits.dtype).eps * largest
-    return jnp.maximum(ROUNDING * jnp.where(few, jnp.maximum(difference, 1), difference), digits)
+    digits = _ULPS * jnp.finfo(logits.dtype).eps * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    return jnp.maximum(ROUNDING * jnp.where(few, jnp.maximum(high - low, 1), high - low), digits)
 
 
-def spread(logits: Float[Array, "b k"]) -> Float[Array, " b"]:
-    """The largest difference of logits, classes ruled out by -inf left aside."""
-    return jnp.max(logits, axis=-1) - jnp.min(jnp.where(logits == -jnp.inf, jnp.inf, logits), axis=-1)
+def _range(logits):
+    """The largest and the smallest logit, classes ruled out left aside, by one reduction."""
+    lowest = jnp.where(logits == -jnp.inf, -jnp.inf, -logits)
+    high, minus_low = jnp.max(jnp.stack([logits, lowest]), axis=-1)
+    return high, -minus_low
 
 
+@jax.custom_jvp
 def pick(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:
     """The logit of the given class of every example."""
-    return jnp.sum(jnp.where(_one_hot(logits, classes), logits, 0), axis=-1)
+    return jnp.take_along_axis(logits, classes[:, None], axis=-1, mode="clip")[:, 0]
+
+
+@pick.defjvp
+def _pick_jvp(primals, tangents):
+    """A sum, since the transposed gather, a scatter, is a loop on CPUs."""
+    (logits, classes), (tangent, _) = primals, tangents
+    return pick(logits, classes), jnp.sum(jnp.where(_one_hot(logits, classes), tangent, 0), axis=-1)
 
 
 def _one_hot(logits, classes):

@@ -217,7 +217,8 @@ def lengthened(r: Float[Array, "b h w c"], z: Float[Array, "b h w c"], support: 
     """What r is on the support, at the Euclidean length of z."""
     if support is not None:
         r = jnp.where(support, r, 0)
-    return along(norm(z) / jnp.maximum(norm(r), _TINY), r) * r
+    wanted, found = jax.vmap(norm)(jnp.stack([z, r]))
+    return along(wanted / jnp.maximum(found, _TINY), r) * r
 
 
 def _times(
