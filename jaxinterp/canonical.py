@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,6 +69,50 @@ def canonical(function: F) -> F:
         return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, arrays)[0])
 
     return rewritten  # type: ignore[return-value]  # wraps() keeps the signature
+
+
+def jitted(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    """`jax.jit(function, **kwargs)`, which asks the compiler for Eigen's convolutions on CPUs.
+
+    jaxlib 0.10 gives convolutions and products to YNNPACK otherwise, with which the gradient of a network of 3 x 3
+    convolutions takes up to one and a half times as long. Under somebody else's jit or grad, what is compiled and how
+    is up to them. Those who name the option in XLA_FLAGS have decided already, and a compiler that does not know it is
+    not asked.
+    """
+    within = jax.jit(function, **kwargs)
+
+    @functools.cache
+    def outermost():
+        options = _compiler_options()
+        return jax.jit(function, compiler_options=options, **kwargs) if options else within
+
+    @functools.wraps(function)
+    def run(*args, **named):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, named))):
+            return within(*args, **named)
+        try:
+            return outermost()(*args, **named)
+        except ValueError as error:  # there are no tracers among the arguments, but a trace around
+            if "top-level" not in str(error):
+                raise
+            return within(*args, **named)
+
+    run.lower = lambda *args, **named: outermost().lower(*args, **named)  # type: ignore[attr-defined]
+    return run
+
+
+_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}  # an empty list
+
+
+@functools.cache
+def _compiler_options() -> dict[str, str]:
+    if jax.default_backend() != "cpu" or any(name in os.environ.get("XLA_FLAGS", "") for name in _OPTIONS):
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=_OPTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return _OPTIONS
 
 
 def _is_array(leaf: Any) -> bool:
@@ -124,8 +170,8 @@ def _evaluate(
         elif rule is not None:
             outputs = rule(eqn, *inputs)
         else:
-            products = flags if name in _CUSTOM else None
-            params = {key: _rewrite(value, products) for key, value in eqn.params.items()}
+            told = flags if name in _CUSTOM else None
+            params = {key: _rewrite(value, told) for key, value in eqn.params.items()}
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
         if not eqn.primitive.multiple_results:
             outputs = [outputs]

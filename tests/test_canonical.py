@@ -5,6 +5,7 @@ Bits are compared on the CPU backend, the only one on which `canonical` does any
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from jaxinterp.canonical import canonical
+from jaxinterp.canonical import canonical, jitted
 from jaxinterp.canonical import rounded as kept
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
@@ -257,6 +258,59 @@ def test_transformations_of_the_rewritten_function():
     assert_close(jax.hessian(new)(x[0]), jax.hessian(total)(x[0]), 1e-5)
     assert_close(jax.jit(canonical(canonical(total)))(x), total(x), 2e-6)
     assert canonical(straight).__name__ == "straight"
+
+
+# The compiler
+
+
+def test_own_programs_are_compiled_with_the_convolutions_of_eigen():
+    x, k = normal(0, 4, 12, 12, 8), normal(1, 3, 3, 8, 32)
+
+    def convolution(x):
+        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    text = jitted(convolution).lower(x).compile().as_text() or ""
+    assert re.search(r"= f32\S* convolution\(", text)
+    assert "ynn" not in text
+    assert_close(jitted(convolution)(x), convolution(x), 1e-5)
+
+
+def test_own_programs_under_the_transformations_of_others():
+    """JAX takes options of the compiler at the outermost jit only."""
+    x = normal(4, 6, 5)
+    own = jitted(lambda x, scale=1.0: jnp.tanh(x @ W).sum(-1) * scale)
+    for call in (
+        lambda f: f(x, scale=2.0),
+        lambda f: jax.jit(lambda x: f(x) + 1)(x),
+        lambda f: jax.jit(lambda: f(x) + 1)(),
+        lambda f: jax.vmap(f)(x[None]),
+        lambda f: jax.grad(lambda x: f(x).sum())(x),
+        lambda f: jax.jit(jax.grad(lambda scale: f(x, scale).sum()))(3.0),
+        lambda f: lax.map(lambda row: f(row[None])[0], x),
+    ):
+        assert_close(call(own), call(straight_scaled), 2e-6)
+    assert jitted(lambda x, steps: x * steps, static_argnums=1)(x, 2).shape == x.shape
+    with pytest.raises(ValueError, match="of the function itself"):
+        jitted(lambda x: raises(ValueError("of the function itself")))(x)
+
+
+def straight_scaled(x, scale=1.0):
+    return straight(x) * scale
+
+
+def raises(error):
+    raise error
+
+
+def test_a_compiler_is_asked_for_what_it_knows_only(monkeypatch):
+    module = sys.modules["jaxinterp.canonical"]
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(module, "_OPTIONS", {"xla_no_such_option": "1"})
+    assert module._compiler_options.__wrapped__() == {}
+    monkeypatch.setattr(module, "_OPTIONS", {"xla_cpu_enable_fast_math": "False"})
+    assert module._compiler_options.__wrapped__() == module._OPTIONS
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert module._compiler_options.__wrapped__() == {}, "somebody has decided"
 
 
 # The layout inside loops
@@ -543,8 +597,8 @@ def test_a_product_is_rounded_before_it_is_added(rng, size):
         "through a call": (lambda np, a, b, c: np.where(a > 0, c, b) - (np.reshape(a * b, (1, -1)))[0]),
         "negative": (lambda np, a, b, c: -(a * b) + c),
         "exact": (lambda np, a, b, c: 2 * a + c),
-        "into and out of a rule": (lambda np, a, b, c: (swapped if np is jnp else swapped.fun)(a * b, c)[1] + c),
-        "within a rule": (lambda np, a, b, c: (multiplied if np is jnp else multiplied.fun)(a, b) + c),
+        "into and out of a rule": (lambda np, a, b, c: (swapped(a * b, c) if np is jnp else (c, a * b))[1] + c),
+        "within a rule": (lambda np, a, b, c: (multiplied(a, b) if np is jnp else a * b) + c),
     }
     for name, function in cases.items():
         result = jax.jit(canonical(functools.partial(function, jnp)))(a, b, c)

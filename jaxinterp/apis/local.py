@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinterp.apis.ocr import OCREngine
 from jaxinterp.apis.protocol import Label, ServiceError, pixels
+from jaxinterp.canonical import jitted
 from jaxinterp.data.decode import Crop, crop_pixels
 from jaxinterp.data.source import to_unit
 from jaxinterp.network import Network, Params
@@ -69,6 +70,6 @@ class LocalVision:
         return self.ocr.text(image)
 
 
-@jax.jit
+@jitted
 def _scores(model, images):
     return jax.nn.softmax(model(images), axis=-1)

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
-from jaxinterp.attacks.attack import AttackResult, Examples, Real, norm, select
+from jaxinterp.attacks.attack import AttackResult, Examples, Real, select
 from jaxinterp.attacks.boxed import Boxed
 from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem
 from jaxinterp.canonical import canonical
@@ -102,7 +102,6 @@ class CW:
             model,
             state,
             x,
-            jnp.square(norm(delta)),
             steps=self.steps,
             abort_early=self.abort_early,
             window=self.window,

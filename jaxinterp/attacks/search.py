@@ -218,7 +218,7 @@ def evaluate(
     model: Model,
     state: N,
     x: Float[Array, "b h w c"],
-    distance: Float[Array, " b"],
+    distance: Float[Array, " b"] | None = None,
     *,
     steps: int,
     abort_early: bool,
@@ -233,7 +233,7 @@ def evaluate(
         model: images -> logits.
         state: the state before.
         x: the images.
-        distance: D(x), which with the penalty is the loss that must go on falling.
+        distance: D(x), which with the penalty is the loss that must go on falling; None: the squared L2 distance.
         steps: iterations for every constant, at most.
         abort_early: see `Progress.advance`.
         window: the same.
@@ -241,8 +241,10 @@ def evaluate(
     """
     state = judge_if_warm(model, state, state.kappa)
     examples, active, first = state.examples, ~state.done, state.progress.count == 0
+    l2 = norm(x - examples.images)
+    distance = jnp.square(l2) if distance is None else distance
     if examples.initial is None:  # the original itself, without the rounding of the variable
-        x = select(first, examples.images, x)
+        x, l2 = select(first, (examples.images, jnp.zeros_like(l2)), (x, l2))
 
     def penalised(logits):
         if loss == "ce":
@@ -251,7 +253,6 @@ def evaluate(
             f = jnp.maximum(objective.margin(logits, examples.labels, examples.targets) + state.kappa, 0)
         return state.bracket.const * f
 
-    l2 = norm(x - examples.images)
     logits, penalty, gradient = objective.value_and_gradient(model, x, penalised)
     success = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
     better = success & (l2 < state.best_l2)

@@ -175,8 +175,8 @@ class Smoothed:
         return dataclasses.replace(self.base, kappa=self.kappa)
 
     def _projected(self, images, examples: Examples):
-        """Into the attack's ball, where it has one, and the box, on the support."""
+        """Into the attack's ball, where it has one, and the box; they leave the support nowhere."""
         eps: Any = getattr(self.base, "eps", None)
-        which: Any = "l2" if eps is None else getattr(self.base, "norm", "linf")
-        radius = per_example(jnp.inf if eps is None else eps, images)
-        return project(images, examples.images, radius, which, examples.support)
+        if eps is None:
+            return jnp.clip(images, 0, 1)
+        return project(images, examples.images, per_example(eps, images), getattr(self.base, "norm", "linf"))

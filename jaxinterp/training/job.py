@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxinterp import models, parallel, processes
+from jaxinterp.canonical import jitted
 from jaxinterp.data import Crop, Tfds, batches, open_source
 from jaxinterp.data.folder import some
 from jaxinterp.data.spec import AnySource
@@ -220,7 +221,7 @@ def _correct(network: Network) -> Any:
         model = network.bind(params)
         return tuple(jnp.argmax(model(x), axis=-1) == labels for x in (images, attacked))
 
-    return jax.jit(program)
+    return jitted(program)
 
 
 class _First:

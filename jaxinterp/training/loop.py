@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jaxinterp import parallel, processes
+from jaxinterp.canonical import jitted
 from jaxinterp.data import Arrays, DamagedImage, Source
 from jaxinterp.data.source import to_unit
 from jaxinterp.dissect import shares
@@ -303,7 +304,7 @@ def step_of(
         sums = {name: sums[name] + jnp.sum(batch[3] * value) for name, value in added.items()}
         return trained, fixed, memory, sums
 
-    return jax.jit(step, donate_argnums=0)
+    return jitted(step, donate_argnums=0)
 
 
 def metrics_of(

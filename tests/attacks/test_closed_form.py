@@ -344,6 +344,25 @@ def test_margin_and_success_by_hand():
     assert not objective.succeeded(tie.at[0, 2].set(jnp.nan), labels[:1], None, 0.0)[0]
 
 
+@pytest.mark.parametrize("ruled_out", [[], [1], [0, 1, 3]])
+def test_logits_are_picked_and_their_rounding_measured(rng, ruled_out):
+    logits, classes = rng.normal(size=(5, 5)).astype(np.float32) * 30, np.asarray([2, 4, 4, 2, 2])
+    logits[:, ruled_out] = -np.inf
+    logits[4, 2] = 1e6  # a float32 has 7 digits: the difference of such numbers fewer than four behind the point
+    expected, kept = logits[np.arange(5), classes], np.delete(logits, ruled_out, axis=1)
+    logits, classes = jnp.asarray(logits), jnp.asarray(classes)
+    np.testing.assert_array_equal(objective.pick(logits, classes), expected)
+    weights = rng.normal(size=5).astype(np.float32)
+    gradient = jax.grad(lambda x: jnp.sum(weights * objective.pick(x, classes)))
+    np.testing.assert_array_equal(gradient(logits), weights[:, None] * np.eye(5, dtype=np.float32)[classes])
+    assert "scatter" not in str(jax.make_jaxpr(gradient)(logits)), "a loop on CPUs"
+    difference, largest = np.ptp(kept, axis=1), np.abs(kept).max(axis=1)
+    if kept.shape[1] == 2:
+        difference = np.maximum(difference, 1)
+    least = np.maximum(objective.ROUNDING * difference, 4 * np.finfo(np.float32).eps * largest)
+    np.testing.assert_allclose(objective.rounding(logits), least, rtol=1e-6)
+
+
 def test_a_list_is_one_value_for_every_example():
     model, images, labels, _ = linear(3)
     values = [0.1, 0.2, 0.3, 0.05, 0.0, 0.15]
