@@ -35,7 +35,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxinterp.attacks.driver import check_several
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Network, Params, capture, features, head, suggest
 
 _TINY = 1e-12
@@ -131,7 +131,7 @@ def _program(network: Network, method: str, node: str):
 
         return jax.vmap(of_class, in_axes=1, out_axes=1)(classes)
 
-    return jitted(program)
+    return jax.jit(program)
 
 
 def _positions(values: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:

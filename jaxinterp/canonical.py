@@ -9,10 +9,11 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
 * Reproducibility. A product or a sum with few rows is computed in another order than one with many, so an example's
   result would depend on the size of the batch it came in. Rows and columns of matrix products are padded to multiples
   of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
-  from which on the order is fixed; convolutions of single pixels become matrix products, which are faster; the gradient
-  of one with strides is computed without the zeros between positions, that with respect to an image, whose channels
-  are very few, as a matrix product; sums of floats become trees of elementwise additions; a product is rounded
-  before it is added to something. All of this is small beside the convolutions, or faster than them.
+  from which on the order is fixed; none is left to Eigen, which divides sums among its threads; convolutions of single
+  pixels become matrix products, which are faster; the gradient of one with strides is computed without the zeros
+  between positions, that with respect to an image, whose channels are very few, as a matrix product; sums of floats
+  become trees of elementwise additions; a product is rounded before it is added to something. All of this is small
+  beside the convolutions, or faster than them.
 
 On other backends the function is left as it is: their compilers choose layouts themselves, and they pick kernels by
 batch size, so results there agree to rounding only.
@@ -263,26 +264,64 @@ def _convolution(eqn, lhs, rhs):
     if p["batch_group_count"] != 1:
         return eqn.primitive.bind(lhs, rhs, **p)
     rank = len(lhs_spec)
-    last = (0, rank - 1, *range(1, rank - 1))  # where batch, feature and spatial stand in N...C
     to_lhs = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
     to_rhs = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
     to_out = (out_spec[0], *out_spec[2:], out_spec[1])
-    p["dimension_numbers"] = lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
+    p["dimension_numbers"] = _order(rank)
     lhs, rhs = _transpose(lhs, to_lhs), _transpose(rhs, to_rhs)
     shape = tuple(eqn.outvars[0].aval.shape[axis] for axis in to_out)
+    out = _of_images(eqn, *_with_rows(lhs, rhs, p, shape)) if rank == 3 else _of_images(eqn, lhs, rhs, p, shape)
+    return _transpose(lax.reshape(out, shape), tuple(sorted(range(rank), key=to_out.__getitem__)))
+
+
+def _order(rank):
+    """Where batch, features and positions stand in N...C and ...IO."""
+    last = (0, rank - 1, *range(1, rank - 1))
+    return lax.ConvDimensionNumbers(last, (rank - 1, rank - 2, *range(rank - 2)), last)
+
+
+def _with_rows(lhs, rhs, p, shape):
+    """A convolution along one axis as one of images with a single row."""
+    names = {"window_strides": 1, "lhs_dilation": 1, "rhs_dilation": 1, "padding": (0, 0)}
+    p = {**p, **{name: (one, *p[name]) for name, one in names.items()}}
+    return lhs[:, None], rhs[None], {**p, "dimension_numbers": _order(4)}, (shape[0], 1, *shape[1:])
+
+
+def _of_images(eqn, lhs, rhs, p, shape):
+    """A convolution whose dimensions stand in the order of N...C and ...IO."""
+    rank = lhs.ndim
+    if rank > 4 and 0 not in (*shape, *rhs.shape):
+        return _by_plane(eqn, lhs, rhs, p, shape)
     plain = all(size == 1 for size in (p["feature_group_count"], *p["window_strides"], *p["rhs_dilation"]))
     if plain and rank == 4 and 0 not in shape and shape[-1] <= _IMAGE and math.prod(rhs.shape[:2]) > 1:
-        out = _by_tap(eqn, lhs, rhs, p, shape)
-    elif plain and rank == 4 and 0 not in shape and math.prod(p["lhs_dilation"]) > 1:
-        out = _by_phase(eqn, lhs, rhs, p, shape)
-    else:
-        out = _enough(eqn, lhs, rhs, p, shape)
-    return _transpose(out, tuple(sorted(range(rank), key=to_out.__getitem__)))
+        return _by_tap(eqn, lhs, rhs, p, shape)
+    if plain and rank == 4 and 0 not in shape and math.prod(p["lhs_dilation"]) > 1:
+        return _by_phase(eqn, lhs, rhs, p, shape)
+    return _enough(eqn, lhs, rhs, p, shape)
+
+
+def _by_plane(eqn, lhs, rhs, p, shape):
+    """A convolution along more than two axes as a sum of convolutions along all but the first, one for each tap."""
+    names = ("window_strides", "lhs_dilation", "rhs_dilation", "padding")
+    (stride, distance, dilation, (low, high)) = (p[name][0] for name in names)
+    around = [(0, 0, 0) for _ in shape]
+    around[1] = (low, high, distance - 1)
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), around)
+    p = {**p, **{name: p[name][1:] for name in names}, "dimension_numbers": _order(len(shape) - 1)}
+    batch, planes = shape[:2]
+
+    def of_tap(tap):
+        first = tap * dilation
+        seen = lax.slice_in_dim(lhs, first, first + (planes - 1) * stride + 1, stride, axis=1)
+        seen = lax.reshape(seen, (batch * planes, *seen.shape[2:]))
+        return _of_images(eqn, seen, rhs[tap], p, (batch * planes, *shape[2:]))
+
+    return lax.reshape(functools.reduce(lax.add, map(of_tap, range(rhs.shape[0]))), shape)
 
 
 def _enough(eqn, lhs, rhs, p, shape):
     """A convolution with enough rows (positions of examples) and output channels."""
-    lhs, rhs, p = _no_smaller_than_the_kernel(lhs, rhs, p, shape)
+    lhs, rhs, p = _as_accepted(lhs, rhs, p, shape)
     if _is_pointwise(rhs, p) and 0 not in shape:
         return _pointwise(eqn, lhs, rhs, p, shape)
     batch, (*others, size) = shape[0], shape[1:-1] or (1,)
@@ -291,31 +330,44 @@ def _enough(eqn, lhs, rhs, p, shape):
         lhs = _pad(lhs, 0, max(batch, -(-_ROWS // rows), -(-_TILES // tiles)))
     if p["feature_group_count"] == 1:
         rhs = _pad(rhs, rhs.ndim - 1, max(shape[-1], _COLUMNS))
+    if lhs.ndim == 4 and lhs.shape[1] > shape[1] and all(pads == (0, 0) for pads in p["padding"]):
+        # Without padding YNNPACK takes up to five times as long: one more row, for an output that is cut off again.
+        p["padding"] = ((0, 1), (0, 0))
     return lax.slice(eqn.primitive.bind(lhs, rhs, **p), [0] * len(shape), shape)
 
 
-def _no_smaller_than_the_kernel(lhs, rhs, p, shape):
-    """A convolution whose kernel is larger than its input, with a smaller kernel or a larger input.
+def _as_accepted(lhs, rhs, p, shape):
+    """A convolution as YNNPACK accepts it: no axis of the output or the kernel is longer than that of the input.
 
-    The compiler exchanges the two, and has only its slowest loops for what comes out: a fiftieth of the speed at 2 x 2
-    pixels, to which networks for large images bring small ones. It would take zeros around the input for padding of
-    the convolution, if nothing stood in between.
+    What that library declines goes to Eigen, which divides sums among its threads where there are few examples, so that
+    their order depends on both. A kernel with more positions than its input is exchanged with it before, and gets the
+    slowest loops (at 2 x 2 pixels, to which networks for large images bring small ones, a fiftieth of the speed). Zeros
+    around the input would be taken for padding of the convolution, if nothing stood in between.
     """
-    sizes, taps, dtype = lhs.shape[1:-1], rhs.shape[:-2], lhs.dtype
-    whole = p["feature_group_count"] == 1 == math.prod(p["lhs_dilation"])
-    if not whole or 0 in (*shape, *lhs.shape, *rhs.shape) or math.prod(taps) <= math.prod(sizes):
+    sizes, dtype = lhs.shape[1:-1], lhs.dtype
+    if 0 in (*shape, *lhs.shape, *rhs.shape) or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize == 1:
         return lhs, rhs, p
-    kept, padding = [], []
-    axes = zip(sizes, taps, shape[1:-1], p["window_strides"], p["rhs_dilation"], p["padding"], strict=True)
-    for size, count, outputs, stride, dilation, (low, high) in axes:  # outer taps see padding only
-        seeing = [t for t in range(count) if any(0 <= t * dilation + i * stride - low < size for i in range(outputs))]
-        first, last = (seeing[0], seeing[-1]) if seeing else (0, 0)
+    kept, around, padding = [], [], []
+    names = ("window_strides", "rhs_dilation", "lhs_dilation", "padding")
+    axes = zip(sizes, rhs.shape, shape[1:-1], *(p[name] for name in names), strict=False)
+    for size, taps, outputs, stride, dilation, distance, (low, high) in axes:
+        size = 1 + (size - 1) * distance
+        first, last = 0, taps - 1
+        if taps > size:  # outer taps may see padding only
+            seeing = [
+                t for t in range(taps) if any(0 <= t * dilation + i * stride - low < size for i in range(outputs))
+            ]
+            first, last = (seeing[0], seeing[-1]) if seeing else (0, 0)
+        low, high = low - first * dilation, high - (taps - 1 - last) * dilation
+        missing = max(outputs, last + 1 - first) - size
+        before = max(min(missing, low), 0)
+        after = max(min(missing - before, high), 0)
         kept.append(slice(first, last + 1))
-        padding.append((low - first * dilation, high - (count - 1 - last) * dilation))
-    rhs, p = rhs[tuple(kept)], {**p, "padding": tuple(padding)}
-    if math.prod(rhs.shape[:-2]) > math.prod(sizes) and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
-        around = ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0))
-        lhs, p["padding"] = rounded(lax.pad(lhs, jnp.zeros((), dtype), around)), ((0, 0),) * len(sizes)
+        around.append((before, after, distance - 1))
+        padding.append((low - before, high - after))
+    rhs, p = rhs[tuple(kept)], {**p, "padding": tuple(padding), "lhs_dilation": (1,) * len(sizes)}
+    if any(any(each) for each in around):
+        lhs = rounded(lax.pad(lhs, jnp.zeros((), dtype), ((0, 0, 0), *around, (0, 0, 0))))
     return lhs, rhs, p
 
 

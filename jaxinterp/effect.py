@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp import windowed
 from jaxinterp.attacks.driver import check, whole
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model, suggest
 from jaxinterp.pytree import pytree
 from jaxinterp.sharding import mesh_of, on_mesh
@@ -422,7 +422,7 @@ def _one_at_a_time(
         return label_change, target_change, norm, spread[:, -1], forward, jnp.zeros_like(forward)
 
     if mesh is None:
-        return jitted(lambda *args: changes(*passes(jnp.int32(0), *args)))
+        return jax.jit(lambda *args: changes(*passes(jnp.int32(0), *args)))
 
     def on_each(*args):
         axis = mesh.axis_names[0]
@@ -430,7 +430,7 @@ def _one_at_a_time(
         return changes(lax.psum(found, axis), norm, perturbed)  # all but one device have zeros
 
     nowhere = PartitionSpec()
-    return jitted(jax.shard_map(on_each, mesh=mesh, in_specs=nowhere, out_specs=nowhere, check_vma=False))
+    return jax.jit(jax.shard_map(on_each, mesh=mesh, in_specs=nowhere, out_specs=nowhere, check_vma=False))
 
 
 def _loop(needed: Bool[Array, " n"], score: Callable, me: Array, devices: int, chunk: int) -> list[Array]:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from jaxinterp.attacks.driver import check, whole
 from jaxinterp.attribution import over
 from jaxinterp.cam import normalised, resize
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model
 from jaxinterp.pytree import pytree
 
@@ -132,7 +132,7 @@ def _probability(model, images, classes):
     return jnp.take_along_axis(jax.nn.softmax(model(images), axis=-1), classes[:, None], axis=1)[:, 0]
 
 
-@functools.partial(jitted, static_argnames=("steps", "kind"))
+@functools.partial(jax.jit, static_argnames=("steps", "kind"))
 def _run(model, images, classes, maps, baseline, steps, kind):
     @canonical
     def curve(model, images, classes, maps, baseline):
@@ -153,7 +153,7 @@ def _run(model, images, classes, maps, baseline, steps, kind):
     return Curve(share=share, probability=probability, area=area)
 
 
-@jitted
+@jax.jit
 @canonical
 def _average_drop(model, images, classes, maps):
     shown = normalised(resize(jnp.maximum(maps, 0), (images.shape[1], images.shape[2])))

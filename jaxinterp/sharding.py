@@ -14,8 +14,6 @@ import jax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxinterp.canonical import jitted
-
 
 def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
     """The mesh over whose first axis the examples of `tree` are sharded; None on one device or under a trace.
@@ -45,8 +43,9 @@ def on_mesh(
         by_example: for every argument, whether its leaves are sharded by example; the others are replicated.
         donate: positions of arguments whose memory the results take; the caller must not use those again.
     """
-    if mesh is not None:
-        shares = PartitionSpec(mesh.axis_names[0])
-        specs = tuple(shares if sharded else PartitionSpec() for sharded in by_example)
-        function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False)
-    return jitted(function, donate_argnums=donate)
+    if mesh is None:
+        return jax.jit(function, donate_argnums=donate)
+    shares = PartitionSpec(mesh.axis_names[0])
+    specs = tuple(shares if sharded else PartitionSpec() for sharded in by_example)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate)

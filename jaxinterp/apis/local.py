@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxinterp.apis.ocr import OCREngine
 from jaxinterp.apis.protocol import Label, ServiceError, pixels
-from jaxinterp.canonical import jitted
 from jaxinterp.data.decode import Crop, crop_pixels
 from jaxinterp.data.source import to_unit
 from jaxinterp.network import Network, Params
@@ -70,6 +69,6 @@ class LocalVision:
         return self.ocr.text(image)
 
 
-@jitted
+@jax.jit
 def _scores(model, images):
     return jax.nn.softmax(model(images), axis=-1)

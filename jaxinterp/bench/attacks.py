@@ -25,7 +25,7 @@ from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
 from jaxinterp.bench.sweep import Trial
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Model
 
 DEFAULT = ("pgd:steps=10", "mifgsm:steps=10", "cw:search_steps=1,steps=20")
@@ -47,7 +47,7 @@ def by_image(model: Model, images: Any, labels: Any) -> jax.Array:
     return jax.grad(lambda x: objective.likelihood(model(x), labels, None).sum())(images)
 
 
-gradient = jitted(canonical(by_image))
+gradient = jax.jit(canonical(by_image))
 
 
 def bench(
@@ -155,7 +155,7 @@ def costs_of_step(model: Model, images: Any, labels: Any, result: AttackResult) 
     """What a step of an attack costs, a gradient or a forward pass: its program, and as it is written."""
     if np.any(result.backward):
         return program(gradient, model, images, labels)[0], as_written(by_image, model, images, labels)
-    return program(forward.rewritten, model, images)[0], as_written(forward.logits, model, images)
+    return program(forward.jitted, model, images)[0], as_written(forward.logits, model, images)
 
 
 def _account(setting: Setting, attack: Attack, model: Model, form: str, result: Callable[[], AttackResult]) -> Account:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from jaxinterp.bench.formats import computing_in
 from jaxinterp.bench.measure import Account, Task, as_written, program
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Model
 
 
@@ -17,7 +18,7 @@ def logits(model: Model, images: Any) -> Float[Array, "b k"]:
     return model(images)
 
 
-rewritten = jitted(canonical(logits))
+jitted = jax.jit(canonical(logits))
 
 
 def task(model: Model, images: Float[Array, "b h w c"], form: str) -> Task:
@@ -25,7 +26,7 @@ def task(model: Model, images: Float[Array, "b h w c"], form: str) -> Task:
 
     def run():
         with computing_in(form):
-            return rewritten(model, images)
+            return jitted(model, images)
 
     def account():
         with computing_in(form):

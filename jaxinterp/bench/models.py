@@ -15,7 +15,7 @@ from jaxinterp.bench.formats import computing_in, network_in
 from jaxinterp.bench.measure import Account, Found, Task, as_written, measure, program
 from jaxinterp.bench.setting import Setting
 from jaxinterp.bench.sweep import Trial
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Model
 
 
@@ -24,7 +24,7 @@ def _logits(model: Model, images: Any, labels: Any) -> jax.Array:
 
 
 _WRITTEN = {"forward": _logits, "gradient": by_image}
-_PROGRAMS = {"forward": jitted(canonical(_logits)), "gradient": gradient}
+_PROGRAMS = {"forward": jax.jit(canonical(_logits)), "gradient": gradient}
 _PLAIN = {what: jax.jit(function) for what, function in _WRITTEN.items()}
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.dissect import topimages
 from jaxinterp.dissect.topimages import TopImages
 from jaxinterp.network import Network, Params, features
@@ -216,7 +216,7 @@ def of(
 
 @functools.cache
 def _maps(network: Network, node: str) -> Any:
-    return jitted(canonical(lambda params, images: features(network, params, images, node)))
+    return jax.jit(canonical(lambda params, images: features(network, params, images, node)))
 
 
 @functools.cache

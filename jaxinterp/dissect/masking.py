@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxinterp.canonical import canonical, jitted
+from jaxinterp.canonical import canonical
 from jaxinterp.network import Network, Params, compose, features, head, identity, mask
 
 
@@ -129,7 +129,7 @@ def _programs(network: Network, node: str) -> tuple[Any, Any]:
     def behind(params, maps, images, kept):
         return jnp.argmax(head(network, params, node, maps * kept, images), axis=-1)
 
-    return jitted(canonical(before)), jitted(canonical(behind))
+    return jax.jit(canonical(before)), jax.jit(canonical(behind))
 
 
 def groups(
