@@ -76,9 +76,10 @@ def jitted(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
     """`jax.jit(function, **kwargs)`, which asks the compiler for Eigen's convolutions on CPUs.
 
     jaxlib 0.10 gives convolutions and products to YNNPACK otherwise, with which the gradient of a network of 3 x 3
-    convolutions takes up to one and a half times as long. Under somebody else's jit or grad, what is compiled and how
-    is up to them. Those who name the option in XLA_FLAGS have decided already, and a compiler that does not know it is
-    not asked.
+    convolutions takes up to one and a half times as long. Eigen's bits depend on the batch where there are many threads
+    and few examples, so this is for programs of which only rounding is asked: training. Under somebody else's jit or
+    grad, what is compiled and how is up to them. Those who name the option in XLA_FLAGS have decided already, and a
+    compiler that does not know it is not asked.
     """
     within = jax.jit(function, **kwargs)
 
