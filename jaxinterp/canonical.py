@@ -190,7 +190,7 @@ def _evaluate(
 # the one in `rounded` is a single instruction. A quotient is one with the reciprocal, if the divisor has fewer
 # components. And a product that is multiplied with a smaller array, such as the norm of every example, may become one
 # with the product of both factors; the smaller array may itself be a product.
-_SUMS = ("add", "sub", "add_any", "reduce_sum")
+_SUMS = ("add", "sub", "add_any", "reduce_sum", "reduce_window_sum")
 _FACTORS = ("mul", "div")
 _MOVES = (
     *("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "rev", "copy", "abs"),
@@ -212,7 +212,9 @@ def _rounds(eqn: Any) -> bool:
 
 def _is_exact(literal: Any) -> bool:
     """Whether a product with this number needs no rounding."""
-    return jnp.ndim(literal.val) == 0 and abs(math.frexp(float(literal.val))[0]) in (0, 0.5)
+    if jnp.ndim(literal.val) or jnp.issubdtype(literal.aval.dtype, jnp.complexfloating):
+        return False
+    return abs(math.frexp(float(literal.val))[0]) in (0, 0.5)
 
 
 @jax.custom_jvp
@@ -530,6 +532,22 @@ def _extreme(eqn, x):
     return rounded(eqn.primitive.bind(rounded(x), **eqn.params))
 
 
+def _sum_in_windows(eqn, x):
+    """Sums in windows, first along one axis, then along the next, of elementwise additions."""
+    p = eqn.params
+    if 0 in (*x.shape, *eqn.outvars[0].aval.shape) or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return eqn.primitive.bind(x, **p)
+    around = [(low, high, distance - 1) for (low, high), distance in zip(p["padding"], p["base_dilation"], strict=True)]
+    if any(any(each) for each in around):
+        x = lax.pad(x, jnp.zeros((), x.dtype), around)
+    axes = zip(p["window_dimensions"], p["window_strides"], p["window_dilation"], strict=True)
+    for axis, (taps, stride, dilation) in enumerate(axes):
+        last = x.shape[axis] - (taps - 1) * dilation
+        seen = (lax.slice_in_dim(x, t * dilation, t * dilation + last, stride, axis) for t in range(taps))
+        x = functools.reduce(lax.add, seen)
+    return x
+
+
 def _pad_side(x, axes):
     """Pads the first of `axes` with zeros until the product of their sizes is a multiple of 64."""
     if not axes or math.prod(x.shape) == 0:
@@ -553,4 +571,7 @@ _RULES = {
     "reduce_sum": _sum,
     "reduce_max": _extreme,
     "reduce_min": _extreme,
+    "reduce_window_sum": _sum_in_windows,
+    "reduce_window_max": _extreme,
+    "reduce_window_min": _extreme,
 }
