@@ -124,8 +124,8 @@ def test_windows(window, strides, dilation, padding, combine, gradient):
         dilation = (1, 1)  # else its gradient is not known
 
     def f(x):
-        sizes = ((1, *each, 1) for each in (window, strides))
-        return lax.reduce_window(x, start, operation, *sizes, padding, window_dilation=(1, *dilation, 1))
+        sizes, steps, distances = ((1, *each, 1) for each in (window, strides, dilation))
+        return lax.reduce_window(x, start, operation, sizes, steps, padding, window_dilation=distances)
 
     if gradient and operation is not lax.min:
         inner = f
