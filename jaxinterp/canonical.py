@@ -293,7 +293,7 @@ def _with_rows(lhs, rhs, p, shape):
 def _of_images(eqn, lhs, rhs, p, shape):
     """A convolution whose dimensions stand in the order of N...C and ...IO."""
     rank = lhs.ndim
-    if rank > 4 and 0 not in (*shape, *rhs.shape):
+    if rank > 4 and 0 not in (*shape, *rhs.shape) and lhs.dtype != bool:
         return _by_plane(eqn, lhs, rhs, p, shape)
     plain = all(size == 1 for size in (p["feature_group_count"], *p["window_strides"], *p["rhs_dilation"]))
     if plain and rank == 4 and 0 not in shape and shape[-1] <= _IMAGE and math.prod(rhs.shape[:2]) > 1:

@@ -251,6 +251,21 @@ def test_types_and_empty_arrays(x):
     assert_close(canonical(f)(x), jax.tree.map(jnp.asarray, f(jnp.asarray(x))), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_of_other_types(dtype, rank):
+    x = jnp.asarray(np.arange(2 * 4**rank * 3).reshape(2, *(4,) * rank, 3) % 3).astype(dtype)
+    k = jnp.asarray(np.arange(2**rank * 3 * 5).reshape(*(2,) * rank, 3, 5) % 2).astype(dtype)
+    axes = "DHW"[-rank:]
+
+    def convolution(x):
+        return lax.conv_general_dilated(
+            x, k, (1,) * rank, "SAME", dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C")
+        )
+
+    assert_close(canonical(convolution)(x), convolution(x), 1e-5)
+
+
 def test_empty_batch_of_a_network():
     model = nchw()
     assert canonical(model)(jnp.zeros((0, 12, 12, 3))).shape == (0, 10)

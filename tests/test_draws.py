@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinterp.attacks.driver import example_keys
 from jaxinterp.draws import shaped
 
 SHAPES = [(), (1,), (5, 7, 3), (16, 16, 3), (2, 3, 4, 5)]
@@ -36,3 +37,12 @@ def test_components_are_numbered_along_one_axis():
 
     assert numbered(lambda key: jax.random.uniform(key, (8, 8, 3))) == 3
     assert numbered(lambda key: shaped(jax.random.uniform, key, (8, 8, 3))) == 1
+
+
+def test_ids_are_numbers_wherever_they_are():
+    images, key = jnp.zeros((3, 2, 2, 1)), jax.random.key(0)
+    expected = jax.random.key_data(example_keys(key, images, [4, 5, 6]))
+    for ids in (jnp.array([4, 5, 6]), jnp.array([4, 5, 6], jnp.uint8), np.array([4, 5, 6])):
+        np.testing.assert_array_equal(jax.random.key_data(example_keys(key, images, ids)), expected)
+        traced = jax.jit(lambda ids: jax.random.key_data(example_keys(key, images, ids)))(ids)
+        np.testing.assert_array_equal(traced, expected)

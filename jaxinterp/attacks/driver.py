@@ -456,8 +456,10 @@ def _checked_ids(ids: Any, images: Any) -> Any:
         raise TypeError(f"ids must be integers, got {ids.dtype}")
     if ids.shape != images.shape[:1]:
         raise ValueError(f"ids must have shape [{images.shape[0]}], one for every image, got {ids.shape}")
-    if not isinstance(ids, Tracer) and ids.size and not 0 <= np.min(ids) <= np.max(ids) < 2**32:
-        raise ValueError(f"ids must be from 0 to 2**32 - 1, got {np.min(ids)} to {np.max(ids)}")
+    if ids.size and (isinstance(ids, np.ndarray) or _addressable(ids)):
+        known = np.asarray(ids)  # the limit is no number of a JAX array
+        if not 0 <= np.min(known) <= np.max(known) < 2**32:
+            raise ValueError(f"ids must be from 0 to 2**32 - 1, got {np.min(known)} to {np.max(known)}")
     return jnp.asarray(ids, jnp.uint32)
 
 

@@ -102,6 +102,7 @@ BAD = {
     "label of 64 bits": ({"labels": np.array([0, 2**32, 1])}, ValueError, "labels must be classes.* 1 has 4294967296"),
     "too few ids": ({"ids": [1, 2]}, ValueError, r"ids must have shape \[3\]"),
     "ids of text": ({"ids": ["a", "b", "c"]}, TypeError, "ids must be integers"),
+    "negative ids on a device": ({"ids": jnp.array([0, 1, -1])}, ValueError, "ids must be from 0 to"),
     "ids of 64 bits": ({"ids": [0, 1, 2**40]}, ValueError, "ids must be from 0 to"),
     "unknown norm": (
         {"attack": with_field(PGD(), "norm", "l7")},
