@@ -99,7 +99,7 @@ def jitted(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
                 raise
             return within(*args, **named)
 
-    run.lower = lambda *args, **named: outermost().lower(*args, **named)  # type: ignore[attr-defined]
+    run.lower = lambda *args, **named: outermost().lower(*args, **named)  # type: ignore[attr-defined]  # functions take any
     return run
 
 
