@@ -161,6 +161,20 @@ def test_smoothing_afterwards_stays_in_the_ball_and_pays_for_its_tries(base):
     assert (np.asarray(result.iterations)[won] >= base.iterations).all()
 
 
+def test_smoothing_afterwards_stays_in_the_box_and_on_the_support():
+    model, images, _, _ = problem()
+    images = jnp.where(jnp.arange(images.shape[2])[:, None] % 3 == 0, images, jnp.round(images))
+    labels, support = jnp.argmax(model(images), axis=1), np.arange(images.shape[1])[:, None, None] > 2
+    result = run(Smoothed(CW(steps=60, search_steps=4)), model, images, labels, key=KEY, support=support)
+    found, kept = np.asarray(result.images), np.broadcast_to(support, images.shape)
+    assert np.asarray(result.success).any()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    np.testing.assert_array_equal(found[~kept], np.asarray(images)[~kept])
+    assert (found == 0)[kept].any()
+    assert (found != images)[kept].any()
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
