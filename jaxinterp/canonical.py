@@ -134,41 +134,23 @@ def _evaluate(
     Returns:
         The results, and which of them are products.
     """
-    jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    jaxpr, numbers = closed.jaxpr, _Numbers(closed.jaxpr, products)
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(_hidden, closed.consts), strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
-    unrounded = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
 
     def read(atom):
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
-
-    spread = set()  # numbers that stand in several places each
-
-    def is_product(atom):
-        return isinstance(atom, jex.Var) and atom in unrounded
-
-    def is_spread(atom, eqn):
-        if isinstance(atom, jex.Literal):
-            return not _is_exact(atom)
-        return atom in spread or atom.aval.size < eqn.outvars[0].aval.size
-
-    def must_be_rounded(eqn):
-        flags, name = list(map(is_product, eqn.invars)), eqn.primitive.name
-        if name in _FACTORS and any(flags):
-            parts = [is_spread(atom, eqn) for atom in eqn.invars]
-            return [product and any(parts) and not part for product, part in zip(flags, parts, strict=True)]
-        return flags if name in _SUMS else [False] * len(flags)
+        return _hidden(atom.val) if isinstance(atom, jex.Literal) else values[atom]
 
     for eqn in _needed(jaxpr):
-        name, flags = eqn.primitive.name, list(map(is_product, eqn.invars))
+        name, flags = eqn.primitive.name, list(map(numbers.is_product, eqn.invars))
         inputs = [
             rounded(read(atom)) if must else read(atom)
-            for atom, must in zip(eqn.invars, must_be_rounded(eqn), strict=True)
+            for atom, must in zip(eqn.invars, numbers.must_be_rounded(eqn), strict=True)
         ]
         rule = _RULES.get(name)
         if name in _CALLS:
             outputs, flags = _evaluate(eqn.params["jaxpr"], inputs, flags)
-            unrounded.update(var for var, product in zip(eqn.outvars, flags, strict=True) if product)
+            numbers.products.update(var for var, product in zip(eqn.outvars, flags, strict=True) if product)
         elif rule is not None:
             outputs = rule(eqn, *inputs)
         else:
@@ -177,21 +159,28 @@ def _evaluate(
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
         if not eqn.primitive.multiple_results:
             outputs = [outputs]
-        if _rounds(eqn) or (name in _MOVES and any(flags)):
-            unrounded.update(eqn.outvars)
-        if name == "broadcast_in_dim" and is_spread(eqn.invars[0], eqn):
-            spread.update(eqn.outvars)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars], list(map(is_product, jaxpr.outvars))
+        numbers.add(eqn)
+        values.update(
+            (var, _hidden(x) if var in numbers.constant else x) for var, x in zip(eqn.outvars, outputs, strict=True)
+        )
+    return [read(atom) for atom in jaxpr.outvars], list(map(numbers.is_product, jaxpr.outvars))
 
 
-# A product that is added to something may be rounded on its own, or only with the sum: the compiler decides that by
-# what it fuses, and so by the size of the batch. An operation in between that it cannot see through leaves no choice;
-# the one in `rounded` is a single instruction. A quotient is one with the reciprocal, if the divisor has fewer
-# components. And a product that is multiplied with a smaller array, such as the norm of every example, may become one
-# with the product of both factors; the smaller array may itself be a product.
+# The compiler simplifies arithmetic where it sees that it may, and what it sees depends on the batch: on what it fuses,
+# and on whether an array of the shape of one example is repeated for others, which in a batch of one it is not.
+#
+# * A product that is added to something may be rounded on its own, or only with the sum.
+# * A product that is multiplied with a smaller array, such as the norm of every example, may become one with the
+#   product of both factors; the smaller array may itself be a product.
+# * A product of powers may become the power of a sum.
+# * A quotient may become a product with the reciprocal, if the divisor is repeated, or with the inverse function, if it
+#   is a root or a power; a quotient of a quotient becomes one with the product of the divisors.
+# * Two constant arrays with which the same number is computed become one; one that divides, its reciprocal.
+#
+# A barrier for the optimizer hides divisors and constants, but is gone when operations are fused. A single instruction
+# that it cannot see through, the one in `rounded`, remains.
 _SUMS = ("add", "sub", "add_any", "reduce_sum", "reduce_window_sum")
-_FACTORS = ("mul", "div")
+_POWERS = ("exp", "exp2", "pow")
 _MOVES = (
     *("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "rev", "copy", "abs"),
     *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "stop_gradient"),
@@ -200,14 +189,65 @@ _CALLS = ("jit", "pjit")
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 
+class _Numbers:
+    """What is known of the variables of a jaxpr, equation by equation."""
+
+    def __init__(self, jaxpr: jex.Jaxpr, products: Sequence[bool]):
+        self.products = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
+        self.spread: set[Any] = set()  # that stand in several places each
+        self.powers: set[Any] = set()
+        self.computed: set[Any] = set()  # that depend on nothing but a count of positions
+        self.constant: set[Any] = set()  # the first floats that do
+
+    def is_product(self, atom: Any) -> bool:
+        return isinstance(atom, jex.Var) and atom in self.products
+
+    def is_spread(self, atom: Any, eqn: Any) -> bool:
+        if isinstance(atom, jex.Literal):
+            return not _is_exact(atom)
+        return atom in self.spread or atom.aval.size < eqn.outvars[0].aval.size
+
+    def must_be_rounded(self, eqn: Any) -> list[bool]:
+        """Which inputs of an equation must be."""
+        name, flags = eqn.primitive.name, list(map(self.is_product, eqn.invars))
+        if name in _SUMS:
+            return flags
+        if name == "div":
+            exact = isinstance(eqn.invars[1], jex.Literal) and _is_exact(eqn.invars[1])
+            return [flags[0] and not exact, False]
+        if name == "mul":
+            if all(isinstance(atom, jex.Var) and atom in self.powers for atom in eqn.invars):
+                return [True, True]
+            spread = [self.is_spread(atom, eqn) for atom in eqn.invars]
+            return [product and any(spread) and not each for product, each in zip(flags, spread, strict=True)]
+        return [False] * len(flags)
+
+    def add(self, eqn: Any) -> None:
+        """Takes note of the outputs of an equation."""
+        name, inputs = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, jex.Var)]
+        if _rounds(eqn) or (name in _MOVES and any(map(self.is_product, inputs))):
+            self.products.update(eqn.outvars)
+        if name == "broadcast_in_dim" and self.is_spread(eqn.invars[0], eqn):
+            self.spread.update(eqn.outvars)
+        if name in _POWERS:
+            self.powers.update(eqn.outvars)
+        if name == "iota" or (inputs and self.computed.issuperset(inputs)):
+            within = self.constant if _is_float(eqn.outvars[0].aval.dtype) else self.computed
+            within.update(eqn.outvars)
+
+
 def _rounds(eqn: Any) -> bool:
     """Whether it is a product or a quotient of floats that needs rounding; one with a power of two does not."""
     name = eqn.primitive.name
     if name not in ("mul", "div", "square", "integer_pow"):
         return False
     exact = any(isinstance(atom, jex.Literal) and _is_exact(atom) for atom in eqn.invars[name == "div" :])
-    dtype = eqn.outvars[0].aval.dtype
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1 and not exact
+    return _is_float(eqn.outvars[0].aval.dtype) and not exact
+
+
+def _is_float(dtype: Any) -> bool:
+    """Whether it is one that can be rounded."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
 
 
 def _is_exact(literal: Any) -> bool:
@@ -228,6 +268,12 @@ def rounded(x: Any) -> Any:
 @rounded.defjvp
 def _rounded_jvp(primals, tangents):
     return rounded(*primals), tangents[0]
+
+
+def _hidden(constant: Any) -> Any:
+    """An array of floats that the compiler does not take for a constant."""
+    known = hasattr(constant, "dtype") and jnp.ndim(constant) > 0 and _is_float(constant.dtype)
+    return lax.optimization_barrier(constant) if known else constant
 
 
 def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
@@ -493,6 +539,14 @@ def _dot(eqn, lhs, rhs):
     return out if out.shape == out_shape else lax.slice(out, [0] * out.ndim, out_shape)
 
 
+def _quotient(eqn, x, divisor):
+    """A quotient that remains one."""
+    out = eqn.outvars[0].aval
+    if _is_float(out.dtype) and isinstance(eqn.invars[1], jex.Var):
+        divisor = lax.optimization_barrier(jnp.broadcast_to(divisor, out.shape))
+    return eqn.primitive.bind(x, divisor, **eqn.params)
+
+
 def _checkpoint(eqn, *args):
     p = eqn.params
     body = jex.ClosedJaxpr(p["jaxpr"], ())
@@ -567,6 +621,7 @@ def _pad(x, axis, size):
 _RULES = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
+    "div": _quotient,
     "remat2": _checkpoint,  # the name of jax.checkpoint in a trace
     "reduce_sum": _sum,
     "reduce_max": _extreme,

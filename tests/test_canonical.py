@@ -594,6 +594,94 @@ def test_what_is_divided_by_a_number_of_the_example_does_not_depend_on_the_batch
         np.testing.assert_array_equal(run(x[:size]), together[:size], err_msg=f"{size} examples")
 
 
+OF_POSITIONS = {
+    "quotient": lambda x, c, d: x / d,
+    "standardized": lambda x, c, d: (x - c) / jnp.sqrt(d + 1e-3) * c + d,
+    "quotient of a quotient": lambda x, c, d: x / c / d,
+    "quotients of each other": lambda x, c, d: (x / c) / (x / d),
+    "by a root of what is repeated": lambda x, c, d: x / jnp.sqrt(jnp.broadcast_to(c, x.shape)),
+    "of a number": lambda x, c, d: 3.0 / jnp.broadcast_to(c, x.shape) * x,
+    "product of two": lambda x, c, d: x * c * d,
+    "product of products": lambda x, c, d: (x * c) * (x * d),
+    "square": lambda x, c, d: jnp.square(x * c),
+    "power": lambda x, c, d: (x * c) ** 3,
+    "powers": lambda x, c, d: jnp.exp(x * c) * jnp.exp(d),
+    "sum of two": lambda x, c, d: (x + c) + d,
+    "counted positions": lambda x, c, d: x * jnp.linspace(0.3, 0.9, 20) * jnp.arange(1.0, 21.0),
+    "in a loop": lambda x, c, d: lax.fori_loop(0, 3, lambda i, y: y * c * d + x / c, x),
+    "in a function of its own": lambda x, c, d: jax.jit(lambda x: x * c)(x) * d,
+}
+
+
+def gradient_of(function):
+    return lambda x, *others: jax.grad(lambda x: jnp.sum(jnp.tanh(function(x, *others))))(x)
+
+
+def assert_every_batch_alike(function, x, *others):
+    """With the other arrays as arguments, and as constants."""
+    given, closed = jax.jit(canonical(function)), jax.jit(canonical(lambda x: function(x, *others)))
+    for run in (lambda x: given(x, *others), closed):
+        together = np.asarray(run(x))
+        for size in (1, 2):
+            np.testing.assert_array_equal(run(x[:size]), together[:size], err_msg=f"{size} examples")
+
+
+@pytest.mark.parametrize("name", OF_POSITIONS)
+def test_numbers_of_every_position_do_not_depend_on_the_batch(rng, name):
+    """In a batch of one they have the shape of the batch, and the compiler simplifies what it does not elsewhere."""
+    x, c, d = map(jnp.asarray, rng.uniform(0.3, 2, (3, 5, 20)).astype(np.float32))
+    for function in (OF_POSITIONS[name], gradient_of(OF_POSITIONS[name])):
+        assert_every_batch_alike(function, x, c[0], d[0])
+        assert_every_batch_alike(function, x, c[:1], d[:1])
+
+
+ONE = {
+    "root": lambda a: jnp.sqrt(jnp.abs(a) + 0.1),
+    "inverse root": lambda a: lax.rsqrt(jnp.abs(a) + 0.1),
+    "exponential": lambda a: jnp.exp(jnp.minimum(a, 3)),
+    "square": jnp.square,
+    "inverse": lambda a: 1 / a,
+    "third": lambda a: a / 3,
+    "scaled": lambda a: 0.3 * a,
+    "softmax": jax.nn.softmax,
+    "silu": jax.nn.silu,
+    "unit": lambda a: a / (jnp.linalg.norm(a, axis=-1, keepdims=True) + 0.1),
+    "centred": lambda a: a - jnp.mean(a, axis=-1, keepdims=True),
+}
+TWO = {
+    "plus": jnp.add,
+    "minus": jnp.subtract,
+    "times": jnp.multiply,
+    "over": jnp.divide,
+    "power": lambda a, b: (jnp.abs(a) + 0.1) ** jnp.clip(b, -2, 2),
+}
+TERMS = st.recursive(
+    st.sampled_from(["x", "x", "c", "d", "counted"]),
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from(sorted(ONE)), inner), st.tuples(st.sampled_from(sorted(TWO)), inner, inner)
+    ),
+    max_leaves=7,
+)
+
+
+def value(term, arrays):
+    if isinstance(term, str):
+        return arrays[term]
+    name, *inner = term
+    return (ONE | TWO)[name](*(value(each, arrays) for each in inner))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(term=st.tuples(st.sampled_from(["times", "over", "plus"]), TERMS, TERMS), gradient=st.booleans())
+def test_no_arithmetic_depends_on_the_batch(term, gradient):
+    x, (c, d) = jnp.abs(normal(0, 5, 17)) + 0.3, jnp.abs(normal(1, 2, 17)) + 0.3
+
+    def function(x, c, d):
+        return x * value(term, {"x": x, "c": c, "d": d, "counted": jnp.linspace(0.3, 2, 17)})
+
+    assert_every_batch_alike(gradient_of(function) if gradient else function, x, c, d)
+
+
 @jax.custom_jvp
 def swapped(a, b):
     return b, a
