@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxinterp.attacks.driver import check_several, example_keys, whole
 from jaxinterp.canonical import canonical
-from jaxinterp.draws import shaped
+from jaxinterp.draws import shaped, wrapped
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
 
@@ -173,7 +173,7 @@ def _smooth(mesh):
     def program(model, images, classes, keys, sigma, samples):
         def noisy(i):
             def noise(data):
-                key = jax.random.fold_in(jax.random.wrap_key_data(data), i)
+                key = jax.random.fold_in(wrapped(data), i)
                 return shaped(jax.random.normal, key, images.shape[1:])
 
             return images + sigma * jax.vmap(noise)(keys)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int, UInt
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, ended, per_example, select
 from jaxinterp.attacks.constraint import NORMS, Norm
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import wrapped
 from jaxinterp.pytree import pytree, static
 
 
@@ -105,7 +106,7 @@ class Chain:
 
         def begin(inner):
             # Nobody pays for a stage, or keeps its states up to date, before the stage is reached.
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(jax.random.wrap_key_data(state.keys))
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(wrapped(state.keys))
             new = attack.init(model, examples.images, examples.labels, examples.targets, keys, examples.support)
             return select(here & inner.done, new, inner)
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxinterp.attacks import constraint, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Record, along, per_example, select
 from jaxinterp.attacks.constraint import Norm, project
+from jaxinterp.draws import wrapped
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
@@ -185,7 +186,7 @@ def restart(
 def keys_of(state: DescentState) -> Array:
     """One key for every example, folded from its own and the number of iterates it has judged."""
     assert state.keys is not None
-    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.count)
+    return jax.vmap(jax.random.fold_in)(wrapped(state.keys), state.count)
 
 
 def result(state: DescentState) -> AttackResult:

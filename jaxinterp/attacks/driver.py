@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack, AttackResult, Staged, State
+from jaxinterp.draws import reproducible
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_mesh
 
@@ -55,7 +56,8 @@ def run(
         images: [B,H,W,C] float in [0, 1].
         labels: [B] integers, the true classes.
         targets: [B] integers other than the labels; where given, the attack is targeted.
-        key: a JAX random key; every example uses its own, folded from this one and the example's id.
+        key: a JAX random key; every example uses its own, folded from this one and the example's id. Keys of other
+            implementations than Threefry, whose numbers depend on the batch, seed one of Threefry.
         support: boolean (or 0 and 1) [B,H,W,C], or any shape that broadcasts to it, such as [B,H,W,1]: where the
             images may change.
         ids: [B] integers that identify the examples for randomness. By default an example is identified by its
@@ -70,8 +72,8 @@ def run(
     Raises:
         ValueError: images of the wrong rank, outside [0, 1] or not finite; labels or targets out of range; a target
             equal to its label; shapes that do not fit; a hyper-parameter that is negative or not finite.
-        TypeError: a model that is not callable, images that are not floats, labels that are not integers, a warm
-            start of an attack that has none.
+        TypeError: a model that is not callable, images that are not floats, labels that are not integers, a key that
+            is none or many, a warm start of an attack that has none.
     """
     model = as_model(model)
     parts, state = _started(attack, model, images, labels, targets, key, support, ids, initial)
@@ -103,7 +105,7 @@ def _started(
     if not images.size:
         raise ValueError(f"images: expected at least one image of at least one pixel, got shape {images.shape}")
     attack = by_example(attack, images.shape[0])
-    ids = _checked_ids(ids, images)
+    key, ids = _checked_key(key), _checked_ids(ids, images)
     if initial is not None:
         if not hasattr(attack, "warm"):
             raise TypeError(f"{type(attack).__name__} cannot begin at given images: it has no warm start")
@@ -443,9 +445,18 @@ def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = Non
 
     Raises:
         ValueError: ids of the wrong shape or out of range.
-        TypeError: ids that are not integers.
+        TypeError: ids that are not integers; a key that is none or many.
     """
-    return _example_keys(key, images, _checked_ids(ids, images))
+    return _example_keys(_checked_key(key), images, _checked_ids(ids, images))
+
+
+def _checked_key(key: Any) -> Any:
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if (shape != ()) if typed else (dtype != np.uint32 or len(shape) != 1):
+        what = f"{shape} {dtype}" if dtype is not None else repr(key)
+        raise TypeError(f"key must be a single key of jax.random, such as jax.random.key(0), got {what}")
+    return key
 
 
 def _checked_ids(ids: Any, images: Any) -> Any:
@@ -471,6 +482,7 @@ def _example_keys(key, images, ids):
         weights = 2 * lax.iota(jnp.uint32, bits.shape[1]) + 1
         mixed = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B) * weights
         ids = jnp.sum(mixed ^ (mixed >> 13), axis=1, dtype=jnp.uint32)
+    key = reproducible(key)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids.astype(jnp.uint32))
 
 

@@ -23,7 +23,7 @@ from jaxinterp.attacks import boundary, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import Norm, distance, to_hyperplane
 from jaxinterp.canonical import canonical
-from jaxinterp.draws import shaped
+from jaxinterp.draws import shaped, wrapped
 from jaxinterp.pytree import pytree, static
 
 _SEARCH = 3  # steps of the final search
@@ -240,7 +240,7 @@ class FAB:
         x0, support = state.examples.images, state.examples.support
 
         def direction(key_data, count):
-            key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
+            key = jax.random.fold_in(wrapped(key_data), count)
             shape = x0.shape[1:]
             if self.norm == "linf":
                 return shaped(jax.random.uniform, key, shape, jnp.float32, -1.0)

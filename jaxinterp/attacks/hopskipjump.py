@@ -23,7 +23,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance, steepest
 from jaxinterp.canonical import canonical
-from jaxinterp.draws import shaped
+from jaxinterp.draws import shaped, wrapped
 from jaxinterp.pytree import pytree, static
 
 _JUDGE, _START, _BISECT, _SAMPLE, _JUMP = range(5)
@@ -305,7 +305,7 @@ class HopSkipJump:
         shape = state.images.shape[1:]
 
         def draw(data, count):
-            key = jax.random.fold_in(jax.random.wrap_key_data(data), count)
+            key = jax.random.fold_in(wrapped(data), count)
             return shaped(jax.random.uniform, key, shape, jnp.float32, -1 + 2.0**-23)
 
         return jax.vmap(draw)(state.keys, state.count)

@@ -23,6 +23,7 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance, project
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import wrapped
 from jaxinterp.pytree import pytree, static
 
 # Section 4.1 and the appendix: p is halved at these iterations out of 10,000.
@@ -155,7 +156,7 @@ class Square:
     def _propose(self, state: SquareState) -> Float[Array, "b h w c"]:
         """The best point so far with a new square, in ball and box and on the support."""
         original, (height, width) = state.examples.images, state.images.shape[1:3]
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.count)
+        keys = jax.vmap(jax.random.fold_in)(wrapped(state.keys), state.count)
         fraction = state.p / (1 << self._halvings(state.count - 2))
         side = jnp.round(jnp.sqrt(fraction * (height * width))).astype(jnp.int32)
         side = jnp.clip(side, 1, min(height, width))

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxinterp.attacks import lettering, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, per_example, select
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import wrapped
 from jaxinterp.pytree import pytree, static
 
 _REACH = 8  # a place changes by up to a part of the image
@@ -260,7 +261,7 @@ class TransparentText:
         is changed in nothing else.
         """
         shape = state.examples.images.shape[1:]
-        u = _uniform(jax.random.wrap_key_data(state.keys), numbers)
+        u = _uniform(wrapped(state.keys), numbers)
         fresh = self._random(u, shape)
         best = jax.tree.map(lambda part: part[:, None], state.best)
         found = state.record.success[:, None]

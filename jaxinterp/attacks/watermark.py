@@ -24,7 +24,7 @@ from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along
 from jaxinterp.attacks.embedding import Transform
 from jaxinterp.attacks.search import judge_original
 from jaxinterp.canonical import canonical
-from jaxinterp.draws import shaped
+from jaxinterp.draws import shaped, wrapped
 from jaxinterp.jpeg import recompress, to_levels, to_unit
 from jaxinterp.pytree import pytree, static
 
@@ -221,7 +221,7 @@ class Watermark:
         shape, (height, width, channels) = numbers.shape, state.images.shape[2:]
 
         def draw(data, number, what):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(data), what), number)
+            key = jax.random.fold_in(jax.random.fold_in(wrapped(data), what), number)
             return shaped(jax.random.uniform, key, (height, width, channels), jnp.float32, -1 + 2.0**-23)
 
         def drawn(what):

@@ -35,9 +35,9 @@ def model(images):
     return images.reshape(images.shape[0], -1)[:, :CLASSES]
 
 
-def attempt(attack=None, model=model, images=IMAGES, labels=LABELS, targets=TARGETS, **kwargs):
-    attack = IFGSM() if attack is None else attack
-    return run(attack, model, images, labels, targets, key=jax.random.key(0), **kwargs)
+def attempt(attack=None, model=model, images=IMAGES, labels=LABELS, targets=TARGETS, key=None, **kwargs):
+    attack, key = IFGSM() if attack is None else attack, jax.random.key(0) if key is None else key
+    return run(attack, model, images, labels, targets, key=key, **kwargs)
 
 
 def changed(value):
@@ -103,6 +103,8 @@ BAD = {
     "too few ids": ({"ids": [1, 2]}, ValueError, r"ids must have shape \[3\]"),
     "ids of text": ({"ids": ["a", "b", "c"]}, TypeError, "ids must be integers"),
     "negative ids on a device": ({"ids": jnp.array([0, 1, -1])}, ValueError, "ids must be from 0 to"),
+    "several keys": ({"key": jax.random.split(jax.random.key(0))}, TypeError, r"key must be a single key.*\(2,\)"),
+    "an array for a key": ({"key": jnp.zeros(2)}, TypeError, r"key must be a single key.*float32"),
     "ids of 64 bits": ({"ids": [0, 1, 2**40]}, ValueError, "ids must be from 0 to"),
     "unknown norm": (
         {"attack": with_field(PGD(), "norm", "l7")},
