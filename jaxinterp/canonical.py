@@ -179,11 +179,15 @@ def _evaluate(
 #
 # A barrier for the optimizer hides divisors and constants, but is gone when operations are fused. A single instruction
 # that it cannot see through, the one in `rounded`, remains.
-_SUMS = ("add", "sub", "add_any", "reduce_sum", "reduce_window_sum")
+_SUMS = (
+    *("add", "sub", "add_any", "reduce_sum", "reduce_window_sum", "cumsum"),
+    *("scatter-add", "scatter-sub", "select_and_scatter_add"),
+)
 _POWERS = ("exp", "exp2", "pow")
 _MOVES = (
     *("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "rev", "copy", "abs"),
-    *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "stop_gradient"),
+    *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "scatter", "stop_gradient"),
+    *("stack", "unstack", "split", "tile", "broadcast_to", "convert_element_type", "name", "optimization_barrier"),
 )
 _CALLS = ("jit", "pjit")
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -210,7 +214,7 @@ class _Numbers:
     def must_be_rounded(self, eqn: Any) -> list[bool]:
         """Which inputs of an equation must be."""
         name, flags = eqn.primitive.name, list(map(self.is_product, eqn.invars))
-        if name in _SUMS:
+        if name in _SUMS or (name not in (*_CALLS, *_CUSTOM) and any(map(_is_body, eqn.params.values()))):
             return flags
         if name == "div":
             exact = isinstance(eqn.invars[1], jex.Literal) and _is_exact(eqn.invars[1])
@@ -226,7 +230,7 @@ class _Numbers:
         """Takes note of the outputs of an equation."""
         name, inputs = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, jex.Var)]
         if _rounds(eqn) or (name in _MOVES and any(map(self.is_product, inputs))):
-            self.products.update(eqn.outvars)
+            self.products.update(var for var in eqn.outvars if _is_float(var.aval.dtype))
         if name == "broadcast_in_dim" and self.is_spread(eqn.invars[0], eqn):
             self.spread.update(eqn.outvars)
         if name in _POWERS:
@@ -290,21 +294,30 @@ def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
 def _rewrite(param: Any, products: Sequence[bool] | None = None) -> Any:
     """A parameter of a primitive with the functions inside it (loop bodies, branches, calls) rewritten too.
 
-    Those that the compiler will see as part of what surrounds them are told which arguments are `products`; what they
-    return is rounded.
+    Those that the compiler will see as part of what surrounds them are told which arguments are `products`; the others
+    it may see so too, such as a loop of a single step. What they return is rounded.
     """
     if isinstance(param, jex.ClosedJaxpr):
-
-        def function(*args):
-            results, unrounded = _evaluate(param, args, products or ())
-            return [rounded(x) if products and each else x for x, each in zip(results, unrounded, strict=True)]
-
         specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in param.in_avals]
-        return jax.make_jaxpr(function)(*specs)
+        return jax.make_jaxpr(_rounding(param, products or ()))(*specs)
     if isinstance(param, tuple) and any(isinstance(each, jex.ClosedJaxpr) for each in param):
         rewritten = map(_rewrite, param)
         return type(param)(*rewritten) if hasattr(param, "_fields") else tuple(rewritten)  # linear solves name theirs
     return param
+
+
+def _rounding(closed: jex.ClosedJaxpr, products: Sequence[bool] = ()) -> Callable[..., list[Any]]:
+    """The function of a jaxpr, of whose results those that are products are rounded."""
+
+    def function(*args):
+        results, unrounded = _evaluate(closed, args, products)
+        return [rounded(x) if each else x for x, each in zip(results, unrounded, strict=True)]
+
+    return function
+
+
+def _is_body(param: Any) -> bool:
+    return isinstance(param, jex.ClosedJaxpr | jex.Jaxpr)
 
 
 def _convolution(eqn, lhs, rhs):
@@ -550,9 +563,7 @@ def _quotient(eqn, x, divisor):
 def _checkpoint(eqn, *args):
     p = eqn.params
     body = jex.ClosedJaxpr(p["jaxpr"], ())
-    return jax.checkpoint(lambda *args: _evaluate(body, args)[0], prevent_cse=p["prevent_cse"], policy=p["policy"])(
-        *args
-    )
+    return jax.checkpoint(_rounding(body), prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
 
 
 # The backend hands reductions, with whatever elementwise operations surround them, to one of two libraries by their

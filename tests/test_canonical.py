@@ -15,6 +15,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxinterp.canonical import canonical, jitted
 from jaxinterp.canonical import rounded as kept
@@ -773,6 +774,53 @@ def test_a_product_is_rounded_before_it_is_added(rng, size):
     if size == 10_000:
         fused = np.asarray(jax.jit(functools.partial(cases["sum"], jnp))(a, b, c))
         assert (fused != cases["sum"](np, a, b, c)).any()
+
+
+MOVED = {
+    "copied": lambda x: x.copy(),
+    "stacked": lambda x: jnp.stack([x, x[::-1]], axis=1),
+    "unstacked": lambda x: jnp.unstack(x.reshape(2, -1))[1],
+    "split": lambda x: jnp.split(x, 2)[1],
+    "tiled": lambda x: jnp.tile(x, 3),
+    "repeated": lambda x: jnp.repeat(x, 3),
+    "rolled": lambda x: jnp.roll(x, 3),
+    "joined": lambda x: jnp.concatenate([x, x]),
+    "padded": lambda x: jnp.pad(x, 2),
+    "mirrored": lambda x: jnp.pad(x, 2, mode="reflect"),
+    "sliced": lambda x: lax.dynamic_slice(x, (3,), (40,)),
+    "written": lambda x: jnp.zeros(90, x.dtype).at[5 : 5 + len(x)].set(x),
+    "taken": lambda x: x[np.arange(len(x)) // 2],
+    "upper": lambda x: jnp.triu(x.reshape(8, 8)),
+    "of another type": lambda x: x.astype(jnp.float32),
+    "named": lambda x: checkpoint_name(x, "x"),
+    "behind a barrier": lax.optimization_barrier,
+    "in a checkpoint": jax.checkpoint(lambda x: x.reshape(8, 8)),
+    "in a loop": lambda x: lax.fori_loop(0, 1, lambda i, x: x[::-1], x),
+    "mapped": lambda x: lax.map(lambda row: row[::-1], x[None]),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_product_is_rounded_wherever_it_is_moved(rng, name):
+    a, b, c = map(jnp.asarray, rng.normal(size=(3, 64)).astype(np.float32))
+    move = MOVED[name]
+    for function in (lambda a, b, c: move(a * b) + move(c), lambda a, b, c: multiplied_and(move, a, b) + move(c)):
+        np.testing.assert_array_equal(jax.jit(canonical(function))(a, b, c), move(a * b) + move(c))
+
+
+def multiplied_and(move, a, b):
+    """The product within what moves it, where that is a function of its own."""
+    return jax.checkpoint(lambda a, b: move(a * b))(a, b)
+
+
+def test_a_product_is_rounded_before_it_is_scattered(rng):
+    a, b, c = map(jnp.asarray, rng.normal(size=(3, 64)).astype(np.float32))
+    places = jnp.arange(64)[::-1]
+
+    def scattered(a, b, c):
+        return c.at[places].add(a * b), c.at[places].subtract(a * b)
+
+    assert_close(jax.jit(canonical(scattered))(a, b, c), (c + (a * b)[::-1], c - (a * b)[::-1]), rtol=0)
 
 
 def test_rounding_keeps_infinities_and_nan():
