@@ -60,16 +60,17 @@ def test_depthwise_conv_is_the_grouped_convolution(kernel, stride, size, padding
 @pytest.mark.parametrize("stride", [1, 2])
 def test_nothing_is_computed_twice_for_a_gradient(stride):
     """One convolution and two gradients, of a product, its rounding and a sum for every tap, and their margins."""
-    side, kernel = 16, jnp.ones((5, 5, 1, 8))
+    side = 16
 
-    def loss(x):
+    def loss(x, kernel):
         y = jnp.clip(depthwise_conv(x, kernel, (1, 1), ((2, 2), (2, 2))), 0, 6)
         return jnp.sum(depthwise_conv(y, kernel, (stride, stride), ((2, 2), (2, 2))))
 
-    cost = jax.jit(canonical(jax.grad(loss))).lower(jnp.ones((1, side, side, 8))).compile().cost_analysis()
+    program = jax.jit(canonical(jax.grad(loss))).lower(jnp.ones((1, side, side, 8)), jnp.ones((5, 5, 1, 8)))
+    cost = program.compile().cost_analysis()
     of_one = 3 * 25 * side * side * 8
     assert cost is not None
-    assert cost["flops"] < 4.6 * of_one  # 6.8 and 4.9 where the windows are read unpadded
+    assert cost["flops"] < 5.3 * of_one  # 8.4 and 6.3 where the windows are read unpadded
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 2, 10), (5, 2, 9), (5, 1, 8)])
