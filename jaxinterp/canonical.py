@@ -172,6 +172,8 @@ def _evaluate(
 # * A product that is added to something may be rounded on its own, or only with the sum.
 # * A product that is multiplied with a smaller array, such as the norm of every example, may become one with the
 #   product of both factors; the smaller array may itself be a product.
+# * Two products of which each has a constant factor may become one with the product of the constants, where they are a
+#   single number: one for each example, of which there is one.
 # * A product of powers may become the power of a sum.
 # * A quotient may become a product with the reciprocal, if the divisor is repeated, or with the inverse function, if it
 #   is a root or a power; a quotient of a quotient becomes one with the product of the divisors.
@@ -200,7 +202,9 @@ class _Numbers:
         self.products = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
         self.spread: set[Any] = set()  # that stand in several places each
         self.powers: set[Any] = set()
-        self.computed: set[Any] = set()  # that depend on nothing but a count of positions
+        self.computed = {
+            var for var in jaxpr.constvars if not _is_float(var.aval.dtype)
+        }  # from constants and positions
         self.constant: set[Any] = set()  # the first floats that do
 
     def is_product(self, atom: Any) -> bool:
@@ -223,7 +227,10 @@ class _Numbers:
             if all(isinstance(atom, jex.Var) and atom in self.powers for atom in eqn.invars):
                 return [True, True]
             spread = [self.is_spread(atom, eqn) for atom in eqn.invars]
-            return [product and any(spread) and not each for product, each in zip(flags, spread, strict=True)]
+            both = all(flags) and not any(spread) and _is_line(eqn)
+            return [both or (product and any(spread) and not each) for product, each in zip(flags, spread, strict=True)]
+        if name in ("square", "integer_pow"):
+            return [flags[0] and _is_line(eqn)]
         return [False] * len(flags)
 
     def add(self, eqn: Any) -> None:
@@ -247,6 +254,11 @@ def _rounds(eqn: Any) -> bool:
         return False
     exact = any(isinstance(atom, jex.Literal) and _is_exact(atom) for atom in eqn.invars[name == "div" :])
     return _is_float(eqn.outvars[0].aval.dtype) and not exact
+
+
+def _is_line(eqn: Any) -> bool:
+    """Whether the result has one number for each example, as far as its shape tells."""
+    return sum(size > 1 for size in eqn.outvars[0].aval.shape) <= 1
 
 
 def _is_float(dtype: Any) -> bool:

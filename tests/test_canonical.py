@@ -614,6 +614,14 @@ OF_POSITIONS = {
 }
 
 
+COUNTS = np.random.default_rng(2).integers(1, 200, 20).astype(np.uint8)
+OF_POSITIONS |= {
+    "levels of 8 bits": lambda x, c, d: x * (jnp.asarray(COUNTS) / 255) / (x * (jnp.asarray(COUNTS) / 255) + c) ** 2,
+    "powers of levels": lambda x, c, d: jnp.square(x * jnp.asarray(COUNTS).astype(jnp.float32)),
+    "chosen by a mask": lambda x, c, d: x * jnp.where(COUNTS > 99, 0.3, 0.7) * jnp.where(COUNTS > 50, 1.1, d),
+}
+
+
 def gradient_of(function):
     return lambda x, *others: jax.grad(lambda x: jnp.sum(jnp.tanh(function(x, *others))))(x)
 
@@ -634,6 +642,29 @@ def test_numbers_of_every_position_do_not_depend_on_the_batch(rng, name):
     for function in (OF_POSITIONS[name], gradient_of(OF_POSITIONS[name])):
         assert_every_batch_alike(function, x, c[0], d[0])
         assert_every_batch_alike(function, x, c[:1], d[:1])
+
+
+OF_EXAMPLES = {
+    "square": lambda x, y: jnp.square(0.3 * x),
+    "square of a quotient": lambda x, y: jnp.square(x / 30),
+    "power": lambda x, y: (0.3 * x) ** 3,
+    "inverse power": lambda x, y: (0.3 * x) ** -2,
+    "product": lambda x, y: (0.3 * x) * (0.7 * y),
+    "product of quotients": lambda x, y: (x / 30) * (y / 30),
+    "in a sum": lambda x, y: (0.3 * x) * (y / 7) + 1,
+    "of means": lambda x, y: jnp.square(jnp.mean(jnp.stack([x, y, x * y]), axis=0)),
+}
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+def test_one_number_for_each_example_does_not_depend_on_the_batch(rng, name, rank):
+    x, y = map(jnp.asarray, rng.uniform(0.2, 1.8, (2, 64, *[1] * (rank - 1))).astype(np.float32))
+    for function in (OF_EXAMPLES[name], gradient_of(OF_EXAMPLES[name])):
+        run = jax.jit(canonical(function))
+        together = np.asarray(run(x, y))
+        alone = np.concatenate([run(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
+        np.testing.assert_array_equal(alone, together)
 
 
 ONE = {
