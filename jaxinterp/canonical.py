@@ -172,8 +172,8 @@ def _evaluate(
 # * A product that is added to something may be rounded on its own, or only with the sum.
 # * A product that is multiplied with a smaller array, such as the norm of every example, may become one with the
 #   product of both factors; the smaller array may itself be a product.
-# * Two products of which each has a constant factor may become one with the product of the constants, where they are a
-#   single number: one for each example, of which there is one.
+# * Two products of which each has a constant factor may become one with the product of the constants, if they stand in
+#   the same program: not where one of the factors is repeated, nor where there is more than one example of one number.
 # * A product of powers may become the power of a sum.
 # * A quotient may become a product with the reciprocal, if the divisor is repeated, or with the inverse function, if it
 #   is a root or a power; a quotient of a quotient becomes one with the product of the divisors.
@@ -202,6 +202,7 @@ class _Numbers:
         self.products = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
         self.spread: set[Any] = set()  # that stand in several places each
         self.powers: set[Any] = set()
+        self.scaled = set(jaxpr.invars)  # that may be products with, or quotients by, a literal number
         self.computed = {
             var for var in jaxpr.constvars if not _is_float(var.aval.dtype)
         }  # from constants and positions
@@ -215,6 +216,10 @@ class _Numbers:
             return not _is_exact(atom)
         return atom in self.spread or atom.aval.size < eqn.outvars[0].aval.size
 
+    @staticmethod
+    def are_all(kind: set[Any], atoms: Sequence[Any]) -> bool:
+        return all(isinstance(atom, jex.Var) and _is_float(atom.aval.dtype) and atom in kind for atom in atoms)
+
     def must_be_rounded(self, eqn: Any) -> list[bool]:
         """Which inputs of an equation must be."""
         name, flags = eqn.primitive.name, list(map(self.is_product, eqn.invars))
@@ -224,13 +229,12 @@ class _Numbers:
             exact = isinstance(eqn.invars[1], jex.Literal) and _is_exact(eqn.invars[1])
             return [flags[0] and not exact, False]
         if name == "mul":
-            if all(isinstance(atom, jex.Var) and atom in self.powers for atom in eqn.invars):
+            if any(self.are_all(kind, eqn.invars) for kind in (self.powers, self.scaled)):
                 return [True, True]
             spread = [self.is_spread(atom, eqn) for atom in eqn.invars]
-            both = all(flags) and not any(spread) and _is_line(eqn)
-            return [both or (product and any(spread) and not each) for product, each in zip(flags, spread, strict=True)]
+            return [product and any(spread) and not each for product, each in zip(flags, spread, strict=True)]
         if name in ("square", "integer_pow"):
-            return [flags[0] and _is_line(eqn)]
+            return [self.are_all(self.scaled, eqn.invars)]
         return [False] * len(flags)
 
     def add(self, eqn: Any) -> None:
@@ -238,6 +242,9 @@ class _Numbers:
         name, inputs = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, jex.Var)]
         if _rounds(eqn) or (name in _MOVES and any(map(self.is_product, inputs))):
             self.products.update(var for var in eqn.outvars if _is_float(var.aval.dtype))
+        literal = name in ("mul", "div") and any(isinstance(atom, jex.Literal) for atom in eqn.invars)
+        if literal or name in _CALLS or (name in _MOVES and not self.scaled.isdisjoint(inputs)):
+            self.scaled.update(eqn.outvars)
         if name == "broadcast_in_dim" and self.is_spread(eqn.invars[0], eqn):
             self.spread.update(eqn.outvars)
         if name in _POWERS:
@@ -254,11 +261,6 @@ def _rounds(eqn: Any) -> bool:
         return False
     exact = any(isinstance(atom, jex.Literal) and _is_exact(atom) for atom in eqn.invars[name == "div" :])
     return _is_float(eqn.outvars[0].aval.dtype) and not exact
-
-
-def _is_line(eqn: Any) -> bool:
-    """Whether the result has one number for each example, as far as its shape tells."""
-    return sum(size > 1 for size in eqn.outvars[0].aval.shape) <= 1
 
 
 def _is_float(dtype: Any) -> bool:

@@ -614,10 +614,16 @@ OF_POSITIONS = {
 }
 
 
+def averaged(x):
+    return nnx.avg_pool(x.reshape(-1, 4, 5, 1), (3, 3), (1, 1))
+
+
 COUNTS = np.random.default_rng(2).integers(1, 200, 20).astype(np.uint8)
 OF_POSITIONS |= {
     "levels of 8 bits": lambda x, c, d: x * (jnp.asarray(COUNTS) / 255) / (x * (jnp.asarray(COUNTS) / 255) + c) ** 2,
     "powers of levels": lambda x, c, d: jnp.square(x * jnp.asarray(COUNTS).astype(jnp.float32)),
+    "averages": lambda x, c, d: averaged(x) * averaged(jnp.broadcast_to(c, x.shape)),
+    "halves": lambda x, c, d: (0.5 * x) * (0.3 * jnp.broadcast_to(c, x.shape)),
     "chosen by a mask": lambda x, c, d: x * jnp.where(COUNTS > 99, 0.3, 0.7) * jnp.where(COUNTS > 50, 1.1, d),
 }
 
