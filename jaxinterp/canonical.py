@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -207,6 +208,7 @@ class _Numbers:
             var for var in jaxpr.constvars if not _is_float(var.aval.dtype)
         }  # from constants and positions
         self.constant: set[Any] = set()  # the first floats that do
+        self.single = {var for var in jaxpr.constvars if getattr(var.aval, "size", 0) == 1}  # numbers that are literal
 
     def is_product(self, atom: Any) -> bool:
         return isinstance(atom, jex.Var) and atom in self.products
@@ -214,7 +216,7 @@ class _Numbers:
     def is_spread(self, atom: Any, eqn: Any) -> bool:
         if isinstance(atom, jex.Literal):
             return not _is_exact(atom)
-        return atom in self.spread or atom.aval.size < eqn.outvars[0].aval.size
+        return atom in self.spread or atom in self.single or atom.aval.size < eqn.outvars[0].aval.size
 
     @staticmethod
     def are_all(kind: set[Any], atoms: Sequence[Any]) -> bool:
@@ -242,16 +244,22 @@ class _Numbers:
         name, inputs = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, jex.Var)]
         if _rounds(eqn) or (name in _MOVES and any(map(self.is_product, inputs))):
             self.products.update(var for var in eqn.outvars if _is_float(var.aval.dtype))
-        literal = name in ("mul", "div") and any(isinstance(atom, jex.Literal) for atom in eqn.invars)
-        if literal or name in _CALLS or (name in _MOVES and not self.scaled.isdisjoint(inputs)):
+        literal = [isinstance(atom, jex.Literal) or atom in self.single for atom in eqn.invars]
+        if literal and all(literal):
+            self.single.update(eqn.outvars)
+        if (
+            (name in ("mul", "div") and any(literal))
+            or name in _CALLS
+            or (name in _MOVES and not self.scaled.isdisjoint(inputs))
+        ):
             self.scaled.update(eqn.outvars)
         if name == "broadcast_in_dim" and self.is_spread(eqn.invars[0], eqn):
             self.spread.update(eqn.outvars)
         if name in _POWERS:
             self.powers.update(eqn.outvars)
         if name == "iota" or (inputs and self.computed.issuperset(inputs)):
-            within = self.constant if _is_float(eqn.outvars[0].aval.dtype) else self.computed
-            within.update(eqn.outvars)
+            for var in eqn.outvars:
+                (self.constant if _is_float(var.aval.dtype) else self.computed).add(var)
 
 
 def _rounds(eqn: Any) -> bool:
@@ -289,9 +297,11 @@ def _rounded_jvp(primals, tangents):
 
 
 def _hidden(constant: Any) -> Any:
-    """An array of floats that the compiler does not take for a constant."""
-    known = hasattr(constant, "dtype") and jnp.ndim(constant) > 0 and _is_float(constant.dtype)
-    return lax.optimization_barrier(constant) if known else constant
+    """An array of floats that the compiler does not take for a constant; a single number it may."""
+    several = hasattr(constant, "dtype") and np.size(constant) > 1
+    if several and isinstance(jax.typeof(constant), jax.core.ShapedArray) and _is_float(constant.dtype):
+        return lax.optimization_barrier(constant)
+    return constant
 
 
 def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
@@ -325,7 +335,10 @@ def _rounding(closed: jex.ClosedJaxpr, products: Sequence[bool] = ()) -> Callabl
 
     def function(*args):
         results, unrounded = _evaluate(closed, args, products)
-        return [rounded(x) if each else x for x, each in zip(results, unrounded, strict=True)]
+        return [
+            rounded(x) if each and not jax.typeof(x).weak_type else x
+            for x, each in zip(results, unrounded, strict=True)
+        ]
 
     return function
 

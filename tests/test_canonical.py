@@ -283,6 +283,31 @@ def test_keys_and_leaves_that_are_no_arrays():
     assert_close(canonical(f)(*args), f(*args), 2e-6)
 
 
+def test_effects_of_constants_and_references():
+    """What has no result, and what is closed over but no array."""
+    seen, kept_there = [], jax.new_ref(jnp.ones((3, 4)))
+
+    def function(x):
+        jax.debug.callback(seen.append, 2 * jnp.arange(3))
+        kept_there[...] = kept_there[...] + 1
+        return x * kept_there[...]
+
+    result = jax.jit(canonical(function))(jnp.ones((3, 4)))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(result, np.full((3, 4), 2.0))
+    np.testing.assert_array_equal(seen[0], [0, 2, 4])
+
+
+def test_weak_types_out_of_loops():
+    def function(x):
+        return lax.scan(lambda carry, _: (carry * 1.5, carry * 2.5), x, None, length=3)
+
+    actual, expected = (jax.eval_shape(f, 1.0) for f in (canonical(function), function))
+    assert jax.tree.map(lambda a: (a.dtype, a.weak_type), actual) == jax.tree.map(
+        lambda a: (a.dtype, a.weak_type), expected
+    )
+
+
 def test_transformations_of_the_rewritten_function():
     x = normal(4, 6, 5)
     model = lambda x: jnp.tanh(x @ W).sum(-1)  # noqa: E731
@@ -650,6 +675,14 @@ def test_numbers_of_every_position_do_not_depend_on_the_batch(rng, name):
         assert_every_batch_alike(function, x, c[:1], d[:1])
 
 
+ONE_NUMBER = np.float32([0.37])
+
+
+def fraction():
+    whole = jnp.float32(0.37) * 191.0
+    return whole - jnp.floor(whole)
+
+
 OF_EXAMPLES = {
     "square": lambda x, y: jnp.square(0.3 * x),
     "square of a quotient": lambda x, y: jnp.square(x / 30),
@@ -658,6 +691,8 @@ OF_EXAMPLES = {
     "product": lambda x, y: (0.3 * x) * (0.7 * y),
     "product of quotients": lambda x, y: (x / 30) * (y / 30),
     "in a sum": lambda x, y: (0.3 * x) * (y / 7) + 1,
+    "with a number of its own": lambda x, y: (0.3 * x) * fraction() + (x * fraction()) ** 2,
+    "with constants of one": lambda x, y: x * ONE_NUMBER * jnp.tanh(ONE_NUMBER) * (y * ONE_NUMBER.reshape(())),
     "of means": lambda x, y: jnp.square(jnp.mean(jnp.stack([x, y, x * y]), axis=0)),
 }
 

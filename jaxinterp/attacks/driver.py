@@ -451,7 +451,7 @@ def example_keys(key: jax.Array, images: Float[Array, "b h w c"], ids: Any = Non
 
 
 def _checked_key(key: Any) -> Any:
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    dtype, shape = (key.dtype, key.shape) if isinstance(key, jax.Array | np.ndarray) else (None, ())
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if (shape != ()) if typed else (dtype != np.uint32 or len(shape) != 1):
         what = f"{shape} {dtype}" if dtype is not None else repr(key)
