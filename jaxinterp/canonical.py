@@ -33,7 +33,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -200,15 +200,15 @@ class _Numbers:
     """What is known of the variables of a jaxpr, equation by equation."""
 
     def __init__(self, jaxpr: jex.Jaxpr, products: Sequence[bool]):
+        constants: list[Any] = jaxpr.constvars
         self.products = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
         self.spread: set[Any] = set()  # that stand in several places each
         self.powers: set[Any] = set()
         self.scaled = set(jaxpr.invars)  # that may be products with, or quotients by, a literal number
-        self.computed = {
-            var for var in jaxpr.constvars if not _is_float(var.aval.dtype)
-        }  # from constants and positions
-        self.constant: set[Any] = set()  # the first floats that do
-        self.single = {var for var in jaxpr.constvars if getattr(var.aval, "size", 0) == 1}  # numbers that are literal
+        # Of no input: those that are no floats (positions, 8-bit levels, masks), the first floats, and single numbers.
+        self.computed = {var for var in constants if not _is_float(var.aval.dtype)}
+        self.constant: set[Any] = set()
+        self.single = {var for var in constants if getattr(var.aval, "size", 0) == 1}
 
     def is_product(self, atom: Any) -> bool:
         return isinstance(atom, jex.Var) and atom in self.products
@@ -220,7 +220,7 @@ class _Numbers:
 
     @staticmethod
     def are_all(kind: set[Any], atoms: Sequence[Any]) -> bool:
-        return all(isinstance(atom, jex.Var) and _is_float(atom.aval.dtype) and atom in kind for atom in atoms)
+        return all(not isinstance(atom, jex.Literal) and atom in kind and _is_float(atom.aval.dtype) for atom in atoms)
 
     def must_be_rounded(self, eqn: Any) -> list[bool]:
         """Which inputs of an equation must be."""
@@ -299,7 +299,7 @@ def _rounded_jvp(primals, tangents):
 def _hidden(constant: Any) -> Any:
     """An array of floats that the compiler does not take for a constant; a single number it may."""
     several = hasattr(constant, "dtype") and np.size(constant) > 1
-    if several and isinstance(jax.typeof(constant), jax.core.ShapedArray) and _is_float(constant.dtype):
+    if several and isinstance(jax.typeof(constant), ShapedArray) and _is_float(constant.dtype):
         return lax.optimization_barrier(constant)
     return constant
 

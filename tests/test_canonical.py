@@ -675,7 +675,7 @@ def test_numbers_of_every_position_do_not_depend_on_the_batch(rng, name):
         assert_every_batch_alike(function, x, c[:1], d[:1])
 
 
-ONE_NUMBER = np.float32([0.37])
+ONE_NUMBER = np.array([0.37], np.float32)
 
 
 def fraction():
