@@ -204,7 +204,7 @@ class _Numbers:
         self.products = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
         self.spread: set[Any] = set()  # that stand in several places each
         self.powers: set[Any] = set()
-        self.scaled = set(jaxpr.invars)  # that may be products with, or quotients by, a literal number
+        self.scaled: set[Any] = set()  # products with, or quotients by, a literal number, and what functions return
         # Of no input: those that are no floats (positions, 8-bit levels, masks), the first floats, and single numbers.
         self.computed = {var for var in constants if not _is_float(var.aval.dtype)}
         self.constant: set[Any] = set()
