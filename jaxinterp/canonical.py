@@ -123,48 +123,46 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _evaluate(
-    closed: jex.ClosedJaxpr, args: Sequence[Any], products: Sequence[bool] = ()
-) -> tuple[list[Any], list[bool]]:
+    closed: jex.ClosedJaxpr, args: Sequence[Any], kinds: Sequence[frozenset[str]] = ()
+) -> tuple[list[Any], list[frozenset[str]]]:
     """Evaluates a jaxpr with the rules below in place of the primitives they are for.
 
     Args:
         closed: the function.
         args: its arguments.
-        products: which of them are products, as far as is known.
+        kinds: what is known of each of them.
 
     Returns:
-        The results, and which of them are products.
+        The results, and what is known of each of them.
     """
-    jaxpr, numbers = closed.jaxpr, _Numbers(closed.jaxpr, products)
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(_hidden, closed.consts), strict=True))
+    jaxpr, numbers = closed.jaxpr, _Numbers(closed.jaxpr, kinds)
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
-        return _hidden(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
     for eqn in _needed(jaxpr):
-        name, flags = eqn.primitive.name, list(map(numbers.is_product, eqn.invars))
-        inputs = [
-            rounded(read(atom)) if must else read(atom)
-            for atom, must in zip(eqn.invars, numbers.must_be_rounded(eqn), strict=True)
-        ]
+        name = eqn.primitive.name
+        inputs = [_hidden(read(atom)) if numbers.must_be_hidden(atom, eqn) else read(atom) for atom in eqn.invars]
+        inputs = [rounded(x) if must else x for x, must in zip(inputs, numbers.must_be_rounded(eqn), strict=True)]
         rule = _RULES.get(name)
         if name in _CALLS:
-            outputs, flags = _evaluate(eqn.params["jaxpr"], inputs, flags)
-            numbers.products.update(var for var, product in zip(eqn.outvars, flags, strict=True) if product)
+            outputs, found = _evaluate(eqn.params["jaxpr"], inputs, list(map(numbers.kinds, eqn.invars)))
+            numbers.take(eqn.outvars, found)
         elif rule is not None:
             outputs = rule(eqn, *inputs)
+            if name in _WEIGHTED and _is_short(outputs.dtype):
+                outputs = rounded(outputs)
         else:
-            told = flags if name in _CUSTOM else None
+            told = list(map(numbers.kinds, eqn.invars)) if name in _CUSTOM else ()
             params = {key: _rewrite(value, told) for key, value in eqn.params.items()}
             outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
         if not eqn.primitive.multiple_results:
             outputs = [outputs]
         numbers.add(eqn)
-        values.update(
-            (var, _hidden(x) if var in numbers.constant else x) for var, x in zip(eqn.outvars, outputs, strict=True)
-        )
-    return [read(atom) for atom in jaxpr.outvars], list(map(numbers.is_product, jaxpr.outvars))
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return list(map(read, jaxpr.outvars)), list(map(numbers.kinds, jaxpr.outvars))
 
 
 # The compiler simplifies arithmetic where it sees that it may, and what it sees depends on the batch: on what it fuses,
@@ -178,10 +176,13 @@ def _evaluate(
 # * A product of powers may become the power of a sum.
 # * A quotient may become a product with the reciprocal, if the divisor is repeated, or with the inverse function, if it
 #   is a root or a power; a quotient of a quotient becomes one with the product of the divisors.
+# * A number of 16 bits may keep the digits of 32 on its way into or out of a product of matrices or a convolution, if
+#   nothing is padded before or cut off behind.
 # * Two constant arrays with which the same number is computed become one; one that divides, its reciprocal.
 #
 # A barrier for the optimizer hides divisors and constants, but is gone when operations are fused. A single instruction
-# that it cannot see through, the one in `rounded`, remains.
+# that it cannot see through, the one in `rounded`, remains. Weights are not hidden from convolutions and products of
+# matrices: the compiler brings those of which it knows the values into their order once, not in every run.
 _SUMS = (
     *("add", "sub", "add_any", "reduce_sum", "reduce_window_sum", "cumsum"),
     *("scatter-add", "scatter-sub", "select_and_scatter_add"),
@@ -193,25 +194,44 @@ _MOVES = (
     *("stack", "unstack", "split", "tile", "broadcast_to", "convert_element_type", "name", "optimization_barrier"),
 )
 _CALLS = ("jit", "pjit")
+_WEIGHTED = ("conv_general_dilated", "dot_general")
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+_KINDS = ("products", "spread", "powers", "computed", "constant", "single")
 
 
 class _Numbers:
     """What is known of the variables of a jaxpr, equation by equation."""
 
-    def __init__(self, jaxpr: jex.Jaxpr, products: Sequence[bool]):
+    def __init__(self, jaxpr: jex.Jaxpr, kinds: Sequence[frozenset[str]]):
         constants: list[Any] = jaxpr.constvars
-        self.products = {var for var, product in zip(jaxpr.invars, products, strict=False) if product}
+        self.products: set[Any] = set()
         self.spread: set[Any] = set()  # that stand in several places each
         self.powers: set[Any] = set()
         self.scaled: set[Any] = set()  # products with, or quotients by, a literal number, and what functions return
         # Of no input: those that are no floats (positions, 8-bit levels, masks), the first floats, and single numbers.
         self.computed = {var for var in constants if not _is_float(var.aval.dtype)}
-        self.constant: set[Any] = set()
+        self.constant = {var for var in constants if _is_float(var.aval.dtype) and var.aval.size > 1}
         self.single = {var for var in constants if getattr(var.aval, "size", 0) == 1}
+        self.take(jaxpr.invars, kinds)
+
+    def take(self, variables: Sequence[Any], kinds: Sequence[frozenset[str]]) -> None:
+        """Takes note of variables of which everything is known."""
+        for var, names in zip(variables, kinds, strict=False):
+            for name in names:
+                getattr(self, name).add(var)
+
+    def kinds(self, atom: Any) -> frozenset[str]:
+        """What functions are told of their arguments, and tell of their results: all but what is `scaled`."""
+        if isinstance(atom, jex.Literal):
+            several = "constant" if _is_float(np.result_type(atom.val)) else "computed"
+            return frozenset([several if np.size(atom.val) > 1 else "single"])
+        return frozenset(name for name in _KINDS if atom in getattr(self, name))
 
     def is_product(self, atom: Any) -> bool:
         return isinstance(atom, jex.Var) and atom in self.products
+
+    def is_constant(self, atom: Any) -> bool:
+        return isinstance(atom, jex.Literal) or atom in self.constant
 
     def is_spread(self, atom: Any, eqn: Any) -> bool:
         if isinstance(atom, jex.Literal):
@@ -225,6 +245,8 @@ class _Numbers:
     def must_be_rounded(self, eqn: Any) -> list[bool]:
         """Which inputs of an equation must be."""
         name, flags = eqn.primitive.name, list(map(self.is_product, eqn.invars))
+        if name in _WEIGHTED:
+            return [_is_short(atom.aval.dtype) and not self.is_constant(atom) for atom in eqn.invars]
         if name in _SUMS or (name not in (*_CALLS, *_CUSTOM) and any(map(_is_body, eqn.params.values()))):
             return flags
         if name == "div":
@@ -238,6 +260,20 @@ class _Numbers:
         if name in ("square", "integer_pow"):
             return [self.are_all(self.scaled, eqn.invars)]
         return [False] * len(flags)
+
+    def must_be_hidden(self, atom: Any, eqn: Any) -> bool:
+        """Whether it is a constant with which the compiler must not compute.
+
+        What is only moved remains a constant, and is hidden where it meets something else.
+        """
+        name = eqn.primitive.name
+        if not self.is_constant(atom) or name in _CALLS:
+            return False
+        return name not in (*_MOVES, *_WEIGHTED) or (name in _WEIGHTED) == self.are_fixed(eqn.invars)
+
+    def are_fixed(self, atoms: Sequence[Any]) -> bool:
+        """Whether they depend on no input."""
+        return all(self.is_constant(atom) or atom in self.computed for atom in atoms)
 
     def add(self, eqn: Any) -> None:
         """Takes note of the outputs of an equation."""
@@ -257,6 +293,8 @@ class _Numbers:
             self.spread.update(eqn.outvars)
         if name in _POWERS:
             self.powers.update(eqn.outvars)
+        if name in _MOVES and inputs and self.are_fixed(inputs):
+            self.constant.update(var for var in eqn.outvars if _is_float(var.aval.dtype))
         if name == "iota" or (inputs and self.computed.issuperset(inputs)):
             for var in eqn.outvars:
                 (self.constant if _is_float(var.aval.dtype) else self.computed).add(var)
@@ -274,6 +312,11 @@ def _rounds(eqn: Any) -> bool:
 def _is_float(dtype: Any) -> bool:
     """Whether it is one that can be rounded."""
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+
+
+def _is_short(dtype: Any) -> bool:
+    """Whether the compiler may compute with more digits than it has, until it sees something else than arithmetic."""
+    return _is_float(dtype) and dtype.itemsize < 4
 
 
 def _is_exact(literal: Any) -> bool:
@@ -315,35 +358,34 @@ def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
     return needed[::-1]
 
 
-def _rewrite(param: Any, products: Sequence[bool] | None = None) -> Any:
+def _rewrite(param: Any, kinds: Sequence[frozenset[str]] = ()) -> Any:
     """A parameter of a primitive with the functions inside it (loop bodies, branches, calls) rewritten too.
 
-    Those that the compiler will see as part of what surrounds them are told which arguments are `products`; the others
-    it may see so too, such as a loop of a single step. What they return is rounded.
+    Those that the compiler will see as part of what surrounds them are told the kinds of their arguments; the others it
+    may see so too, such as a loop of a single step. What they return is rounded.
     """
     if isinstance(param, jex.ClosedJaxpr):
         specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in param.in_avals]
-        return jax.make_jaxpr(_rounding(param, products or ()))(*specs)
+        return jax.make_jaxpr(_rounding(param, kinds))(*specs)
     if isinstance(param, tuple) and any(isinstance(each, jex.ClosedJaxpr) for each in param):
         rewritten = map(_rewrite, param)
         return type(param)(*rewritten) if hasattr(param, "_fields") else tuple(rewritten)  # linear solves name theirs
     return param
 
 
-def _rounding(closed: jex.ClosedJaxpr, products: Sequence[bool] = ()) -> Callable[..., list[Any]]:
-    """The function of a jaxpr, of whose results those that are products are rounded."""
+def _rounding(closed: jex.ClosedJaxpr, kinds: Sequence[frozenset[str]] = ()) -> Callable[..., list[Any]]:
+    """The function of a jaxpr, of whose results those that are products are rounded, and constants are hidden."""
 
-    def function(*args):
-        results, unrounded = _evaluate(closed, args, products)
-        return [
-            rounded(x) if each and not jax.typeof(x).weak_type else x
-            for x, each in zip(results, unrounded, strict=True)
-        ]
+    def ended(x, names):
+        x = _hidden(x) if "constant" in names else x
+        return rounded(x) if "products" in names and not jax.typeof(x).weak_type else x
 
-    return function
+    return lambda *args: list(map(ended, *_evaluate(closed, args, kinds)))
 
 
 def _is_body(param: Any) -> bool:
+    if isinstance(param, tuple):
+        return any(map(_is_body, param))
     return isinstance(param, jex.ClosedJaxpr | jex.Jaxpr)
 
 

@@ -31,6 +31,7 @@ from jaxinterp.attacks import driver
 from jaxinterp.attacks.attack import Attack, AttackResult
 from jaxinterp.cam import resize
 from jaxinterp.canonical import canonical
+from jaxinterp.draws import reproducible
 from jaxinterp.effect import Kind, partition
 from jaxinterp.network import Model, Network, Params, as_model
 from jaxinterp.pytree import pytree
@@ -172,7 +173,7 @@ def shuffled_score(
     Args:
         delta: perturbations, in pixel units.
         maps: class activation maps at any resolution.
-        keys: [B] random keys, one for each example.
+        keys: [B] random keys, one for each example, of any implementation.
         percentile: as in `interpretability_score`.
         repeats: number of shuffles.
 
@@ -180,7 +181,7 @@ def shuffled_score(
         ValueError: as `interpretability_score`.
     """
     _check_score(delta, maps, percentile)
-    return _shuffled_score(delta, maps, keys, percentile, repeats)
+    return _shuffled_score(delta, maps, jax.vmap(reproducible)(keys), percentile, repeats)
 
 
 @functools.partial(jax.jit, static_argnames=("repeats",))

@@ -418,6 +418,23 @@ def test_layout_of_convolutions_in_a_compiled_loop():
     assert_close(ascent(canonical)(x), ascent(lambda f: f)(x), 1e-5)
 
 
+def test_weights_are_known_to_the_compiler():
+    """It brings them into the order of the gradient when it compiles, not in every run."""
+    kernel, matrix = np.asarray(normal(1, 3, 3, 16, 48)), np.asarray(normal(2, 48, 80))
+
+    def loss(x, kernel, matrix):
+        x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.tanh(jax.jit(lambda x: nnx.relu(x).mean((1, 2)) @ matrix)(x)))
+
+    def moved(function, *args):
+        text = jax.jit(canonical(function)).lower(*args).compile().as_text() or ""
+        return [size for size in re.findall(r"= f32\[([\d,]+)\]\S* (?:transpose|reverse|copy)\(", text) if "48" in size]
+
+    x = normal(0, 4, 16, 16, 16)
+    assert not moved(jax.grad(lambda x: loss(x, kernel, matrix)), x)
+    assert moved(jax.grad(loss), x, kernel, matrix), "those that are arguments it cannot"
+
+
 # Results that do not depend on the batch
 
 
@@ -643,12 +660,17 @@ def averaged(x):
     return nnx.avg_pool(x.reshape(-1, 4, 5, 1), (3, 3), (1, 1))
 
 
+FRACTIONS = np.random.default_rng(3).uniform(0.3, 2, 20).astype(np.float32)
 COUNTS = np.random.default_rng(2).integers(1, 200, 20).astype(np.uint8)
 OF_POSITIONS |= {
     "levels of 8 bits": lambda x, c, d: x * (jnp.asarray(COUNTS) / 255) / (x * (jnp.asarray(COUNTS) / 255) + c) ** 2,
     "powers of levels": lambda x, c, d: jnp.square(x * jnp.asarray(COUNTS).astype(jnp.float32)),
     "averages": lambda x, c, d: averaged(x) * averaged(jnp.broadcast_to(c, x.shape)),
     "halves": lambda x, c, d: (0.5 * x) * (0.3 * jnp.broadcast_to(c, x.shape)),
+    "moved": lambda x, c, d: x * jnp.roll(jnp.asarray(FRACTIONS), 3) * jnp.flip(FRACTIONS)[None] * c,
+    "moved and divided by": lambda x, c, d: x * jnp.roll(FRACTIONS, 1) / jnp.roll(FRACTIONS, 3) / d,
+    "between others": lambda x, c, d: x * jnp.where(x > 1, FRACTIONS, c) * jnp.where(x > 1, 0.3, jnp.flip(FRACTIONS)),
+    "in a branch": lambda x, c, d: lax.cond(jnp.bool_(True), lambda y: y * FRACTIONS + c, lambda y: y, x * c * d),
     "chosen by a mask": lambda x, c, d: x * jnp.where(COUNTS > 99, 0.3, 0.7) * jnp.where(COUNTS > 50, 1.1, d),
 }
 
@@ -692,6 +714,7 @@ OF_EXAMPLES = {
     "product of quotients": lambda x, y: (x / 30) * (y / 30),
     "in a sum": lambda x, y: (0.3 * x) * (y / 7) + 1,
     "with a number of its own": lambda x, y: (0.3 * x) * fraction() + (x * fraction()) ** 2,
+    "with numbers given to a function": lambda x, y: 0.3 * jax.jit(lambda x, y, a: x * a + y * (1 - a))(x, y, 0.37),
     "with constants of one": lambda x, y: x * ONE_NUMBER * jnp.tanh(ONE_NUMBER) * (y * ONE_NUMBER.reshape(())),
     "of means": lambda x, y: jnp.square(jnp.mean(jnp.stack([x, y, x * y]), axis=0)),
 }
@@ -706,6 +729,35 @@ def test_one_number_for_each_example_does_not_depend_on_the_batch(rng, name, ran
         together = np.asarray(run(x, y))
         alone = np.concatenate([run(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
         np.testing.assert_array_equal(alone, together)
+
+
+OF_SHORT = {
+    "product": lambda x, kernel, matrix: (x * x / 0.3).reshape(len(x), -1) @ matrix,
+    "product of another type": lambda x, kernel, matrix: (x * x / 0.3).reshape(len(x), -1) @ matrix.astype(jnp.float32),
+    "convolution": lambda x, kernel, matrix: same(x * x / 0.3, kernel),
+    "averaged": lambda x, kernel, matrix: same(x, kernel).mean((1, 2)),
+    "single positions": lambda x, kernel, matrix: same(x / 0.3, kernel[:1, :1]),
+}
+
+
+def same(x, kernel):
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("name", OF_SHORT)
+def test_numbers_of_16_bits_do_not_depend_on_the_batch(rng, name):
+    """The compiler keeps the digits of 32 on the way to the logits, unless examples are added or cut off there."""
+
+    def logits(x):
+        return 0.3 * OF_SHORT[name](x, kernel, matrix).astype(jnp.float32)
+
+    sizes = (80, 4, 4, 16), (3, 3, 16, 32), (256, 64)
+    x, kernel, matrix = (jnp.asarray(rng.uniform(0.3, 2, size), jnp.bfloat16) for size in sizes)
+    for function in (logits, gradient_of(logits)):
+        run = jax.jit(canonical(function))
+        together = np.asarray(run(x), np.float32)
+        for size in (1, 2, 64):
+            np.testing.assert_array_equal(np.asarray(run(x[:size]), np.float32), together[:size], err_msg=str(size))
 
 
 ONE = {
@@ -868,6 +920,7 @@ MOVED = {
     "behind a barrier": lax.optimization_barrier,
     "in a checkpoint": jax.checkpoint(lambda x: x.reshape(8, 8)),
     "in a loop": lambda x: lax.fori_loop(0, 1, lambda i, x: x[::-1], x),
+    "in a branch": lambda x: lax.cond(True, lambda x: x[::-1], lambda x: x, x),
     "mapped": lambda x: lax.map(lambda row: row[::-1], x[None]),
 }
 

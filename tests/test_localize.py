@@ -112,6 +112,14 @@ def test_shuffled_scores_lie_around_the_null():
     np.testing.assert_allclose(squares.std(1), spread, rtol=0.25)
 
 
+def test_keys_of_hardware_shuffle_an_example_as_it_is_shuffled_alone():
+    delta, maps = noise(), ramp(4)
+    of_hardware = jax.random.split(jax.random.key(0, impl="rbg"), 4)
+    together = shuffled(delta, maps, of_hardware)
+    alone = np.concatenate([shuffled(delta[i : i + 1], maps[i : i + 1], of_hardware[i : i + 1]) for i in range(4)])
+    np.testing.assert_array_equal(together, alone)
+
+
 def test_shuffling_a_uniform_perturbation_changes_nothing():
     control = shuffled(np.full((4, SIDE, SIDE, 3), 0.02, np.float32), ramp(4), keys(), repeats=4)
     np.testing.assert_allclose(control, np.sqrt(0.3), rtol=1e-6)
