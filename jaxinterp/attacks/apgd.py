@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import boundary, descent, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, along, per_example, select
-from jaxinterp.attacks.constraint import distance, project, random_in_ball, sparse, steepest
+from jaxinterp.attacks.constraint import distance, project, random_in_ball, sparse_step, steepest
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -345,13 +345,15 @@ def _move(model, state, *, norm, steps, objective_of):
     else:
         rule, back = search.rule.update(k, steps, search)
     x, ascent = select(back, (search.best, search.best_ascent), (state.images, ascent))
-    direction = sparse(ascent, rule.moved) if norm == "l1" else ascent
 
     def inside(point):
         return project(point, examples.images, state.eps, norm, examples.support)
 
-    moved = inside(x - along(rule.size, x) * direction)
-    if norm != "l1":
+    if norm == "l1":
+        # The authors' step is of equal parts of `moved` components, whether or not the box leaves room for them.
+        moved = inside(x - sparse_step(ascent, x, rule.size, rule.moved))
+    else:
+        moved = inside(x - along(rule.size, x) * ascent)
         alpha = along(jnp.where(k == 0, 1.0, _ALPHA), x)
         moved = inside(x + alpha * (moved - x) + (1 - alpha) * (x - search.previous))
     return logits, moved, dataclasses.replace(search, previous=x, rule=rule)

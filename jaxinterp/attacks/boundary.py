@@ -1,9 +1,12 @@
 """The decision boundaries of a network, linearised at an image: what DeepFool and FAB step to.
 
 Between the class a that has to lose and the class b that has to win, the boundary is where Z_b - Z_a = kappa, to first
-order the hyperplane <normal, d> = gap with normal = grad(Z_b - Z_a) and gap = kappa - (Z_b - Z_a), at the distance
-|gap| / ||normal||_q, q the dual of the norm in which d is measured. Without a target, a is the label and b one of its
-rivals; with one, a is the largest other class and b the target.
+order the hyperplane <normal, d> = gap with normal = grad(Z_b - Z_a) and gap = kappa - (Z_b - Z_a). Without a target, a
+is the label and b one of its rivals; with one, a is the largest other class and b the target.
+
+The authors of both attacks take the boundary for nearest at which |gap| / ||normal||_q is least, q the dual of the norm
+in which d is measured. That is its distance where the box does not limit d; where it does, another one may be nearer.
+Here the boundaries are compared by the steps that are taken to them.
 """
 
 from __future__ import annotations
@@ -17,21 +20,29 @@ from jaxtyping import Array, Float, Int
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Examples, along, select
-from jaxinterp.attacks.constraint import DUAL, Norm, distance
+from jaxinterp.attacks.constraint import DUAL, Norm, distance, to_hyperplane
 from jaxinterp.pytree import pytree
 
 _TINY = 1e-30
+_SHORT = 1e-3  # part of the gap that rounding may leave of a step that arrives
+_FAR = 1e12  # longer than any step
 
 
 @pytree
 class Boundary:
     """A hyperplane <normal, d> = gap for every example, scaled so that the largest |component| of the normal is 1.
 
-    `distance` is infinite where the network has no slope there; normal and gap are then zero.
+    Attributes:
+        normal: zero where the network has no slope.
+        gap: zero there, too.
+        step: the shortest d with which the image stays in the box, or the one that comes nearest to the hyperplane.
+        distance: to rank boundaries by: the length of the step, more than any for one that the box keeps it from, and
+            infinite without a slope.
     """
 
     normal: Float[Array, "b h w c"]
     gap: Float[Array, " b"]
+    step: Float[Array, "b h w c"]
     distance: Float[Array, " b"]
 
 
@@ -53,6 +64,7 @@ def ranked(logits: Float[Array, "b k"], examples: Examples, count: int) -> Int[A
 
 def nearest(
     pull_back: Callable[[Array], Float[Array, "b h w c"]],
+    images: Float[Array, "b h w c"],
     logits: Float[Array, "b k"],
     examples: Examples,
     kappa: Float[Array, " b"],
@@ -60,7 +72,7 @@ def nearest(
     which: Norm,
     rival: Int[Array, " b"] | None = None,
 ) -> Boundary:
-    """The nearest boundary, of those with the `candidates` rivals whose logits are the largest, or that with `rival`.
+    """The boundary nearest to `images`, of those with the `candidates` rivals of largest logits, or that with `rival`.
 
     The backward passes run one after the other: together they would need `candidates` times the memory, and a batch
     gives the machine enough to do.
@@ -78,11 +90,15 @@ def nearest(
         largest = jnp.max(jnp.abs(normal), axis=axes)
         scale = 1 / jnp.maximum(largest, _TINY)
         normal, gap = normal * along(scale, normal), scale * lacking(logits, losing, winning, kappa)
-        away = jnp.abs(gap) / distance(normal, DUAL[which])
-        new = Boundary(normal, gap, away)
-        return select(jnp.isfinite(away) & (away < best.distance), new, best)
+        step = to_hyperplane(images, normal, gap, which, examples.support)
+        unlimited = jnp.abs(gap) / distance(normal, DUAL[which])
+        arrives = jnp.abs(jnp.sum(normal * step, axis=axes)) >= (1 - _SHORT) * jnp.abs(gap)
+        away = jnp.where(arrives, distance(step, which), _FAR * (1 + unlimited))
+        new = Boundary(normal, gap, step, away)
+        return select(jnp.isfinite(unlimited) & (away < best.distance), new, best)
 
-    none = Boundary(jnp.zeros_like(examples.images), jnp.zeros_like(kappa), jnp.full_like(kappa, jnp.inf))
+    zeros = jnp.zeros_like(images)
+    none = Boundary(zeros, jnp.zeros_like(kappa), zeros, jnp.full_like(kappa, jnp.inf))
     return lax.fori_loop(0, len(rivals), consider, none)
 
 

@@ -177,15 +177,31 @@ def steepest(gradient: Float[Array, "b h w c"], which: Literal["linf", "l2"]) ->
     return jnp.sign(gradient) if which == "linf" else normalised(gradient, "l2")
 
 
-def sparse(gradient: Float[Array, "b h w c"], count: Float[Array, " b"]) -> Float[Array, "b h w c"]:
-    """A direction of ascent of unit length in L1: equal parts of the `count` components with the largest gradient.
+def sparse_step(
+    ascent: Float[Array, "b h w c"],
+    images: Float[Array, "b h w c"],
+    length: Float[Array, " b"],
+    count: Float[Array, " b"],
+) -> Float[Array, "b h w c"]:
+    """What is taken from the images in a step of the given length in L1: from the components with the largest gradient.
 
-    The steepest one has a single component (count 1), but gets too slowly to the optimum, where the box limits how far
-    each may go (Tramer and Boneh 2019, arXiv 1904.13000, section 4).
+    One after the other moves by the `count`-th part of the length, or by what the box leaves of it, until the length is
+    used up; of equal components each moves by the same share of that. The steepest step has a single part, but gets too
+    slowly to the optimum, where the box limits how far each component may go (Tramer and Boneh 2019, arXiv 1904.13000,
+    section 4). They give a part to components without room, too, which a projection onto the ball has moved away from
+    the border by a little: their steps are used up by giving it back, and stop far from the optimum.
     """
-    kept = largest(jnp.abs(gradient), count)
-    moved = jnp.sum(kept, axis=tuple(range(1, gradient.ndim)), dtype=jnp.int32)
-    return jnp.where(kept, jnp.sign(gradient), 0) / along(jnp.maximum(moved, 1), gradient)
+    slope, axes = jnp.abs(ascent), tuple(range(1, ascent.ndim))
+    size = jnp.minimum(along(length / jnp.maximum(count, 1), ascent), jnp.where(ascent > 0, images, 1 - images))
+    size = jnp.where(slope > 0, size, 0)
+
+    def above(t):
+        return jnp.sum(jnp.where(slope > along(t, slope), size, 0), axis=axes)
+
+    t = _smallest(lambda t: above(t) <= length, length.shape)
+    last = slope == along(t, slope)
+    share = jnp.clip((length - above(t)) / jnp.maximum(jnp.sum(jnp.where(last, size, 0), axis=axes), _TINY), 0, 1)
+    return jnp.sign(ascent) * jnp.where(slope > along(t, slope), size, jnp.where(last, along(share, size) * size, 0))
 
 
 def movable(ascent: Float[Array, "b h w c"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import boundary, objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
-from jaxinterp.attacks.constraint import Norm, to_hyperplane
+from jaxinterp.attacks.constraint import Norm
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -94,9 +94,8 @@ class DeepFool:
         moves = active & ~found & (state.count < self.steps)
 
         def to_the_boundary():
-            near = boundary.nearest(pull_back, logits, examples, state.kappa, self.candidates, self.norm)
-            step = to_hyperplane(x, near.normal, near.gap, self.norm, examples.support)
-            return jnp.clip(x + along(1 + state.overshoot, x) * step, 0, 1), jnp.isfinite(near.distance)
+            near = boundary.nearest(pull_back, x, logits, examples, state.kappa, self.candidates, self.norm)
+            return jnp.clip(x + along(1 + state.overshoot, x) * near.step, 0, 1), jnp.isfinite(near.distance)
 
         moved, slopes = lax.cond(jnp.any(moves), to_the_boundary, lambda: (x, jnp.zeros_like(moves)))
         backward = moves * boundary.passes(logits, examples, self.candidates)

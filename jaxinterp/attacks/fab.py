@@ -152,7 +152,7 @@ class FAB:
         moves = active & ~searching & ~(start & found)
 
         def iterate():
-            near = boundary.nearest(pull_back, logits, examples, state.kappa, self.candidates, self.norm, rival)
+            near = boundary.nearest(pull_back, x, logits, examples, state.kappa, self.candidates, self.norm, rival)
             moved = self._towards(near, state)
             return moved, model(moved), jnp.isfinite(near.distance)
 
@@ -191,10 +191,8 @@ class FAB:
         x, x0, support = state.images, state.examples.images, state.examples.support
         delta = x - x0
         gap_0 = near.gap + jnp.sum(near.normal * delta, axis=tuple(range(1, x.ndim)))
-        # One bisection for both: they do not depend on each other.
-        twice = jax.vmap(lambda images, gap: to_hyperplane(images, near.normal, gap, self.norm, support))
-        both = twice(jnp.stack([x, x0]), jnp.stack([near.gap, gap_0]))
-        (d, d_0), (size, size_0) = both, jax.vmap(lambda d: distance(d, self.norm))(both)
+        d, d_0 = near.step, to_hyperplane(x0, near.normal, gap_0, self.norm, support)
+        size, size_0 = distance(d, self.norm), distance(d_0, self.norm)
         alpha = along(jnp.minimum(size / jnp.maximum(size + size_0, _TINY), state.alpha_max), x)
         eta = along(state.eta, x)
         # The formula of the paper, written so that a component that no projection moves stays the very same.

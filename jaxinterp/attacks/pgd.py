@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxinterp.attacks import descent
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, per_example
-from jaxinterp.attacks.constraint import movable, project, random_in_ball, sparse
+from jaxinterp.attacks.constraint import project, random_in_ball, sparse_step
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -18,7 +18,8 @@ class PGD:
     """Steepest descent of cross-entropy in an Linf, L2 or L1 ball, from points uniform in the ball.
 
     In L1 a step moves a small part of the components by equal amounts (SLIDE, Tramer and Boneh 2019, arXiv
-    1904.13000, section 4). The latest iterate that succeeded is returned.
+    1904.13000, section 4), and more of them where the box leaves less room. The latest iterate that succeeded is
+    returned.
 
     Attributes:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
@@ -101,8 +102,7 @@ class PGD:
 
 
 def _sparse(model, state):
-    """A step by equal parts of as many components as `state.memory` says."""
+    """A step by equal parts of as many components as `state.memory` says, or more where the box leaves less room."""
     logits, ascent = descent.gradient(model, state)
-    # The box is in the way of components at 0 and 1: without them, no part of the step is lost.
-    direction = sparse(movable(ascent, state.images), state.memory)
-    return logits, descent.towards(state, direction, "l1"), state.memory
+    moved = state.images - sparse_step(ascent, state.images, state.step_size, state.memory)
+    return logits, project(moved, state.examples.images, state.eps, "l1", state.examples.support), state.memory

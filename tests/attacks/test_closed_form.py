@@ -60,7 +60,84 @@ def numpy_gradient(weights, logits, chosen):
     return (p - np.eye(p.shape[1])[chosen]) @ weights.T
 
 
+def in_the_box(x, w, need, norm):
+    """The least distance [float64] at which <w, d> reaches `need` with x + d in the box, or infinity."""
+    slope, room = np.abs(w), np.where(w > 0, 1 - x, x)
+    if (slope * room).sum() < need:
+        return np.inf
+    if norm == "l1":
+        order = np.argsort(-slope)
+        gained = np.cumsum((slope * room)[order])
+        i = np.searchsorted(gained, need)
+        before = gained[i - 1] if i else 0.0
+        return room[order][:i].sum() + (need - before) / slope[order[i]]
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        t = (low + high) / 2
+        step = np.minimum(t * slope if norm == "l2" else t, room)
+        low, high = (low, t) if (slope * step).sum() >= need else (t, high)
+    step = np.minimum(high * slope if norm == "l2" else high, room)
+    return np.linalg.norm(step) if norm == "l2" else step.max()
+
+
+def saturated(classes, shape, *, seed, border, reach, count):
+    """A linear model and images with pixels at 0 and 1, where success takes the part `reach` of what the box allows."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(int(np.prod(shape)), classes)).astype(np.float32)
+    images = rng.uniform(size=(count, *shape)).astype(np.float32)
+    images = np.where(rng.uniform(size=images.shape) < border, np.round(images), images).astype(np.float32)
+    flat = images.reshape(count, -1).astype(np.float64)
+    slopes = weights[:, 1:] - weights[:, :1]
+    logits = flat @ weights
+    able = np.array([[(np.abs(w) * np.where(w > 0, 1 - x, x)).sum() for w in slopes.T] for x in flat])
+    bias = np.zeros(classes, np.float32)
+    bias[0] = np.median((reach * able - (logits[:, :1] - logits[:, 1:])).max(1))
+    model = Partial(affine, (jnp.asarray(weights), jnp.asarray(bias)))
+    labels = np.asarray(model(jnp.asarray(images))).argmax(1)
+
+    def least(norm):
+        found = []
+        for x, z, y in zip(flat, logits + bias, labels, strict=True):
+            rivals = [j for j in range(classes) if j != y]
+            found.append(min(in_the_box(x, weights[:, j] - weights[:, y], z[y] - z[j], norm) for j in rivals))
+        return np.array(found)
+
+    return model, images, labels, least
+
+
 # Minimal distances
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm"),
+    [
+        (DeepFool(), "l2"),
+        (DeepFool(norm="linf"), "linf"),
+        (FAB(), "l2"),
+        (FAB(norm="linf"), "linf"),
+        (FAB(norm="l1"), "l1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_the_nearest_class_is_the_one_that_is_nearest_in_the_box(attack, norm):
+    """Of binary images half the components cannot move: the class with the steepest slope need not be the nearest."""
+    model, images, labels, least = saturated(3, (4, 4, 3), seed=14, border=1.0, reach=0.5, count=20)
+    result = run(attack, model, images, labels, key=KEY)
+    ratio = np.asarray(getattr(result, norm)) / least(norm)
+    assert np.asarray(result.success).all()
+    assert ratio.min() > 0.999
+    assert ratio.max() < 1.05
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD])
+@pytest.mark.parametrize(("shape", "border", "reach"), [((16, 16, 3), 0.0, 0.1), ((6, 5, 3), 0.5, 0.4)])
+def test_descent_in_l1_loses_no_steps_at_the_border(attack, shape, border, reach):
+    """Every projection takes a little from components that have arrived there, and the noise of a start is to go."""
+    model, images, labels, least = saturated(2, shape, seed=15, border=border, reach=reach, count=10)
+    eps = (1.25 * least("l1")).astype(np.float32)
+    result = run(attack(norm="l1", eps=eps), model, images, labels, key=KEY)
+    assert np.asarray(result.success).all()
+    assert (np.asarray(result.l1) <= 1.0001 * eps).all()
 
 
 @pytest.mark.parametrize("classes", [5, pytest.param(2, marks=pytest.mark.exhaustive)])

@@ -35,7 +35,7 @@ from jaxinterp.attacks import (
     transforms,
 )
 from jaxinterp.attacks.apgd import checkpoints
-from jaxinterp.attacks.constraint import largest, movable, random_in_ball, sparse
+from jaxinterp.attacks.constraint import largest, movable, random_in_ball, sparse_step
 from jaxinterp.attacks.transforms import Query
 
 SHAPE = (6, 5, 3)
@@ -225,13 +225,19 @@ def test_apgd_t_draws_its_first_start_where_that_is_asked_for_and_all_others_alw
 # The pieces
 
 
-def test_sparse_directions_by_hand():
-    gradient = jnp.array([[3.0, -5.0, 0.0, 1.0, -3.0], [0.0, 0.0, 2.0, 0.0, 0.0]]).reshape(2, 1, 5, 1)
-    for count, expected in ((1, [0, -1, 0, 0, 0]), (2, [0.5, -0.5, 0, 0, 0]), (3, [1 / 3, -1 / 3, 0, 0, -1 / 3])):
-        found = sparse(gradient, jnp.full(2, float(count)))
+def test_sparse_steps_by_hand():
+    ascent = jnp.array([[3.0, -5.0, 0.0, 1.0, -3.0], [0.0, 0.0, 2.0, 0.0, 0.0]]).reshape(2, 1, 5, 1)
+    middle, length = jnp.full(ascent.shape, 0.5), jnp.array([0.3, 0.2])
+    for count, expected in ((1, [0, -0.3, 0, 0, 0]), (2, [0.075, -0.15, 0, 0, -0.075]), (3, [0.1, -0.1, 0, 0, -0.1])):
+        found = sparse_step(ascent, middle, length, jnp.full(2, float(count)))
         np.testing.assert_allclose(found[0].ravel(), expected, rtol=1e-6)
-        np.testing.assert_allclose(found[1].ravel(), [0, 0, 1, 0, 0])  # zeros never take part
-    assert not sparse(jnp.zeros((1, 1, 2, 1)), jnp.ones(1)).any()
+        np.testing.assert_allclose(found[1].ravel(), [0, 0, 0.2 / count, 0, 0], rtol=1e-6)  # zeros never take part
+    # What the box leaves no room for goes to the next; -5 moves up, 3 and 1 down.
+    images = jnp.array([[0.04, 0.98, 0.5, 0.5, 1.0], [0.5, 0.5, 0.0, 0.5, 0.5]]).reshape(ascent.shape)
+    found = sparse_step(ascent, images, length, jnp.full(2, 2.0))
+    np.testing.assert_allclose(found[0].ravel(), [0.04, -0.02, 0, 0.15, 0], atol=1e-6)
+    assert not found[1].any()
+    assert not sparse_step(jnp.zeros((1, 1, 2, 1)), jnp.full((1, 1, 2, 1), 0.5), jnp.ones(1), jnp.ones(1)).any()
     np.testing.assert_array_equal(largest(jnp.array([[2.0, 7.0, 2.0, 2.0]]), jnp.array([3.0])), [[1, 1, 1, 0]])
 
 
@@ -311,10 +317,11 @@ def slow_apgd(x0, f, gradient, eps, steps, norm):
     for k in range(steps):
         g = gradient(x)
         if norm == "l1":
-            u = np.zeros(d)
-            top = np.argsort(-np.abs(g), kind="stable")[:kept]
-            u[top] = np.sign(g[top]) / len(top)
-            new = project(x - eta * u, x0, eps)
+            u, left = np.zeros(d), eta
+            for i in np.argsort(-np.abs(g), kind="stable"):  # in print the first `kept`, whether or not there is room
+                u[i] = min(eta / kept, x[i] if g[i] > 0 else 1 - x[i], left)
+                left -= u[i]
+            new = project(x - np.sign(g) * u, x0, eps)
         else:
             z = project(x - eta * g / np.linalg.norm(g), x0, eps)
             a = 0.75 if k else 1.0

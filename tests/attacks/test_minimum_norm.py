@@ -371,20 +371,55 @@ def test_the_nearest_boundary_by_hand(norm):
     z, kappa = np.asarray(logits, np.float64), np.linspace(0, 0.5, 6)
     examples = Examples(jnp.asarray(images), jnp.asarray(labels), None, None)
     for candidates in (1, 2, 10):
-        found = boundary.nearest(pull_back, logits, examples, jnp.asarray(kappa, jnp.float32), candidates, norm)
+        given = examples, jnp.asarray(kappa, jnp.float32), candidates, norm
+        found = boundary.nearest(pull_back, examples.images, logits, *given)
         assert boundary.passes(logits, examples, candidates) == min(candidates, 4)
         for i, y in enumerate(labels):
             rivals = [j for j in np.argsort(-z[i]) if j != y][:candidates]
-            away = [
-                (z[i, y] - z[i, j] + kappa[i]) / np.linalg.norm(weights[:, j] - weights[:, y], DUAL[norm])
-                for j in rivals
-            ]
+            gaps = [(weights[:, j] - weights[:, y], z[i, y] - z[i, j] + kappa[i]) for j in rivals]
+            # In L2 and Linf the box is not in the way; in L1 the steepest components go to its end one after the other.
+            if norm == "l1":
+                away = [in_l1(images[i].ravel(), slope, gap) for slope, gap in gaps]
+            else:
+                away = [gap / np.linalg.norm(slope, DUAL[norm]) for slope, gap in gaps]
             j = rivals[int(np.argmin(away))]
             normal = weights[:, j] - weights[:, y]
             largest = np.abs(normal).max()
             np.testing.assert_allclose(found.distance[i], min(away), atol=1e-4)
             np.testing.assert_allclose(found.normal[i].ravel(), normal / largest, atol=1e-5)
             np.testing.assert_allclose(found.gap[i], (z[i, y] - z[i, j] + kappa[i]) / largest, atol=1e-3)
+            assert np.vdot(found.step[i], normal) == pytest.approx(z[i, y] - z[i, j] + kappa[i], abs=1e-3)
+
+
+def in_l1(x, slope, gap):
+    """The L1 distance to <slope, d> = gap in the box."""
+    left, length = gap, 0.0
+    for k in np.argsort(-np.abs(slope)):
+        moved = min(1 - x[k] if slope[k] > 0 else x[k], left / abs(slope[k]))
+        left, length = left - moved * abs(slope[k]), length + moved
+    return length
+
+
+def test_a_boundary_that_the_box_keeps_out_of_reach_is_the_last():
+    """To the first rival it is near, but all pixels that lead there are at their end already."""
+    images = jnp.array([1.0, 0.5]).reshape(1, 1, 2, 1)
+    slopes = jnp.array([[10.0, 0.0], [0.0, 0.1], [0.0, 10.0]])  # of the rivals; the last one is far
+
+    def model(x):
+        rivals = (x - images).reshape(len(x), -1) @ slopes.T + jnp.array([-0.1, -1.0, -2.0])
+        return jnp.concatenate([jnp.zeros((len(x), 1)), rivals], axis=1)
+
+    logits, pull_back = objective.linearised(model, images)
+    examples = Examples(images, jnp.zeros(1, jnp.int32), None, None)
+    found = boundary.nearest(pull_back, images, logits, examples, jnp.zeros(1), 10, "l2")
+    np.testing.assert_allclose(found.step.ravel(), [0, 0.2], atol=1e-3)
+    np.testing.assert_allclose(found.distance, 0.2, atol=1e-3)
+    # Where no boundary can be reached, the step goes towards the one that would be nearest.
+    examples = Examples(images, jnp.zeros(1, jnp.int32), None, jnp.array([True, False]).reshape(images.shape))
+    logits, pull_back = objective.linearised(model, images - 0.005, examples.support)
+    found = boundary.nearest(pull_back, images - 0.005, logits, examples, jnp.zeros(1), 10, "l2")
+    np.testing.assert_allclose(found.step.ravel(), [0.005, 0], atol=1e-4)
+    assert 1e6 < float(found.distance[0]) < np.inf
 
 
 def test_no_boundary_where_logits_are_not_numbers_or_do_not_change():
@@ -392,7 +427,7 @@ def test_no_boundary_where_logits_are_not_numbers_or_do_not_change():
     examples = Examples(images, jnp.zeros(2, jnp.int32), None, None)
     for model in (lambda x: jnp.nan * x[:, 0, 0], lambda x: 0 * x[:, 0, 0]):
         logits, pull_back = objective.linearised(model, images)
-        found = boundary.nearest(pull_back, logits, examples, jnp.zeros(2), 10, "l2")
+        found = boundary.nearest(pull_back, images, logits, examples, jnp.zeros(2), 10, "l2")
         assert np.isinf(np.asarray(found.distance)).all()
         assert not np.asarray(found.normal).any()
         assert not np.asarray(found.gap).any()
