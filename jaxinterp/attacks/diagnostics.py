@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinterp.attacks import objective
-from jaxinterp.attacks.attack import Attack
+from jaxinterp.attacks.attack import Attack, Real
 from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
 from jaxinterp.draws import shaped
@@ -25,9 +25,9 @@ _PAGE = "docs/diagnostics.md"
 _ZERO = 0.1  # share of inputs without a gradient that is "many"
 _CLEARLY = 2.0  # factor between distances that the search of a nearest point does not explain, see CW, DDN and EAD
 _RADIUS = 1e-3  # part of a radius that rounding may add
-# The norm of the ball, or of what becomes small, of attacks that have no field for it; None where it may not be filled.
+# Of attacks that have no field for it, see `norm_of`.
 _NORMS: dict[str, str | None] = {
-    **{"fgsm": "linf", "ifgsm": "linf", "mifgsm": "linf", "strattack": "linf"},
+    **{"fgsm": "linf", "ifgsm": "linf", "mifgsm": "linf", "strattack": "linf", "spsa": "linf"},
     **{"cw": "l2", "cw-linf": "linf", "cw-l0": "l0", "ead": "l1", "ddn": "l2"},
     **{"key-pixels": None, "spgd": None, "sbim": None},
 }
@@ -80,6 +80,8 @@ def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[
         ValueError, TypeError: as `jaxinterp.attacks.run`.
     """
     model = as_model(model)
+    if 0 in getattr(images, "shape", ()):
+        raise ValueError(f"images: expected at least one image of at least one pixel, got shape {images.shape}")
     images, labels, _, _ = check(model, images, labels)
     found = []
 
@@ -156,7 +158,12 @@ def compare_access(rows: Mapping[str, Sequence[Mapping[str, Any]]], attacks: Map
 def _comparable(seeing: Attack, blind: Attack) -> str | None:
     """The norm in which results of an attack with gradients can be held against those of one without, if any."""
     sure = np.min(getattr(blind, "kappa", 0)) >= np.max(getattr(seeing, "kappa", 0))
-    return _NORMS.get(seeing.name, getattr(seeing, "norm", None)) if sure else None
+    return norm_of(seeing) if sure else None
+
+
+def norm_of(attack: Attack) -> str | None:
+    """The norm of the ball that an attack fills, or of what it makes small; None where there is more to it."""
+    return _NORMS.get(attack.name, getattr(attack, "norm", None))
 
 
 def _missed(row, able, seeing, attacks) -> bool:
@@ -178,7 +185,7 @@ def _missed(row, able, seeing, attacks) -> bool:
     return False
 
 
-def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any) -> list[Finding]:
+def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any, *, kappa: Real = 0.0) -> list[Finding]:
     """Whether images made on another model break more of this one's decisions than an attack on itself.
 
     Args:
@@ -186,13 +193,15 @@ def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any) ->
         labels: [B] true classes.
         white: the `AttackResult` of an untargeted attack on this model.
         transferred: [B,H,W,C] adversarial images made on another model, within the same budget.
+        kappa: the confidence that was asked of `white`, one number or [B]; the other images must reach it too.
 
     Raises:
         ValueError, TypeError: as `jaxinterp.attacks.run`.
     """
     model = as_model(model)
     transferred, labels, _, _ = check(model, transferred, labels, names=("transferred", "labels"))
-    broken = np.argmax(np.asarray(jax.jit(lambda m, x: m(x))(model, transferred)), axis=1) != np.asarray(labels)
+    asked = np.broadcast_to(np.asarray(kappa, np.float32), labels.shape)
+    broken = np.asarray(_breaks(model, transferred, labels, asked))
     own = np.asarray(white.success)
     if broken.sum() <= own.sum():
         return []
@@ -203,6 +212,12 @@ def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any) ->
             f"only {int(own.sum())}",
         )
     ]
+
+
+@jax.jit
+@canonical
+def _breaks(model, images, labels, kappa):
+    return objective.succeeded(objective.single(model)(images), labels, None, kappa)
 
 
 @jax.jit

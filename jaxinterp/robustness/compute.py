@@ -14,7 +14,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from jaxinterp import parallel
-from jaxinterp.attacks.attack import Attack, norm
+from jaxinterp.attacks import objective
+from jaxinterp.attacks.attack import Attack, along
+from jaxinterp.attacks.constraint import distance
+from jaxinterp.attacks.diagnostics import norm_of
 from jaxinterp.canonical import canonical
 from jaxinterp.data import Batch, Source
 from jaxinterp.network import Network, Params
@@ -24,6 +27,8 @@ from jaxinterp.runs import Run, file_name, png_name, replacing
 from jaxinterp.sharding import on_mesh
 
 NORMS = ("l0", "l1", "l2", "linf")
+_LEVEL = 1e-3  # part of a level by which a ball may miss it for rounding
+_RADIUS = 1e-4  # part of a radius that rounding may add
 
 
 def evaluate_batch(
@@ -68,17 +73,20 @@ def evaluate_batch(
         part=part,
         progress=lambda done: progress(f"attack {done:4.0%}", 0.0),
     )
-    rounded, rounded_linf, rounded_l2 = _rounded(mesh)(found.images, clean)
-    rounded_class = classify(model, rounded)
-    reached = rounded_class != labels if wanted is None else rounded_class == wanted
+    norm = norm_of(attack) if getattr(attack, "eps", None) is not None else None
+    numbers = (getattr(attack, "eps", 0) if norm else 0, getattr(attack, "kappa", 0))
+    eps, kappa = parallel.shard([np.full(len(batch.labels), number, np.float32) for number in numbers], mesh)
+    rounded, distances, inside = _rounded(mesh, norm)(found.images, clean, eps)
+    rounded_class, reached = _judged(mesh)(model, rounded, labels, wanted, kappa)
     result = {
         "adversarial": found.images,
+        "rounded": rounded,
         "adversarial_class": classify(model, found.images),
         **{name: getattr(found, name) for name in ("success", *NORMS, "iterations", "forward", "backward")},
         "rounded_class": rounded_class,
         "rounded_success": found.success & reached,
-        "rounded_linf": rounded_linf,
-        "rounded_l2": rounded_l2,
+        "rounded_inside": inside,
+        **{f"rounded_{name}": distances[name] for name in ("linf", "l2")},
     }
     kept = {name: np.asarray(value)[batch.mask] for name, value in result.items()}
     kept["ids"] = np.array([i for i, keep in zip(batch.ids, batch.mask, strict=True) if keep], dtype=np.str_)
@@ -88,15 +96,36 @@ def evaluate_batch(
 
 
 @functools.cache
-def _rounded(mesh: Mesh | None) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(images, clean) -> the images with 8 bits, and their distances in Linf and L2; the same bits in any batch."""
+def _rounded(mesh: Mesh | None, norm: str | None) -> Callable[..., tuple[jax.Array, dict[str, jax.Array], jax.Array]]:
+    """(images, clean, eps) -> the images with 8 bits, their distances, and whether they are in the ball.
 
-    def of(images, clean):
-        rounded = jnp.round(images * 255) / 255
-        delta = rounded - clean
-        return rounded, jnp.max(jnp.abs(delta), axis=(1, 2, 3)), norm(delta)
+    In Linf a level outside the ball is replaced by the next one inside, if there is one. In other norms rounding may
+    leave a ball. Where there is none, all are inside. The same bits in any batch.
+    """
 
-    return on_mesh(mesh, canonical(of), (True, True))
+    def of(images, clean, eps):
+        levels = jnp.round(images * 255)
+        if norm == "linf":
+            lowest = jnp.ceil((clean - along(eps, clean)) * 255 - _LEVEL)
+            highest = jnp.floor((clean + along(eps, clean)) * 255 + _LEVEL)
+            levels = jnp.where(lowest <= highest, jnp.clip(levels, lowest, highest), levels)
+        rounded = jnp.clip(levels, 0, 255) / 255
+        distances = {name: distance(rounded - clean, name) for name in NORMS}
+        inside = jnp.ones(len(images), bool) if norm is None else distances[norm] <= eps * (1 + _RADIUS)
+        return rounded, distances, inside
+
+    return on_mesh(mesh, canonical(of), (True, True, True))
+
+
+@functools.cache
+def _judged(mesh: Mesh | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(model, images, labels, targets, kappa) -> classes, and whether the margin is above the confidence kappa."""
+
+    def of(model, images, labels, targets, kappa):
+        logits = model(images)
+        return jnp.argmax(logits, axis=-1), -objective.margin(logits, labels, targets) > kappa
+
+    return on_mesh(mesh, canonical(of), (False, True, True, True, True))
 
 
 def compute_parts(
@@ -139,24 +168,24 @@ def compute_parts(
                     part=part,
                     progress=lambda what, done, name=name: progress(f"{name}: {what}", done),
                 )
-                adversarial = arrays.pop("adversarial")
+                adversarial, rounded = arrays.pop("adversarial"), arrays.pop("rounded")
                 if images:
                     progress(f"{name}: pictures", 0.0)
-                    _write_images(run.directory / "adversarial" / file_name(name), arrays, adversarial)
+                    _write_images(run.directory / "adversarial" / file_name(name), arrays, adversarial, rounded)
                 run.write_part(part, arrays)
                 run.remove_state(part)
             progress(name, len(chunk) / len(chosen))
 
 
-def _write_images(folder: Path, arrays: Mapping[str, np.ndarray], adversarial: np.ndarray) -> None:
-    """NAME.npz with the float image and its classes, and a PNG with 8 bits, for every success."""
+def _write_images(folder: Path, arrays: Mapping[str, np.ndarray], adversarial: np.ndarray, rounded: np.ndarray) -> None:
+    """NAME.npz with the float image and its classes, and a PNG with the image of 8 bits, for every success."""
     for i, name in enumerate(arrays["ids"]):
         if not arrays["success"][i]:
             continue
         with replacing(folder / f"{file_name(str(name))}.npz") as file:
             fields = {key: arrays[key][i] for key in ("labels", "targets", "adversarial_class")}
             np.savez(file, image=adversarial[i], id=name, **fields)  # type: ignore[arg-type]  # arrays by name
-        pixels = np.round(adversarial[i] * 255).astype(np.uint8)
+        pixels = np.round(rounded[i] * 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
         with replacing(folder / png_name(str(name))) as file:

@@ -14,7 +14,7 @@ from jaxinterp.statistics import Estimate, proportion
 COLUMNS = (
     *("id", "attack", "label", "label_name", "target", "target_name", "success", "adversarial_class"),
     *(*NORMS, "first_success", "forward", "backward"),
-    *("rounded_success", "rounded_class", "rounded_linf", "rounded_l2"),
+    *("rounded_success", "rounded_class", "rounded_linf", "rounded_l2", "rounded_inside"),
 )
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ALL = "all attacks together"
@@ -49,8 +49,9 @@ def summarise(
 
     Returns:
         For every attack: `success` among the attacked, `robust` the accuracy under attack among all that could be
-        read, both with exact 95 % intervals (Clopper and Pearson) and again after rounding to 8 bits; quantiles of
-        the norms of the successes; median passes. An attack together with others succeeds where one of them does.
+        read, both with exact 95 % intervals (Clopper and Pearson) and again after rounding to 8 bits; `outside`, how
+        many of the successes that remain then have left the attack's ball; quantiles of the norms of the successes
+        before; median passes. An attack together with others succeeds where one of them does.
     """
     summary = []
     for name in [*names, ALL] if len(names) > 1 else names:
@@ -64,6 +65,7 @@ def summarise(
             entry[f"{key}robust"] = proportion(correct - broken, labelled)
         good = [row for row in mine if row["success"]]
         if name != ALL:
+            entry["outside"] = sum(bool(row["rounded_success"] and not row["rounded_inside"]) for row in mine)
             for norm in NORMS:
                 values = [float(row[norm]) for row in good]
                 entry[norm] = [float(q) for q in np.quantile(values, QUANTILES)] if values else None
@@ -91,6 +93,8 @@ def lines(summary: Sequence[Mapping[str, Any]], *, clean: Estimate) -> Iterator[
         yield f"\n{row['attack']}"
         yield f"  success           {row['success']:.1%}   after rounding to 8 bits {row['rounded_success']:.1%}"
         yield f"  robust accuracy   {row['robust']:.1%}   after rounding to 8 bits {row['rounded_robust']:.1%}"
+        if row.get("outside"):
+            yield f"  after rounding    {row['outside']} of the successes lie outside of the attack's ball"
         if row.get("forward") is not None:
             yield f"  median passes     {row['forward']:.0f} forward, {row['backward']:.0f} backward"
         if row.get("l2") is not None:

@@ -141,3 +141,17 @@ def test_images_of_another_model_that_do_better_are_reported():
     [finding] = compare_transfer(flat, labels, weak, result.images)
     assert finding.name == "transfer"
     assert not compare_transfer(linear, LABELS, result, result.images)
+
+
+def test_images_of_another_model_must_reach_the_confidence_that_was_asked_for():
+    sure = run(IFGSM(eps=0.5, steps=5, kappa=1e3), linear, IMAGES, LABELS, key=jax.random.key(0))
+    other = run(IFGSM(eps=0.5, steps=5), linear, IMAGES, LABELS, key=jax.random.key(0))
+    assert not np.asarray(sure.success).any()
+    assert np.asarray(other.success).all()
+    assert not compare_transfer(linear, LABELS, sure, other.images, kappa=1e3)
+    assert compare_transfer(linear, LABELS, sure, other.images)
+
+
+def test_nothing_to_look_at():
+    with pytest.raises(ValueError, match=r"^images: expected at least one image"):
+        diagnose(linear, IMAGES[:0], LABELS[:0], key=jax.random.key(0))

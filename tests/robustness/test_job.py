@@ -21,7 +21,7 @@ from PIL import Image
 from jaxinterp import attacks, cli, models, parallel, robustness, watermarks
 from jaxinterp.resumable import run_to_end
 from jaxinterp.robustness import tables
-from jaxinterp.runs import Run
+from jaxinterp.runs import Run, file_name
 from jaxinterp.weights import checkpoint, seeded
 
 PICTURES = 5
@@ -98,6 +98,54 @@ def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
     assert together["attack"] == tables.ALL
     assert together["success"]["value"] == len({row["id"] for row in rows if row["success"] == "true"}) / PICTURES
     assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+
+
+def stored(found, rows, pictures):
+    """(row, its PNG as floats, the original) for the successes."""
+    for row in rows:
+        if row["success"] == "true":
+            folder = found.run.directory / "adversarial" / file_name(row["attack"])
+            png, clean = (
+                np.asarray(Image.open(path), np.float32) / 255 for path in (folder / row["id"], pictures / row["id"])
+            )
+            yield row, png, clean
+
+
+def test_pictures_of_8_bits_stay_in_a_ball_in_linf(pictures, tmp_path):
+    """The level next to a radius of 24.6 levels is the 25th, which lies outside; in L2 rounding adds to the radius."""
+    for name in "abcde":  # away from the ends of the box, which keep a step in L2 inside the ball
+        pixels = np.random.default_rng(ord(name)).integers(100, 155, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{name}.png")
+    specs = ["pgd:eps=24.6/255,steps=5", "pgd:eps=2.5,norm=l2,steps=10"]
+    found = evaluate(pictures, tmp_path / "out", specs=specs)
+    rows = list(stored(found, read(tmp_path / "out" / "images.csv"), pictures))
+    assert {row["attack"] for row, _, _ in rows} == set(specs)
+    outside = dict.fromkeys(specs, 0)
+    for row, png, clean in rows:
+        linf, l2 = np.abs(png - clean).max(), np.linalg.norm(png - clean)
+        assert float(row["rounded_linf"]) == pytest.approx(linf, rel=1e-4)
+        assert float(row["rounded_l2"]) == pytest.approx(l2, rel=1e-4)
+        if row["attack"] == specs[0]:
+            assert linf == pytest.approx(24 / 255)
+        inside = row["attack"] == specs[0] or l2 <= 2.50025
+        assert (row["rounded_inside"] == "true") == inside
+        outside[row["attack"]] += row["rounded_success"] == "true" and not inside
+    assert outside[specs[1]] > 0  # a rounding that leaves the ball
+    assert {row["attack"]: row["outside"] for row in found.summary if row["attack"] in specs} == outside
+    text = "\n".join(tables.lines(found.summary, clean=found.clean))
+    assert f"{outside[specs[1]]} of the successes lie outside of the attack's ball" in text
+
+
+def test_pictures_of_8_bits_have_the_confidence(pictures, tmp_path):
+    found = evaluate(pictures, tmp_path / "out", specs=["ddn:steps=100,kappa=0.003"])
+    network, params = models.network("small_cnn"), jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn")))
+    rows = list(stored(found, read(tmp_path / "out" / "images.csv"), pictures))
+    margins = []
+    for row, png, _ in rows:
+        logits, label = np.asarray(network.bind(params)(jnp.asarray(png)[None]))[0], int(row["label"])
+        margins.append(np.delete(logits, label).max() - logits[label])
+        assert (row["rounded_success"] == "true") == (margins[-1] > 0.003)
+    assert any(0 < margin <= 0.003 for margin in margins)  # another class, but not surely enough
 
 
 def test_a_success_outside_the_ball_says_nothing_about_gradients(pictures, tmp_path):
@@ -179,7 +227,7 @@ KILLED = """
 import os, signal, sys
 import jax, numpy as np
 from jaxinterp.resumable import run_to_end
-from jaxinterp.runs import Run
+from jaxinterp.runs import Run, file_name
 from tests.robustness.test_job import SEARCH, searched
 
 class Killed(Run):
