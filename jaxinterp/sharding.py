@@ -7,12 +7,13 @@ on a device when that device's examples are done and no step waits for another d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
@@ -21,15 +22,25 @@ def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
     Args:
         tree: arrays.
         anyhow: the mesh also where the examples are replicated, for programs that share their work otherwise.
+
+    Raises:
+        ValueError: under a trace over a mesh with explicit axes, such as those of `jax.make_mesh`.
     """
     leaf = jax.tree.leaves(tree)[0]
-    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if isinstance(leaf, Tracer):
+        if _is_explicit(jax.typeof(leaf).sharding.mesh):
+            raise ValueError(
+                "under somebody else's jit, the axes of a mesh must be automatic: "
+                "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...)), or jaxinterp.parallel.data_mesh()"
+            )
+        return None
+    sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return None
     mesh = sharding.mesh
     if not isinstance(mesh, Mesh) or (anyhow and len(mesh.axis_names) > 1):
         return None
-    return mesh if anyhow or sharding.spec[:1] == mesh.axis_names[:1] else None
+    return _automatic(mesh) if anyhow or sharding.spec[:1] == mesh.axis_names[:1] else None
 
 
 def on_mesh(
@@ -48,4 +59,27 @@ def on_mesh(
     shares = PartitionSpec(mesh.axis_names[0])
     specs = tuple(shares if sharded else PartitionSpec() for sharded in by_example)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False)
-    return jax.jit(mapped, donate_argnums=donate)
+    jitted = jax.jit(mapped, donate_argnums=donate)
+
+    @functools.wraps(function)
+    def run(*args):
+        return jitted(*jax.tree.map(_with_automatic_axes, args))
+
+    run.lower = jitted.lower  # type: ignore[attr-defined]  # functions take any
+    return run
+
+
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names) if _is_explicit(mesh) else mesh
+
+
+def _with_automatic_axes(x: Any) -> Any:
+    """The same array. Under types with explicit axes every operation would have to say where its result is."""
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and _is_explicit(sharding.mesh):
+        return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
+    return x

@@ -101,9 +101,9 @@ def _started(
 ) -> tuple[tuple[Any, Any], Any]:
     """The attack as `apart` divides it, checked once for all that follows, and the state before the first step."""
     attack = coerce(attack)
-    images, labels, targets, support = check(model, images, labels, targets, support)
-    if not images.size:
+    if 0 in getattr(images, "shape", ()):
         raise ValueError(f"images: expected at least one image of at least one pixel, got shape {images.shape}")
+    images, labels, targets, support = check(model, images, labels, targets, support)
     attack = by_example(attack, images.shape[0])
     key, ids = _checked_key(key), _checked_ids(ids, images)
     if initial is not None:
@@ -213,7 +213,7 @@ def _beside(model: Model, state: S) -> S:
 
 def _addressable(state: Any) -> bool:
     """Whether this process can look at the whole state: neither a trace nor spread over several processes."""
-    return not _traced(state) and all(x.is_fully_addressable for x in jax.tree.leaves(state))
+    return not _traced(state) and all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(state))
 
 
 def _traced(tree: Any) -> bool:
@@ -356,16 +356,18 @@ def _checked(attack: Any) -> Any:
             changed[field.name] = tuple(_checked(part) if dataclasses.is_dataclass(part) else part for part in value)
         for part in value if isinstance(value, tuple) else (value,):
             if dataclasses.is_dataclass(part):
+                if isinstance(part, type):
+                    raise TypeError(f"{whole} must hold instances, such as {part.__name__}(), got the class")
                 continue
-            elif isinstance(part, str):
-                if part not in choices.get(field.name, (part,)):
+            elif field.name in choices and part is not field.default:
+                if part not in choices[field.name]:
                     raise ValueError(f"{whole} must be one of {', '.join(choices[field.name])}, got {part!r}")
-            elif (
-                static
-                and part is not None
-                and isinstance(field.default, int | None)
-                and not isinstance(field.default, bool)
-            ):
+            elif isinstance(field.default, bool):
+                if not isinstance(part, bool | np.bool_):
+                    raise TypeError(f"{whole} must be True or False, got {part!r}")
+            elif isinstance(part, str):
+                continue
+            elif static and part is not None and isinstance(field.default, int | None):
                 if isinstance(part, bool) or not isinstance(part, int | np.integer):
                     raise TypeError(f"{whole} must be a whole number, got {part!r}")
                 if not 1 <= part < 2**31:
@@ -380,8 +382,9 @@ def _checked(attack: Any) -> Any:
 
 def _numbers(value: Any, name: str, within: str | None) -> np.ndarray:
     try:
-        array = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, or one for every example, got {value!r}") from None
     if not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value}")
@@ -516,6 +519,8 @@ def check(
             f"model must map images {images.shape} to logits [{images.shape[0]},K], got "
             f"{getattr(logits, 'shape', type(logits).__name__)}"
         )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"model must return floats, got {logits.dtype}")
     batch, classes = logits.shape
     if classes < 2:
         raise ValueError(f"model must have at least two classes, got logits of shape {logits.shape}")

@@ -22,14 +22,13 @@ _ULPS = 4  # of the largest logit
 
 
 def single(model: Model) -> Partial:
-    """The model with logits of 16 bits as float32, in which margins and losses keep their types; others stay."""
+    """The model with logits of 16 or 64 bits as float32, in which margins and losses keep their types."""
     return Partial(_single, model)
 
 
 def _single(model, images):
     logits = model(images)
-    short = jnp.issubdtype(logits.dtype, jnp.floating) and logits.dtype.itemsize < 4
-    return logits.astype(jnp.float32) if short else logits
+    return logits.astype(jnp.float32)
 
 
 def log_odds(logits: Float[Array, "b k"], classes: Int[Array, " b"]) -> Float[Array, " b"]:

@@ -111,6 +111,20 @@ BAD = {
         ValueError,
         "norm must be one of linf, l2, l1, got 'l7'",
     ),
+    "no norm": ({"attack": with_field(PGD(), "norm", None)}, ValueError, "norm must be one of linf, l2, l1, got None"),
+    "a word as a number": ({"attack": with_field(CW(), "loss", 1)}, ValueError, "CW.loss must be one of margin, ce"),
+    "a flag of text": (
+        {"attack": with_field(PGD(), "random_start", "no")},
+        TypeError,
+        "PGD.random_start must be True or False, got 'no'",
+    ),
+    "eps beyond floats": ({"attack": with_field(PGD(), "eps", 10**400)}, TypeError, "PGD.eps must be a number"),
+    "no images": ({"images": IMAGES[:0], "labels": LABELS[:0]}, ValueError, "images: expected at least one image"),
+    "whole logits": (
+        {"model": lambda x: model(x).astype(jnp.int32)},
+        TypeError,
+        "model must return floats, got int32",
+    ),
     "one logit": ({"model": lambda x: x[:, 0, 0, 0]}, ValueError, r"model must map .* to logits \[3,K\], got \(3,\)"),
     "one class": ({"model": lambda x: x[:, 0, 0, :1]}, ValueError, r"model must have at least two classes.*\(3, 1\)"),
     "one row of logits": ({"model": lambda x: x[:1, 0, 0]}, ValueError, r"model must map .*\[3,K\], got \(1, 2\)"),
@@ -210,3 +224,8 @@ def past_the_checks_of_tests(attack, **fields):
 def test_parts_of_an_attack_are_checked_as_it_is(attack, kind, message):
     with pytest.raises(kind, match=re.escape(message)):
         attempt(attack)
+
+
+def test_parts_of_an_attack_are_instances():
+    with pytest.raises(TypeError, match=r"^Chain.stages must hold instances, such as IFGSM\(\), got the class"):
+        driver._checked(attacks.Chain((PGD(), IFGSM)))

@@ -58,6 +58,7 @@ from jaxinterp.attacks import (
     advance,
     finish,
     finished,
+    objective,
     run,
     start,
 )
@@ -490,6 +491,33 @@ def test_eight_devices_give_what_one_gives(case, name):
     assert_same(result, solved(case, name))
 
 
+@_attacks(["pgd-linf"], ["pgd-linf", "cw", "fab-l2"])
+def test_a_mesh_may_have_explicit_axes(case):
+    """As those of `jax.make_mesh` are by default, with which JAX asks every operation where its result is."""
+    p = problem("linear")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    spread = p._replace(images=jax.device_put(p.images, NamedSharding(mesh, PartitionSpec("data"))))
+    result = attack_on(case, spread)
+    assert len(result.images.sharding.device_set) == 8
+    assert_same(result, solved(case, "linear"))
+    with pytest.raises(ValueError, match="the axes of a mesh must be automatic"):
+        jax.jit(lambda images: attack_on(case, p._replace(images=images)).images)(spread.images)
+
+
+def test_a_loss_on_adversarial_images_has_a_gradient_outside_of_jit():
+    """The loss of adversarial training, whose parameters the attack on it sees as tracers."""
+    p = problem("linear")
+
+    def loss(model):
+        adversarial = lax.stop_gradient(run(PGD(eps=0.1, steps=3), model, p.images, p.labels, key=KEY).images)
+        return jnp.mean(objective.log_odds(model(adversarial), p.labels))
+
+    eager, compiled = jax.tree.leaves(jax.grad(loss)(p.model)), jax.tree.leaves(jax.jit(jax.grad(loss))(p.model))
+    assert any(np.any(leaf) for leaf in eager)
+    for one, other in zip(eager, compiled, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @spread_attacks
 def test_a_hyper_parameter_for_every_example_is_separate_runs_on_any_devices(case):
     p, field = problem("linear"), SWEEPS[case]
@@ -888,20 +916,28 @@ def test_states_have_32_bits_whatever_the_default(case):
     assert [first, after, result] == expected
 
 
-# 16 bits
+# 16 and 64 bits
 
 
+@pytest.mark.parametrize("convert", ["half", "double"])
 @_attacks(("pgd-linf", "apgd-linf", "apgd-l1", "apgdt", "autoattack", "cw", "ead", "ddn", "spsa", "square-linf"))
-def test_logits_may_have_16_bits(case):
+def test_logits_may_have_16_or_64_bits(case, convert):
     """A run is traced whole, which stops where a loop or a branch changes types; nothing is compiled."""
     p = problem("network-targeted" if case in ("apgdt", "autoattack") else "linear")
-    half = Partial(_half, p.model)
-    found = jax.eval_shape(lambda images: run(CASES[case], half, images, p.labels, key=KEY, compact=False), p.images)
+    other = Partial({"half": _half, "double": _double}[convert], p.model)
+    with jax.enable_x64(convert == "double"):
+        found = jax.eval_shape(
+            lambda images: run(CASES[case], other, images, p.labels, key=KEY, compact=False), p.images
+        )
     assert [x.dtype for x in (found.images, found.success, found.l2)] == [jnp.float32, jnp.bool_, jnp.float32]
 
 
 def _half(model, images):
     return model(images).astype(jnp.bfloat16)
+
+
+def _double(model, images):
+    return model(images).astype(jnp.float64)
 
 
 @pytest.mark.parametrize("case", ["apgd-linf", "ddn"])
