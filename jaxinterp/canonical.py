@@ -68,7 +68,9 @@ def canonical(function: F) -> F:
 
         arrays = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
         closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed, arrays)[0])
+        results = zip(*_evaluate(closed, arrays), strict=True)
+        hidden = [_hidden(x) if "constant" in kinds else x for x, kinds in results]
+        return jax.tree.unflatten(jax.tree.structure(shape), hidden)
 
     return rewritten  # type: ignore[return-value]  # wraps() keeps the signature
 
@@ -264,11 +266,14 @@ class _Numbers:
     def must_be_hidden(self, atom: Any, eqn: Any) -> bool:
         """Whether it is a constant with which the compiler must not compute.
 
-        What is only moved remains a constant, and is hidden where it meets something else.
+        What is only moved remains a constant, and is hidden where it meets something else. Of a single number that is
+        taken out of it nothing is hidden.
         """
         name = eqn.primitive.name
         if not self.is_constant(atom) or name in _CALLS:
             return False
+        if name in _MOVES and any(var.aval.size == 1 for var in eqn.outvars):
+            return True
         return name not in (*_MOVES, *_WEIGHTED) or (name in _WEIGHTED) == self.are_fixed(eqn.invars)
 
     def are_fixed(self, atoms: Sequence[Any]) -> bool:
@@ -294,7 +299,9 @@ class _Numbers:
         if name in _POWERS:
             self.powers.update(eqn.outvars)
         if name in _MOVES and inputs and self.are_fixed(inputs):
-            self.constant.update(var for var in eqn.outvars if _is_float(var.aval.dtype))
+            for var in eqn.outvars:
+                if _is_float(var.aval.dtype):
+                    (self.constant if var.aval.size > 1 else self.single).add(var)
         if name == "iota" or (inputs and self.computed.issuperset(inputs)):
             for var in eqn.outvars:
                 (self.constant if _is_float(var.aval.dtype) else self.computed).add(var)

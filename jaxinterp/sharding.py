@@ -28,7 +28,8 @@ def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
     """
     leaf = jax.tree.leaves(tree)[0]
     if isinstance(leaf, Tracer):
-        if _is_explicit(jax.typeof(leaf).sharding.mesh):
+        sharding = jax.typeof(leaf).sharding
+        if _is_explicit(sharding.mesh) and any(sharding.spec):
             raise ValueError(
                 "under somebody else's jit, the axes of a mesh must be automatic: "
                 "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, ...)), or jaxinterp.parallel.data_mesh()"

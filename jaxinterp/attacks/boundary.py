@@ -90,12 +90,17 @@ def nearest(
         largest = jnp.max(jnp.abs(normal), axis=axes)
         scale = 1 / jnp.maximum(largest, _TINY)
         normal, gap = normal * along(scale, normal), scale * lacking(logits, losing, winning, kappa)
-        step = to_hyperplane(images, normal, gap, which, examples.support)
+        # The box only makes the way longer.
         unlimited = jnp.abs(gap) / distance(normal, DUAL[which])
-        arrives = jnp.abs(jnp.sum(normal * step, axis=axes)) >= (1 - _SHORT) * jnp.abs(gap)
-        away = jnp.where(arrives, distance(step, which), _FAR * (1 + unlimited))
-        new = Boundary(normal, gap, step, away)
-        return select(jnp.isfinite(unlimited) & (away < best.distance), new, best)
+        nearer = jnp.isfinite(unlimited) & (unlimited < best.distance)
+
+        def limited():
+            step = to_hyperplane(images, normal, gap, which, examples.support)
+            arrives = jnp.abs(jnp.sum(normal * step, axis=axes)) >= (1 - _SHORT) * jnp.abs(gap)
+            away = jnp.where(arrives, distance(step, which), _FAR * (1 + jnp.minimum(unlimited, _FAR)))
+            return select(nearer & (away < best.distance), Boundary(normal, gap, step, away), best)
+
+        return lax.cond(jnp.any(nearer), limited, lambda: best)
 
     zeros = jnp.zeros_like(images)
     none = Boundary(zeros, jnp.zeros_like(kappa), zeros, jnp.full_like(kappa, jnp.inf))

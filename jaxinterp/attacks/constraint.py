@@ -192,8 +192,9 @@ def sparse_step(
     the border by a little: their steps are used up by giving it back, and stop far from the optimum.
     """
     slope, axes = jnp.abs(ascent), tuple(range(1, ascent.ndim))
-    size = jnp.minimum(along(length / jnp.maximum(count, 1), ascent), jnp.where(ascent > 0, images, 1 - images))
-    size = jnp.where(slope > 0, size, 0)
+    room = jnp.where(slope > 0, jnp.where(ascent > 0, images, 1 - images), 0)
+    able = jnp.sum(room > 0, axis=axes, dtype=jnp.int32)  # fewer than `count` get larger parts
+    size = jnp.minimum(along(length / jnp.maximum(jnp.minimum(count, able), 1), ascent), room)
 
     def above(t):
         return jnp.sum(jnp.where(slope > along(t, slope), size, 0), axis=axes)

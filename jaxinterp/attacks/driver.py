@@ -354,6 +354,8 @@ def _checked(attack: Any) -> Any:
             changed[field.name] = _checked(value)
         elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
             changed[field.name] = tuple(_checked(part) if dataclasses.is_dataclass(part) else part for part in value)
+        if field.name in choices and isinstance(value, tuple) and not isinstance(field.default, tuple):
+            raise ValueError(f"{whole} must be one of {', '.join(choices[field.name])}, got {value!r}")
         for part in value if isinstance(value, tuple) else (value,):
             if dataclasses.is_dataclass(part):
                 if isinstance(part, type):
@@ -365,7 +367,7 @@ def _checked(attack: Any) -> Any:
             elif isinstance(field.default, bool):
                 if not isinstance(part, bool | np.bool_):
                     raise TypeError(f"{whole} must be True or False, got {part!r}")
-            elif isinstance(part, str):
+            elif isinstance(part, str) and not (static and isinstance(field.default, int)):
                 continue
             elif static and part is not None and isinstance(field.default, int | None):
                 if isinstance(part, bool) or not isinstance(part, int | np.integer):

@@ -111,7 +111,9 @@ def _rounded(mesh: Mesh | None, norm: str | None) -> Callable[..., tuple[jax.Arr
             levels = jnp.where(lowest <= highest, jnp.clip(levels, lowest, highest), levels)
         rounded = jnp.clip(levels, 0, 255) / 255
         distances = {name: distance(rounded - clean, name) for name in NORMS}
-        inside = jnp.ones(len(images), bool) if norm is None else distances[norm] <= eps * (1 + _RADIUS)
+        if norm is None:
+            return rounded, distances, jnp.ones(len(images), bool)
+        inside = distances[norm] <= eps * (1 + _RADIUS) + (_LEVEL / 255 if norm == "linf" else 0)
         return rounded, distances, inside
 
     return on_mesh(mesh, canonical(of), (True, True, True))

@@ -96,7 +96,7 @@ def evaluate(
         pictures,
         model=model,
         chosen=chosen,
-        config={"targeted": targeted, "images": images},
+        config={"targeted": targeted, "images": images, "rounding": "inside the ball, at the confidence"},
         check=functools.partial(_check, targeted),
         out=out,
         labels=labels,

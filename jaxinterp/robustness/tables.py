@@ -57,12 +57,12 @@ def summarise(
     for name in [*names, ALL] if len(names) > 1 else names:
         mine = [row for row in table if row["attack"] == name or name == ALL]
         entry: dict[str, Any] = {"attack": name, "pictures": correct}
-        for key, success in (("", "success"), ("rounded_", "rounded_success")):
-            broken = len({row["id"] for row in mine if row[success]})
-            entry[f"{key}success"] = proportion(broken, correct)
-            # An attack that is targeted need not leave the label's decision region only where it succeeds, but a
-            # success always leaves it.
-            entry[f"{key}robust"] = proportion(correct - broken, labelled)
+        for key in ("", "rounded_"):
+            entry[f"{key}success"] = proportion(len({row["id"] for row in mine if row[f"{key}success"]}), correct)
+            # A success leaves the label's decision region, whatever its target; one that has lost its confidence or its
+            # target by rounding may still have.
+            broken = {row["id"] for row in mine if row["success"] and (not key or row["rounded_class"] != row["label"])}
+            entry[f"{key}robust"] = proportion(correct - len(broken), labelled)
         good = [row for row in mine if row["success"]]
         if name != ALL:
             entry["outside"] = sum(bool(row["rounded_success"] and not row["rounded_inside"]) for row in mine)

@@ -231,12 +231,16 @@ def test_sparse_steps_by_hand():
     for count, expected in ((1, [0, -0.3, 0, 0, 0]), (2, [0.075, -0.15, 0, 0, -0.075]), (3, [0.1, -0.1, 0, 0, -0.1])):
         found = sparse_step(ascent, middle, length, jnp.full(2, float(count)))
         np.testing.assert_allclose(found[0].ravel(), expected, rtol=1e-6)
-        np.testing.assert_allclose(found[1].ravel(), [0, 0, 0.2 / count, 0, 0], rtol=1e-6)  # zeros never take part
+        np.testing.assert_allclose(found[1].ravel(), [0, 0, 0.2, 0, 0], rtol=1e-6)  # zeros never take part
     # What the box leaves no room for goes to the next; -5 moves up, 3 and 1 down.
     images = jnp.array([[0.04, 0.98, 0.5, 0.5, 1.0], [0.5, 0.5, 0.0, 0.5, 0.5]]).reshape(ascent.shape)
     found = sparse_step(ascent, images, length, jnp.full(2, 2.0))
     np.testing.assert_allclose(found[0].ravel(), [0.04, -0.02, 0, 0.15, 0], atol=1e-6)
     assert not found[1].any()
+    # Where fewer components have room than there are parts, the parts are larger.
+    images = jnp.array([[0.0, 1.0, 0.5, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5, 0.5]]).reshape(ascent.shape)
+    found = sparse_step(ascent, images, length, jnp.full(2, 4.0))
+    np.testing.assert_allclose(found.reshape(2, 5), [[0, 0, 0, 0.3, 0], [0, 0, 0.2, 0, 0]], atol=1e-6)
     assert not sparse_step(jnp.zeros((1, 1, 2, 1)), jnp.full((1, 1, 2, 1), 0.5), jnp.ones(1), jnp.ones(1)).any()
     np.testing.assert_array_equal(largest(jnp.array([[2.0, 7.0, 2.0, 2.0]]), jnp.array([3.0])), [[1, 1, 1, 0]])
 

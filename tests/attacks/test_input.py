@@ -112,6 +112,7 @@ BAD = {
         "norm must be one of linf, l2, l1, got 'l7'",
     ),
     "no norm": ({"attack": with_field(PGD(), "norm", None)}, ValueError, "norm must be one of linf, l2, l1, got None"),
+    "several norms": ({"attack": with_field(PGD(), "norm", ("l2",))}, ValueError, "norm must be one of linf, l2, l1"),
     "a word as a number": ({"attack": with_field(CW(), "loss", 1)}, ValueError, "CW.loss must be one of margin, ce"),
     "a flag of text": (
         {"attack": with_field(PGD(), "random_start", "no")},
@@ -229,3 +230,8 @@ def test_parts_of_an_attack_are_checked_as_it_is(attack, kind, message):
 def test_parts_of_an_attack_are_instances():
     with pytest.raises(TypeError, match=r"^Chain.stages must hold instances, such as IFGSM\(\), got the class"):
         driver._checked(attacks.Chain((PGD(), IFGSM)))
+
+
+def test_a_number_of_steps_is_no_text():
+    with pytest.raises(TypeError, match=r"^PGD.steps must be a whole number, got '10'"):
+        driver._checked(past_the_checks_of_tests(PGD(), steps="10"))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from jaxinterp import attacks, cli, models, parallel, robustness, watermarks
 from jaxinterp.resumable import run_to_end
-from jaxinterp.robustness import tables
+from jaxinterp.robustness import compute, tables
 from jaxinterp.runs import Run, file_name
 from jaxinterp.weights import checkpoint, seeded
 
@@ -146,6 +146,21 @@ def test_pictures_of_8_bits_have_the_confidence(pictures, tmp_path):
         margins.append(np.delete(logits, label).max() - logits[label])
         assert (row["rounded_success"] == "true") == (margins[-1] > 0.003)
     assert any(0 < margin <= 0.003 for margin in margins)  # another class, but not surely enough
+    [entry] = found.summary
+    assert entry["rounded_success"].mean == sum(margin > 0.003 for margin in margins) / PICTURES
+    assert entry["rounded_robust"].mean == pytest.approx(1 - sum(margin > 0 for margin in margins) / PICTURES)
+
+
+def test_a_ball_in_linf_around_pictures_between_the_levels():
+    """The levels next to its border are inside, as exactly as levels can be told apart."""
+    clean = np.random.default_rng(0).uniform(size=(4, 32, 32, 3)).astype(np.float32)
+    for eps in (0.00784, 2 / 255, 8 / 255):
+        radius = np.full(4, eps, np.float32)
+        images = np.clip(clean + eps, 0, 1)
+        rounded, distances, inside = compute._rounded(None, "linf")(jnp.asarray(images), jnp.asarray(clean), radius)
+        assert np.asarray(inside).all()
+        assert (np.asarray(distances["linf"]) <= eps + 2e-3 / 255).all()
+        np.testing.assert_allclose(np.asarray(rounded) * 255, np.round(np.asarray(rounded) * 255), atol=1e-4)
 
 
 def test_a_success_outside_the_ball_says_nothing_about_gradients(pictures, tmp_path):
