@@ -717,6 +717,9 @@ OF_EXAMPLES = {
     "with numbers given to a function": lambda x, y: 0.3 * jax.jit(lambda x, y, a: x * a + y * (1 - a))(x, y, 0.37),
     "with constants of one": lambda x, y: x * ONE_NUMBER * jnp.tanh(ONE_NUMBER) * (y * ONE_NUMBER.reshape(())),
     "with one of several constants": lambda x, y: (x * FRACTIONS[3]) * (y * jax.jit(lambda c: c[4] / 1)(FRACTIONS)),
+    "with two that a function is given": lambda x, y: jax.jit(lambda x, y, a, b: (x * a) * (y * b))(
+        x, y, jnp.asarray(FRACTIONS)[3], jnp.asarray(FRACTIONS)[4]
+    ),
     "with one of several levels": lambda x, y: jnp.square(x * (jnp.asarray(COUNTS)[3] / 255)) * y,
     "of means": lambda x, y: jnp.square(jnp.mean(jnp.stack([x, y, x * y]), axis=0)),
 }
