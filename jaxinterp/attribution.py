@@ -24,9 +24,10 @@ from jaxinterp.attacks.driver import check_several, example_keys, whole
 from jaxinterp.canonical import canonical
 from jaxinterp.draws import shaped, wrapped
 from jaxinterp.network import Model, as_model
-from jaxinterp.sharding import mesh_of, on_mesh
+from jaxinterp.sharding import mesh_of, on_host, on_mesh, with_automatic_axes
 
 
+@with_automatic_axes
 def input_x_gradient(model: Model, images: Any, classes: Any) -> Float[Array, "b *n H W C"]:
     """The image times the gradient of a logit.
 
@@ -45,6 +46,7 @@ def input_x_gradient(model: Model, images: Any, classes: Any) -> Float[Array, "b
     return squeeze(_input_x_gradient(mesh_of(images))(model, images, several))
 
 
+@with_automatic_axes
 def integrated_gradients(
     model: Model, images: Any, classes: Any, *, baseline: Any = 0.0, steps: int = 50
 ) -> Float[Array, "b *n H W C"]:
@@ -66,6 +68,7 @@ def integrated_gradients(
     return squeeze(_integrated(mesh_of(images))(model, images, several, over(images, baseline), jnp.int32(steps)))
 
 
+@with_automatic_axes
 def smoothgrad(
     model: Model,
     images: Any,
@@ -118,7 +121,7 @@ def over(images: Float[Array, "b H W C"], baseline: Any) -> Float[Array, "b H W 
     except ValueError:
         raise ValueError(f"baseline {np.shape(baseline)} must broadcast to the images {images.shape}") from None
     if not isinstance(spread, Tracer):
-        known = np.asarray(baseline)
+        known = on_host(baseline)
         if known.size and not (np.min(known) >= 0 and np.max(known) <= 1):
             raise ValueError(f"baseline must be finite and in [0, 1], got {np.min(known):g} to {np.max(known):g}")
     return spread

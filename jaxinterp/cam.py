@@ -37,11 +37,13 @@ from jaxtyping import Array, Float
 from jaxinterp.attacks.driver import check_several
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Network, Params, capture, features, head, suggest
+from jaxinterp.sharding import with_automatic_axes
 
 _TINY = 1e-12
 _PLUS = 1e-6  # in the denominator of Grad-CAM++, as in pytorch-grad-cam; where gradients are small it decides
 
 
+@with_automatic_axes
 def maps(
     network: Network,
     params: Params,

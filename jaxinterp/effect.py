@@ -36,7 +36,7 @@ from jaxinterp.attacks.driver import check, whole
 from jaxinterp.canonical import canonical
 from jaxinterp.network import Model, as_model, suggest
 from jaxinterp.pytree import pytree
-from jaxinterp.sharding import mesh_of, on_mesh
+from jaxinterp.sharding import mesh_of, on_mesh, with_automatic_axes
 
 Cell: TypeAlias = SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 """A cell's side in pixels, or its height and width; whole numbers of any type."""
@@ -230,6 +230,7 @@ def partition(cells: Any, batch: int, height: int, width: int) -> tuple[Int[np.n
     return given.astype(np.int32), (largest + 1,)
 
 
+@with_automatic_axes
 def pse(
     model: Model,
     clean: Any,

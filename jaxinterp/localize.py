@@ -35,6 +35,7 @@ from jaxinterp.draws import reproducible
 from jaxinterp.effect import Kind, partition
 from jaxinterp.network import Model, Network, Params, as_model
 from jaxinterp.pytree import pytree
+from jaxinterp.sharding import with_automatic_axes
 
 
 @pytree
@@ -65,6 +66,7 @@ class FourMaps:
         return cam.normalised(self.stacked().reshape(self.label_clean.shape[0], 1, -1)).reshape(self.stacked().shape)
 
 
+@with_automatic_axes
 def four_maps(
     network: Network,
     params: Params,
@@ -105,6 +107,7 @@ def salient(
     return large >= jnp.percentile(large, percentile, axis=(1, 2), keepdims=True)
 
 
+@with_automatic_axes
 def interpretability_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
@@ -140,6 +143,7 @@ def _check_score(delta: Array, maps: Array, percentile: Any) -> None:
         raise ValueError(f"percentile must be from 0 to 100, got {percentile}")
 
 
+@with_automatic_axes
 def null_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
@@ -160,6 +164,7 @@ def _null_score(delta, maps, percentile):
     return _finite(maps, jnp.sqrt(jnp.mean(mask.astype(jnp.float32), axis=(1, 2))))
 
 
+@with_automatic_axes
 def shuffled_score(
     delta: Float[Array, "b H W c"],
     maps: Float[Array, "b h w"],
@@ -203,6 +208,7 @@ def _shuffled_score(delta, maps, keys, percentile, repeats):
     return scores(delta, maps, keys, percentile)
 
 
+@with_automatic_axes
 def score_curve(
     delta: Float[Array, "b H W c"], maps: Float[Array, "b h w"], percentiles: Sequence[float | int] = range(30, 91, 10)
 ) -> tuple[Float[Array, "b p"], Float[Array, "b p"]]:
@@ -226,6 +232,7 @@ def score_curve(
     return scores(levels), nulls(levels)
 
 
+@with_automatic_axes
 def adversarial_saliency(model: Model, images: Any, labels: Any, targets: Any) -> Float[Array, "b H W"]:
     """The adversarial saliency map (ASM), for scores in place of a class activation map (1808.01664, section 4).
 
@@ -259,6 +266,7 @@ def _saliency(model, images, labels, targets):
 # Kinds of cells on maps
 
 
+@with_automatic_axes
 def mean_by_kind(
     maps: Float[Array, "b h w"], kind: Int[Array, " b *cells"], cells: Any, size: tuple[int, int]
 ) -> Float[Array, "b 3"]:
@@ -337,6 +345,7 @@ def top_cells(
     return _of_cells(rank < kept, where)
 
 
+@with_automatic_axes
 def refine(
     attack: Attack,
     model: Model,

@@ -7,13 +7,19 @@ on a device when that device's examples are done and no step waits for another d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
@@ -41,7 +47,7 @@ def mesh_of(tree: Any, *, anyhow: bool = False) -> Mesh | None:
     mesh = sharding.mesh
     if not isinstance(mesh, Mesh) or (anyhow and len(mesh.axis_names) > 1):
         return None
-    return _automatic(mesh) if anyhow or sharding.spec[:1] == mesh.axis_names[:1] else None
+    return mesh if anyhow or sharding.spec[:1] == mesh.axis_names[:1] else None
 
 
 def on_mesh(
@@ -60,14 +66,60 @@ def on_mesh(
     shares = PartitionSpec(mesh.axis_names[0])
     specs = tuple(shares if sharded else PartitionSpec() for sharded in by_example)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=shares, check_vma=False)
-    jitted = jax.jit(mapped, donate_argnums=donate)
+    return jax.jit(mapped, donate_argnums=donate)
+
+
+def on_host(values: Any) -> np.ndarray:
+    """The values, on the host. Where they are spread over several processes, all of them ask for the values at once."""
+    if isinstance(values, jax.Array) and not (values.is_fully_addressable or values.is_fully_replicated):
+        return multihost_utils.process_allgather(values, tiled=True)
+    return np.asarray(values)
+
+
+def with_automatic_axes(function: F) -> F:
+    """`function`, also of arrays on a mesh with explicit axes, where its results are then as well.
+
+    The axes of `jax.make_mesh` are explicit by default: every operation on such arrays must say where its result is,
+    also in a model that knows nothing of meshes. Within `function` they are automatic.
+    """
 
     @functools.wraps(function)
-    def run(*args):
-        return jitted(*jax.tree.map(_with_automatic_axes, args))
+    def wrapped(*args, **kwargs):
+        meshes = [_context(), *map(_mesh_of, jax.tree.leaves((args, kwargs)))]
+        explicit = next((mesh for mesh in meshes if mesh is not None and _is_explicit(mesh)), None)
+        if explicit is None:
+            return function(*args, **kwargs)
+        args, kwargs = _moved((args, kwargs), _is_explicit, _automatic)
+        with contextlib.nullcontext() if meshes[0] is None else jax.set_mesh(_automatic(meshes[0])):
+            result = function(*args, **kwargs)
+        return _moved(result, _automatic(explicit).__eq__, lambda _: explicit)
 
-    run.lower = jitted.lower  # type: ignore[attr-defined]  # functions take any
-    return run
+    return cast(F, wrapped)
+
+
+def _mesh_of(x: Any) -> Mesh | None:
+    """The mesh of an array on devices."""
+    sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def _moved(tree: T, chosen: Callable[[Mesh], bool], to: Callable[[Mesh], Mesh]) -> T:
+    """`tree` with arrays on a chosen mesh on another one, of the same devices."""
+
+    def move(x):
+        mesh = _mesh_of(x)
+        return x if mesh is None or not chosen(mesh) else jax.device_put(x, NamedSharding(to(mesh), x.sharding.spec))
+
+    return jax.tree.map(move, tree)
+
+
+def _context() -> Mesh | None:
+    """The mesh of `jax.set_mesh`; None under a trace, where no other can be set."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:
+        return None
+    return None if mesh.empty else mesh
 
 
 def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
@@ -75,12 +127,4 @@ def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    return Mesh(mesh.devices, mesh.axis_names) if _is_explicit(mesh) else mesh
-
-
-def _with_automatic_axes(x: Any) -> Any:
-    """The same array. Under types with explicit axes every operation would have to say where its result is."""
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and _is_explicit(sharding.mesh):
-        return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
-    return x
+    return Mesh(mesh.devices, mesh.axis_names)

@@ -350,3 +350,22 @@ def test_processes_that_never_come(opening, tmp_path):
     assert ended.status == 2
     assert "the processes did not come together" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_images_of_several_processes_are_one_array(axes):
+    """What a process holds of every result has the bits of a run on all images, and errors come to all processes."""
+    words = [str(TESTS / "global_arrays.py"), str(free_port())]
+    for process in [start([*words, str(index), axes], devices=2) for index in range(2)]:
+        ended = end(process)
+        assert ended.status == 0, ended.err[-3000:]
+        lines = [line.removeprefix("found: ") for line in ended.out.splitlines() if line.startswith("found: ")]
+        assert lines == [
+            *(f"{name}: same" for name in ("pgd", "cw", "ids", "pse", "gradients")),
+            "findings: 0",
+            "wrong images: images must be finite and in [0, 1], got values from 0.00060138 to 1.999",
+            "wrong labels: labels must be classes from 0 to 4, but example 0 has 9",
+            "wrong targets: targets must differ from labels, but example 0 has both 4",
+            "wrong devices: images are on 4 devices and parameters of the model on 1, not the same: put the parameters "
+            "where the images are, with jaxinterp.parallel.replicate(params, mesh)",
+        ]

@@ -20,6 +20,7 @@ from jaxinterp.attacks.driver import check
 from jaxinterp.canonical import canonical
 from jaxinterp.draws import shaped
 from jaxinterp.network import Model, as_model
+from jaxinterp.sharding import on_host, with_automatic_axes
 
 _PAGE = "docs/diagnostics.md"
 _ZERO = 0.1  # share of inputs without a gradient that is "many"
@@ -62,6 +63,7 @@ def _finding(name: str, message: str) -> Finding:
     return Finding(name, message, f"{_PAGE}#{name}")
 
 
+@with_automatic_axes
 def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[Finding]:
     """Looks for what makes attacks on a model fail although it is not robust.
 
@@ -88,8 +90,8 @@ def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[
     # Two programs, traced apart: randomness of Python or NumPy is frozen into each.
     first, second = (jax.jit(lambda m, x: m(x))(model, images) for _ in range(2))
     precision = float(jnp.finfo(first.dtype).eps) if jnp.issubdtype(first.dtype, jnp.floating) else 0.0
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    again = np.asarray(jax.jit(lambda m, x: m(x))(model, images), np.float64)
+    first, second = (on_host(logits).astype(np.float64) for logits in (first, second))
+    again = on_host(jax.jit(lambda m, x: m(x))(model, images)).astype(np.float64)
     spread = np.ptp(np.where(np.isfinite(first), first, 0), axis=1).max() or 1.0
     difference = max(_largest_difference(first, other) for other in (second, again)) / spread
     if difference > 1e-3:
@@ -108,7 +110,9 @@ def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[
                 "the model returns probabilities instead of logits: margins saturate and gradients vanish",
             )
         )
-    without, noisy = (float(np.mean(_without_gradient(model, x, labels))) for x in (images, _jittered(images, key)))
+    without, noisy = (
+        float(np.mean(on_host(_without_gradient(model, x, labels)))) for x in (images, _jittered(images, key))
+    )
     if max(without, noisy) > _ZERO:
         found.append(
             _finding(
@@ -185,6 +189,7 @@ def _missed(row, able, seeing, attacks) -> bool:
     return False
 
 
+@with_automatic_axes
 def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any, *, kappa: Real = 0.0) -> list[Finding]:
     """Whether images made on another model break more of this one's decisions than an attack on itself.
 
@@ -200,9 +205,9 @@ def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any, *,
     """
     model = as_model(model)
     transferred, labels, _, _ = check(model, transferred, labels, names=("transferred", "labels"))
-    asked = np.broadcast_to(np.asarray(kappa, np.float32), labels.shape)
-    broken = np.asarray(_breaks(model, transferred, labels, asked))
-    own = np.asarray(white.success)
+    asked = np.broadcast_to(on_host(kappa).astype(np.float32), labels.shape)
+    broken = on_host(_breaks(model, transferred, labels, asked))
+    own = on_host(white.success)
     if broken.sum() <= own.sum():
         return []
     return [

@@ -26,11 +26,12 @@ from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack, AttackResult, Staged, State
 from jaxinterp.draws import reproducible
 from jaxinterp.network import Model, as_model
-from jaxinterp.sharding import mesh_of, on_mesh
+from jaxinterp.sharding import mesh_of, on_host, on_mesh, with_automatic_axes
 
 S = TypeVar("S", bound=State)
 
 
+@with_automatic_axes
 def run(
     attack: Attack,
     model: Model,
@@ -71,7 +72,8 @@ def run(
 
     Raises:
         ValueError: images of the wrong rank, outside [0, 1] or not finite; labels or targets out of range; a target
-            equal to its label; shapes that do not fit; a hyper-parameter that is negative or not finite.
+            equal to its label; shapes that do not fit; a hyper-parameter that is negative or not finite; parameters of
+            the model on other devices than the images.
         TypeError: a model that is not callable, images that are not floats, labels that are not integers, a key that
             is none or many, a warm start of an attack that has none.
     """
@@ -80,6 +82,7 @@ def run(
     return _finished(parts, _advanced(parts, attack, model, state, None, compact))
 
 
+@with_automatic_axes
 def start(
     attack: Attack,
     model: Model,
@@ -118,6 +121,7 @@ def _started(
     return (own, common), state
 
 
+@with_automatic_axes
 def advance(attack: Attack, model: Model, state: S, steps: int | None = None, *, compact: bool = True) -> S:
     """The state after at most `steps` more steps (None: to the end), fewer where every example is done before.
 
@@ -220,6 +224,7 @@ def _traced(tree: Any) -> bool:
     return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
+@with_automatic_axes
 def finish(attack: Attack, state: Any) -> AttackResult:
     """The result of a state, whether or not the attack has ended."""
     return _finished(_parts(attack, state), state)
@@ -234,6 +239,7 @@ def _parts(attack: Attack, state: Any) -> tuple[Any, Any]:
     return apart(by_example(coerce(attack), state.done.shape[0]))
 
 
+@with_automatic_axes
 def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
     """The program in which `advance` takes its steps on a whole batch, before it is compiled.
 
@@ -245,6 +251,7 @@ def lowered(attack: Attack, model: Model, state: Any) -> jax.stages.Lowered:
     return _advance(mesh).lower(own, shared, state, _counts(attack.iterations, mesh), np.int32(0))
 
 
+@with_automatic_axes
 def finished(state: Any) -> bool:
     """Whether no further step changes anything."""
     return bool(jnp.all(state.done))
@@ -385,7 +392,7 @@ def _checked(attack: Any) -> Any:
 def _numbers(value: Any, name: str, within: str | None) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
-            array = np.asarray(value, np.float32)
+            array = np.asarray(on_host(value), np.float32)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number, or one for every example, got {value!r}") from None
     if not np.all(np.isfinite(array)) or np.any(array < 0):
@@ -472,8 +479,8 @@ def _checked_ids(ids: Any, images: Any) -> Any:
         raise TypeError(f"ids must be integers, got {ids.dtype}")
     if ids.shape != images.shape[:1]:
         raise ValueError(f"ids must have shape [{images.shape[0]}], one for every image, got {ids.shape}")
-    if ids.size and (isinstance(ids, np.ndarray) or _addressable(ids)):
-        known = np.asarray(ids)  # the limit is no number of a JAX array
+    if ids.size and not isinstance(ids, Tracer):
+        known = on_host(ids)  # the limit is no number of a JAX array
         if not 0 <= np.min(known) <= np.max(known) < 2**32:
             raise ValueError(f"ids must be from 0 to 2**32 - 1, got {np.min(known)} to {np.max(known)}")
     return jnp.asarray(ids, jnp.uint32)
@@ -515,6 +522,7 @@ def check(
     if not (low >= 0 and high <= 1):
         raise ValueError(f"{name} must be finite and in [0, 1], got values from {low:g} to {high:g}")
     images = images.astype(jnp.float32)
+    _check_devices(model, images, name)
     logits = _logits(model, images)
     if getattr(logits, "ndim", None) != 2 or logits.shape[0] != images.shape[0]:
         raise ValueError(
@@ -530,15 +538,14 @@ def check(
     if targets is not None:
         targets = _classes(targets, "targets", batch, classes)
         if not any(isinstance(x, Tracer) for x in (labels, targets)):
-            same = np.flatnonzero(np.asarray(labels) == np.asarray(targets))
+            known = on_host(labels)
+            same = np.flatnonzero(known == on_host(targets))
             if same.size:
-                raise ValueError(
-                    f"targets must differ from labels, but example {same[0]} has both {int(labels[same[0]])}"
-                )
+                raise ValueError(f"targets must differ from labels, but example {same[0]} has both {known[same[0]]}")
     if support is not None:
         support = _array(support, "support")
         if not jnp.issubdtype(support.dtype, jnp.bool_):
-            if not isinstance(support, Tracer) and not np.all(np.isin(np.asarray(support), (0, 1))):
+            if not isinstance(support, Tracer) and not np.all(np.isin(on_host(support), (0, 1))):
                 raise ValueError("support must be boolean, or 0 and 1")
             support = support != 0
         try:
@@ -550,12 +557,26 @@ def check(
     return images, labels, targets, support
 
 
+def _check_devices(model: Model, images: Array, name: str) -> None:
+    if isinstance(images, Tracer) or not images.committed:
+        return
+    for leaf in jax.tree.leaves(model):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
+            if leaf.devices() != images.devices():
+                raise ValueError(
+                    f"{name} are on {len(images.devices())} devices and parameters of the model on "
+                    f"{len(leaf.devices())}, not the same: put the parameters where the {name} are, with "
+                    "jaxinterp.parallel.replicate(params, mesh)"
+                )
+            return
+
+
 def _range(images: Array) -> tuple[float, float]:
     """The smallest and the largest value, NaN where there is one.
 
     A device that is not the host looks for them itself: fetching 512 images of 224 pixels takes longer than a step.
     """
-    if all(device.platform == "cpu" for device in images.devices()):
+    if images.is_fully_addressable and all(device.platform == "cpu" for device in images.devices()):
         known = np.asarray(images)
         return float(np.min(known)), float(np.max(known))
     low, high = jax.device_get(_extremes(images))
@@ -592,7 +613,7 @@ def check_several(model: Model, images: Any, classes: Any) -> tuple[Array, Array
     """
     numpy = jnp if isinstance(classes, Tracer) else np
     try:
-        several = numpy.asarray(classes)
+        several = jnp.asarray(classes) if isinstance(classes, Tracer) else on_host(classes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"classes must be integers [B] or [B,n], as many for every image: {error}") from None
     if several.ndim not in (1, 2) or 0 in several.shape[1:] or not jnp.issubdtype(several.dtype, jnp.integer):
@@ -632,7 +653,7 @@ def _classes(values: Any, name: str, batch: int, classes: int) -> Array:
     if values.shape != (batch,):
         raise ValueError(f"{name} must have shape [{batch}], one for every image, got {values.shape}")
     if not isinstance(values, Tracer):
-        known = np.asarray(values)
+        known = on_host(values)
         outside = np.flatnonzero((known < 0) | (known >= classes))
         if outside.size:
             raise ValueError(

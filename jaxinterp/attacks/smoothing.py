@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from jaxinterp.attacks.attack import Real, along, norm, per_example
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
-from jaxinterp.sharding import mesh_of, on_mesh
+from jaxinterp.sharding import mesh_of, on_mesh, with_automatic_axes
 
 _SMALL = 64  # the largest side of what counts as a small image
 _ALPHA = (0.95, 0.997)  # of small images and of others: the values of the authors' program
@@ -42,6 +42,7 @@ _ALONE = 1e-30  # a pixel whose weights add up to less has no neighbours
 _TINY = 1e-30
 
 
+@with_automatic_axes
 def smooth(
     z: Any,
     images: Any,

@@ -492,14 +492,19 @@ def test_eight_devices_give_what_one_gives(case, name):
 
 
 @_attacks(["pgd-linf"], ["pgd-linf", "cw", "fab-l2"])
-def test_a_mesh_may_have_explicit_axes(case):
+@pytest.mark.parametrize(("shape", "spec"), [((8,), ("a",)), ((1,), ("a",)), ((2, 2), ("b",)), ((2, 2), (("a", "b"),))])
+def test_a_mesh_may_have_explicit_axes(case, shape, spec):
     """As those of `jax.make_mesh` are by default, with which JAX asks every operation where its result is."""
-    p = problem("linear")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    spread = p._replace(images=jax.device_put(p.images, NamedSharding(mesh, PartitionSpec("data"))))
+    p, name = problem("linear"), "ab"[: len(shape)]
+    mesh = jax.make_mesh(shape, tuple(name), axis_types=(AxisType.Explicit,) * len(shape))
+    spread = p._replace(images=jax.device_put(p.images, NamedSharding(mesh, PartitionSpec(*spec))))
     result = attack_on(case, spread)
-    assert len(result.images.sharding.device_set) == 8
     assert_same(result, solved(case, "linear"))
+    assert len(result.images.sharding.device_set) == mesh.size
+    np.testing.assert_array_equal(result.images - spread.images, np.asarray(result.images) - np.asarray(p.images))
+    with jax.set_mesh(mesh):
+        assert_same(attack_on(case, p), solved(case, "linear"))
+        assert jax.sharding.get_mesh() == mesh
     with pytest.raises(ValueError, match="the axes of a mesh must be automatic"):
         jax.jit(lambda images: attack_on(case, p._replace(images=images)).images)(spread.images)
 
