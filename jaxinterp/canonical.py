@@ -194,11 +194,12 @@ _MOVES = (
     *("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "rev", "copy", "abs"),
     *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "scatter", "stop_gradient"),
     *("stack", "unstack", "split", "tile", "broadcast_to", "convert_element_type", "name", "optimization_barrier"),
+    *("max", "min", "clamp"),
 )
 _CALLS = ("jit", "pjit")
 _WEIGHTED = ("conv_general_dilated", "dot_general")
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
-_KINDS = ("products", "spread", "powers", "computed", "constant", "single")
+_KINDS = ("products", "spread", "powers", "computed", "constant", "single", "scaled", "moved")
 
 
 class _Numbers:
@@ -208,8 +209,9 @@ class _Numbers:
         constants: list[Any] = jaxpr.constvars
         self.products: set[Any] = set()
         self.spread: set[Any] = set()  # that stand in several places each
+        self.moved: set[Any] = set()  # made of those, which the compiler may see and may not
         self.powers: set[Any] = set()
-        self.scaled: set[Any] = set()  # products with, or quotients by, a literal number, and what functions return
+        self.scaled: set[Any] = set()  # products with, or quotients by, a literal number
         # Of no input: those that are no floats (positions, 8-bit levels, masks), the first floats, and single numbers.
         self.computed = {var for var in constants if not _is_float(var.aval.dtype)}
         self.constant = {var for var in constants if _is_float(var.aval.dtype) and var.aval.size > 1}
@@ -223,7 +225,7 @@ class _Numbers:
                 getattr(self, name).add(var)
 
     def kinds(self, atom: Any) -> frozenset[str]:
-        """What functions are told of their arguments, and tell of their results: all but what is `scaled`."""
+        """What functions are told of their arguments, and tell of their results."""
         if isinstance(atom, jex.Literal):
             several = "constant" if _is_float(np.result_type(atom.val)) else "computed"
             return frozenset([several if np.size(atom.val) > 1 else "single"])
@@ -258,9 +260,10 @@ class _Numbers:
             if any(self.are_all(kind, eqn.invars) for kind in (self.powers, self.scaled)):
                 return [True, True]
             spread = [self.is_spread(atom, eqn) for atom in eqn.invars]
-            return [product and any(spread) and not each for product, each in zip(flags, spread, strict=True)]
-        if name in ("square", "integer_pow"):
-            return [self.are_all(self.scaled, eqn.invars)]
+            meets = any(spread) or not self.moved.isdisjoint(atom for atom in eqn.invars if isinstance(atom, jex.Var))
+            return [product and meets and not each for product, each in zip(flags, spread, strict=True)]
+        if name in ("square", "integer_pow", "pow"):
+            return [self.are_all(self.scaled, eqn.invars[:1]), False][: len(flags)]
         return [False] * len(flags)
 
     def must_be_hidden(self, atom: Any, eqn: Any) -> bool:
@@ -288,14 +291,12 @@ class _Numbers:
         literal = [isinstance(atom, jex.Literal) or atom in self.single for atom in eqn.invars]
         if literal and all(literal):
             self.single.update(eqn.outvars)
-        if (
-            (name in ("mul", "div") and any(literal))
-            or name in _CALLS
-            or (name in _MOVES and not self.scaled.isdisjoint(inputs))
-        ):
+        if (name in ("mul", "div") and any(literal)) or (name in _MOVES and not self.scaled.isdisjoint(inputs)):
             self.scaled.update(eqn.outvars)
         if name == "broadcast_in_dim" and self.is_spread(eqn.invars[0], eqn):
             self.spread.update(eqn.outvars)
+        elif name in _MOVES and not (self.spread | self.moved).isdisjoint(inputs):
+            self.moved.update(eqn.outvars)
         if name in _POWERS:
             self.powers.update(eqn.outvars)
         if name in _MOVES and inputs and self.are_fixed(inputs):
@@ -310,9 +311,10 @@ class _Numbers:
 def _rounds(eqn: Any) -> bool:
     """Whether it is a product or a quotient of floats that needs rounding; one with a power of two does not."""
     name = eqn.primitive.name
-    if name not in ("mul", "div", "square", "integer_pow"):
+    if name not in ("mul", "div", "square", "integer_pow", "pow", "logistic"):
         return False
-    exact = any(isinstance(atom, jex.Literal) and _is_exact(atom) for atom in eqn.invars[name == "div" :])
+    factors = {"mul": eqn.invars, "div": eqn.invars[1:]}.get(name, [])
+    exact = any(isinstance(atom, jex.Literal) and _is_exact(atom) for atom in factors)
     return _is_float(eqn.outvars[0].aval.dtype) and not exact
 
 

@@ -663,6 +663,11 @@ def averaged(x):
 FRACTIONS = np.random.default_rng(3).uniform(0.3, 2, 20).astype(np.float32)
 COUNTS = np.random.default_rng(2).integers(1, 200, 20).astype(np.uint8)
 OF_POSITIONS |= {
+    "quotient of a sigmoid": lambda x, c, d: nnx.sigmoid(c) / (x + d),
+    "sum of a stack": lambda x, c, d: jnp.sum(jnp.stack(jnp.broadcast_arrays(2.84 * c * x, d)), axis=0),
+    "power that is a square": lambda x, c, d: jnp.stack([x, jnp.broadcast_to(c ** jnp.float32(2), x.shape)]).sum(0),
+    "larger of two products": lambda x, c, d: x + jnp.maximum(x[:, 3:4] * d, x * d),
+    "third of a stack": lambda x, c, d: jnp.stack([x * c, x]).sum(0) / 3,
     "levels of 8 bits": lambda x, c, d: x * (jnp.asarray(COUNTS) / 255) / (x * (jnp.asarray(COUNTS) / 255) + c) ** 2,
     "powers of levels": lambda x, c, d: jnp.square(x * jnp.asarray(COUNTS).astype(jnp.float32)),
     "averages": lambda x, c, d: averaged(x) * averaged(jnp.broadcast_to(c, x.shape)),
@@ -684,8 +689,8 @@ def assert_every_batch_alike(function, x, *others):
     given, closed = jax.jit(canonical(function)), jax.jit(canonical(lambda x: function(x, *others)))
     for run in (lambda x: given(x, *others), closed):
         together = np.asarray(run(x))
-        for size in (1, 2):
-            np.testing.assert_array_equal(run(x[:size]), together[:size], err_msg=f"{size} examples")
+        for rows in (slice(2), *(slice(i, i + 1) for i in range(len(x)))):
+            np.testing.assert_array_equal(run(x[rows]), together[rows], err_msg=f"{rows}")
 
 
 @pytest.mark.parametrize("name", OF_POSITIONS)
@@ -705,10 +710,16 @@ def fraction():
     return whole - jnp.floor(whole)
 
 
+@jax.jit
+def scaled_product(x, y, a, b):
+    return (x * a) * (y * b)
+
+
 OF_EXAMPLES = {
     "square": lambda x, y: jnp.square(0.3 * x),
     "square of a quotient": lambda x, y: jnp.square(x / 30),
     "power": lambda x, y: (0.3 * x) ** 3,
+    "power of another type": lambda x, y: jnp.abs(0.3 * x) ** jnp.float32(2),
     "inverse power": lambda x, y: (0.3 * x) ** -2,
     "product": lambda x, y: (0.3 * x) * (0.7 * y),
     "product of quotients": lambda x, y: (x / 30) * (y / 30),
@@ -717,9 +728,15 @@ OF_EXAMPLES = {
     "with numbers given to a function": lambda x, y: 0.3 * jax.jit(lambda x, y, a: x * a + y * (1 - a))(x, y, 0.37),
     "with constants of one": lambda x, y: x * ONE_NUMBER * jnp.tanh(ONE_NUMBER) * (y * ONE_NUMBER.reshape(())),
     "with one of several constants": lambda x, y: (x * FRACTIONS[3]) * (y * jax.jit(lambda c: c[4] / 1)(FRACTIONS)),
-    "with two that a function is given": lambda x, y: jax.jit(lambda x, y, a, b: (x * a) * (y * b))(
+    "with two that a function is given": lambda x, y: scaled_product(
         x, y, jnp.asarray(FRACTIONS)[3], jnp.asarray(FRACTIONS)[4]
     ),
+    "gradient with two that a function is given": lambda x, y: jax.grad(
+        lambda x: jnp.sum(scaled_product(x, y, jnp.asarray(FRACTIONS)[3], jnp.asarray(FRACTIONS)[4]) ** 2)
+    )(x),
+    "gradient with two literals that a function is given": lambda x, y: jax.grad(
+        lambda x: jnp.sum(scaled_product(x, y, 0.37, 0.71) ** 2)
+    )(x),
     "with one of several levels": lambda x, y: jnp.square(x * (jnp.asarray(COUNTS)[3] / 255)) * y,
     "of means": lambda x, y: jnp.square(jnp.mean(jnp.stack([x, y, x * y]), axis=0)),
 }
