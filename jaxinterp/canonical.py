@@ -170,7 +170,8 @@ def _evaluate(
 # The compiler simplifies arithmetic where it sees that it may, and what it sees depends on the batch: on what it fuses,
 # and on whether an array of the shape of one example is repeated for others, which in a batch of one it is not.
 #
-# * A product that is added to something may be rounded on its own, or only with the sum.
+# * A product that is added to something may be rounded on its own, or only with the sum; so may one that was chosen, as
+#   the larger of two, before. A sigmoid is a quotient to the compiler, and a power may be a product.
 # * A product that is multiplied with a smaller array, such as the norm of every example, may become one with the
 #   product of both factors; the smaller array may itself be a product.
 # * Two products of which each has a constant factor may become one with the product of the constants, if they stand in
@@ -190,7 +191,7 @@ _SUMS = (
     *("scatter-add", "scatter-sub", "select_and_scatter_add"),
 )
 _POWERS = ("exp", "exp2", "pow")
-_MOVES = (
+_MOVES = (  # what returns numbers that it was given, but for their signs
     *("neg", "reshape", "broadcast_in_dim", "squeeze", "slice", "dynamic_slice", "transpose", "rev", "copy", "abs"),
     *("select_n", "concatenate", "pad", "dynamic_update_slice", "gather", "scatter", "stop_gradient"),
     *("stack", "unstack", "split", "tile", "broadcast_to", "convert_element_type", "name", "optimization_barrier"),

@@ -356,8 +356,8 @@ def test_processes_that_never_come(opening, tmp_path):
 def test_images_of_several_processes_are_one_array(axes):
     """What a process holds of every result has the bits of a run on all images, and errors come to all processes."""
     words = [str(TESTS / "global_arrays.py"), str(free_port())]
-    for process in [start([*words, str(index), axes], devices=2) for index in range(2)]:
-        ended = end(process)
+    processes = [start([*words, str(index), axes], devices=2) for index in range(2)]
+    for ended in list(map(end, processes)):
         assert ended.status == 0, ended.err[-3000:]
         lines = [line.removeprefix("found: ") for line in ended.out.splitlines() if line.startswith("found: ")]
         assert lines == [

@@ -202,17 +202,20 @@ def _counts(steps: int, mesh: Mesh | None) -> np.ndarray:
 
 
 def _beside(model: Model, state: S) -> S:
-    """The state committed to a device where the model's parameters are, as those of a loaded checkpoint.
+    """The state committed to the device to which the model's parameters are, if they are.
 
     What a step returns is, too; a state that is not, as at the start, would have a program compiled for its first step.
     """
-    if not _addressable(state):
+    parameter = _committed(model) if _addressable(state) else None
+    if parameter is None or len(parameter.devices()) > 1 or mesh_of(state) is not None:
         return state
-    for leaf in jax.tree.leaves(model):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
-            alone = len(leaf.devices()) == 1 and mesh_of(state) is None
-            return jax.device_put(state, leaf.sharding) if alone else state
-    return state
+    return jax.device_put(state, parameter.sharding)
+
+
+def _committed(model: Model) -> Array | None:
+    """A parameter that is committed to its devices; None where none is."""
+    arrays = (leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer))
+    return next((leaf for leaf in arrays if leaf.committed), None)
 
 
 def _addressable(state: Any) -> bool:
@@ -558,17 +561,13 @@ def check(
 
 
 def _check_devices(model: Model, images: Array, name: str) -> None:
-    if isinstance(images, Tracer) or not images.committed:
-        return
-    for leaf in jax.tree.leaves(model):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
-            if leaf.devices() != images.devices():
-                raise ValueError(
-                    f"{name} are on {len(images.devices())} devices and parameters of the model on "
-                    f"{len(leaf.devices())}, not the same: put the parameters where the {name} are, with "
-                    "jaxinterp.parallel.replicate(params, mesh)"
-                )
-            return
+    parameter = None if isinstance(images, Tracer) or not images.committed else _committed(model)
+    if parameter is not None and parameter.devices() != images.devices():
+        raise ValueError(
+            f"{name} are on {len(images.devices())} devices and parameters of the model on "
+            f"{len(parameter.devices())}, not the same: put the parameters where the {name} are, with "
+            "jaxinterp.parallel.replicate(params, mesh)"
+        )
 
 
 def _range(images: Array) -> tuple[float, float]:
