@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import boundary, descent, objective
@@ -27,6 +29,8 @@ from jaxinterp.pytree import pytree, static
 
 _ALPHA = 0.75  # the share of the gradient in a step; the rest is momentum
 _RHO = 0.75  # the share of steps between checkpoints that must lower the loss
+
+Loss = Callable[[Float[Array, "b k"]], Float[Array, " b"]]
 
 
 @pytree
@@ -144,8 +148,63 @@ def checkpoints(steps: int) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
+class _Descent:
+    """The steps that both attacks take: they look at the iterate, and nowhere else."""
+
+    one_gradient: ClassVar[bool] = True
+    eps: Real
+    step_size: Real | None
+    kappa: Real
+    norm: Literal["linf", "l2", "l1"]
+    steps: int
+    restarts: int
+    random_start: bool
+    stop_on_success: bool
+
+    @canonical
+    def step(self, model, state: descent.DescentState) -> descent.DescentState:
+        """One step for every example, at its own place in its own search."""
+        return self.update(state, *objective.linearised(model, self.points(state), state.examples.support))
+
+    def points(self, state: descent.DescentState) -> Float[Array, "b h w c"]:
+        """The iterates."""
+        return state.images
+
+    def covectors(
+        self, state: descent.DescentState, logits: Float[Array, "b k"]
+    ) -> tuple[Float[Array, "b k"], Bool[Array, " b"]]:
+        """The gradient of the loss with respect to the logits, for those that move on."""
+        return _value_and_gradient(self._loss(state), logits)[1], descent.moving(state, self.steps)
+
+    def update(
+        self, state: descent.DescentState, logits: Float[Array, "b k"], pull_back: objective.PullBack
+    ) -> descent.DescentState:
+        """A step down the loss, or a new start for those that begin another run."""
+        rivals, runs = state.memory.rivals, self.restarts
+        loss, by_logits = _value_and_gradient(self._loss(state), logits)
+        if rivals is not None:
+            runs *= rivals.shape[1]
+            ranked = boundary.ranked(logits, state.examples, rivals.shape[1])
+            memory = dataclasses.replace(state.memory, rivals=select(state.count < 0, ranked, rivals))
+            state = dataclasses.replace(state, memory=memory)
+        moves = jnp.any(descent.moving(state, self.steps))
+        gradient = lax.cond(moves, pull_back, lambda _: jnp.zeros_like(state.images), by_logits)
+        images, memory = _moved(state, loss, gradient, norm=self.norm, steps=self.steps)
+        stop = self.stop_on_success
+        state = descent.settle(state, logits, images, memory, steps=self.steps, runs=runs, stop_on_success=stop)
+        return _begin(self, state) if runs > 1 or (rivals is not None and self.random_start) else state
+
+    @canonical
+    def result(self, state: descent.DescentState) -> AttackResult:
+        """The latest iterate that succeeded."""
+        return descent.result(state)
+
+    def _loss(self, state: descent.DescentState) -> Loss:
+        raise NotImplementedError
+
+
 @pytree
-class APGD:
+class APGD(_Descent):
     """Descent of cross-entropy or of the difference of logits ratio, in an Linf, L2 or L1 ball.
 
     The latest iterate that succeeded is returned.
@@ -185,27 +244,18 @@ class APGD:
         """Starts at a random point of the ball, on the support and in the box."""
         return _start(self, Examples(images, labels, targets, support), keys, rivals=None)
 
-    @canonical
-    def step(self, model, state: descent.DescentState) -> descent.DescentState:
-        """One step for every example, at its own place in its own search."""
-        examples = state.examples
-        loss = objective.likelihood if self.loss == "ce" else objective.dlr
-        return _step(
-            self, model, state, lambda logits: loss(logits, examples.labels, examples.targets), runs=self.restarts
-        )
-
-    @canonical
-    def result(self, state: descent.DescentState) -> AttackResult:
-        """The latest iterate that succeeded."""
-        return descent.result(state)
+    def _loss(self, state: descent.DescentState) -> Loss:
+        examples, loss = state.examples, objective.likelihood if self.loss == "ce" else objective.dlr
+        return lambda logits: loss(logits, examples.labels, examples.targets)
 
 
 @pytree
-class APGDT:
+class APGDT(_Descent):
     """APGD on the difference of logits ratio towards one rival class after the other.
 
-    The rivals are those with the largest logits of the original image; any class but the label is a success. Where
-    targets are given, only these are attacked. The latest iterate that succeeded is returned.
+    The rivals are those with the largest logits of the original image, which the first step looks at; any class but
+    the label is a success. Where targets are given, only these are attacked. The latest iterate that succeeded is
+    returned.
 
     Attributes:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.
@@ -247,30 +297,17 @@ class APGDT:
             rivals = jnp.zeros((len(images), min(self.classes, classes - 1)), jnp.int32)
         return _start(self, examples, keys, rivals)
 
-    @canonical
-    def step(self, model, state: descent.DescentState) -> descent.DescentState:
-        """One step for every example, towards its own rival.
-
-        The first one looks at the original only: an image that is adversarial already is done.
-        """
+    def _loss(self, state: descent.DescentState) -> Loss:
         examples, rivals = state.examples, state.memory.rivals
         if rivals is None:
-            loss, runs = lambda logits: objective.dlr(logits, examples.labels, examples.targets), self.restarts
-        else:
-            runs = rivals.shape[1] * self.restarts
-            # The last run's rival for those that are done, any for those that have none yet.
-            place = jnp.clip(state.count // (self.steps + 1), 0, runs - 1) // self.restarts
-            rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
-            loss = lambda logits: objective.dlr_of_rival(logits, examples.labels, rival)  # noqa: E731  # as above
-        return _step(self, model, state, loss, runs=runs)
-
-    @canonical
-    def result(self, state: descent.DescentState) -> AttackResult:
-        """The latest iterate that succeeded."""
-        return descent.result(state)
+            return lambda logits: objective.dlr(logits, examples.labels, examples.targets)
+        # The last run's rival for those that are done, any for those that have none yet.
+        place = jnp.clip(state.count // (self.steps + 1), 0, rivals.shape[1] * self.restarts - 1) // self.restarts
+        rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
+        return lambda logits: objective.dlr_of_rival(logits, examples.labels, rival)
 
 
-def _start(attack: APGD | APGDT, examples: Examples, keys: Any, rivals: Any) -> descent.DescentState:
+def _start(attack: _Descent, examples: Examples, keys: Any, rivals: Any) -> descent.DescentState:
     """The state before the first step, which judges the original where there are rivals to be ranked."""
     first = (1 if attack.norm == "l1" else 2) * attack.eps if attack.step_size is None else attack.step_size
     state = descent.start(examples, examples.images, eps=attack.eps, step_size=first, kappa=attack.kappa, keys=keys)
@@ -296,7 +333,7 @@ def _search(attack, images, size, rivals):
     )
 
 
-def _begin(attack: APGD | APGDT, state: descent.DescentState) -> descent.DescentState:
+def _begin(attack: _Descent, state: descent.DescentState) -> descent.DescentState:
     """A random start for the examples that begin a run."""
     original, support = state.examples.images, state.examples.support
 
@@ -309,33 +346,15 @@ def _begin(attack: APGD | APGDT, state: descent.DescentState) -> descent.Descent
     return descent.restart(state, begin, steps=attack.steps, first=attack.random_start)
 
 
-def _step(attack: APGD | APGDT, model, state: descent.DescentState, loss, *, runs: int) -> descent.DescentState:
-    """One step down `loss(logits)`, and new starts for those that begin another run."""
-    ranks = state.memory.rivals is not None
-
-    def ranked(logits, state):
-        search = state.memory
-        rivals = boundary.ranked(logits, state.examples, search.rivals.shape[1])
-        return dataclasses.replace(search, rivals=select(state.count < 0, rivals, search.rivals))
-
-    state = descent.step(
-        model,
-        state,
-        functools.partial(_move, norm=attack.norm, steps=attack.steps, objective_of=loss),
-        steps=attack.steps,
-        runs=runs,
-        stop_on_success=attack.stop_on_success,
-        judged=ranked if ranks else None,
-    )
-    return _begin(attack, state) if runs > 1 or (ranks and attack.random_start) else state
+def _value_and_gradient(loss: Loss, logits):
+    """The loss at the logits, and its gradient with respect to them."""
+    values, by_logits = jax.vjp(loss, logits)
+    return values, by_logits(jnp.ones_like(values))[0]
 
 
-def _move(model, state, *, norm, steps, objective_of):
-    """Algorithm 1, from the iterate x_k to the next."""
+def _moved(state: descent.DescentState, loss, gradient, *, norm, steps):
+    """Algorithm 1, from the iterate x_k with its loss and gradient to the next; and what to remember."""
     examples, search = state.examples, state.memory
-    logits, loss, gradient = objective.value_and_gradient(model, state.images, objective_of)
-    if examples.support is not None:
-        gradient = jnp.where(examples.support, gradient, 0)
     ascent = gradient if norm == "l1" else steepest(gradient, norm)
     search = search.evaluated(state.images, loss, ascent)
 
@@ -356,4 +375,4 @@ def _move(model, state, *, norm, steps, objective_of):
         moved = inside(x - along(rule.size, x) * ascent)
         alpha = along(jnp.where(k == 0, 1.0, _ALPHA), x)
         moved = inside(x + alpha * (moved - x) + (1 - alpha) * (x - search.previous))
-    return logits, moved, dataclasses.replace(search, previous=x, rule=rule)
+    return moved, dataclasses.replace(search, previous=x, rule=rule)

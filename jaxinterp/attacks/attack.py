@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxinterp.attacks.objective import PullBack
 from jaxinterp.network import Model
 from jaxinterp.pytree import pytree
 
@@ -77,6 +78,33 @@ class Staged(Attack, Protocol):
 
     def step_of(self, stage: int, model: Model, state: Any) -> Any:
         """What `step` returns where the next step is of that stage."""
+        ...
+
+
+@runtime_checkable
+class OneGradient(Attack, Protocol):
+    """An attack whose step looks at every example in one point: at the logits there, and at one gradient.
+
+        step(model, state) = update(state, *linearised(model, points(state)))
+
+    Such attacks one after the other can share the passes of the network, by far the largest part of their programs.
+    """
+
+    @property
+    def one_gradient(self) -> bool:
+        """Whether the attack is of this kind as it is set."""
+        ...
+
+    def points(self, state: Any) -> Float[Array, "b h w c"]:
+        """Where the next step looks."""
+        ...
+
+    def covectors(self, state: Any, logits: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Bool[Array, " b"]]:
+        """What the step pulls back from the logits at the points, and which examples need that."""
+        ...
+
+    def update(self, state: Any, logits: Float[Array, "b k"], pull_back: PullBack) -> Any:
+        """What `step` returns. `pull_back` is called once, with the covectors, or not at all."""
         ...
 
 

@@ -11,8 +11,6 @@ Here the boundaries are compared by the steps that are taken to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,7 +61,7 @@ def ranked(logits: Float[Array, "b k"], examples: Examples, count: int) -> Int[A
 
 
 def nearest(
-    pull_back: Callable[[Array], Float[Array, "b h w c"]],
+    pull_back: objective.PullBack,
     images: Float[Array, "b h w c"],
     logits: Float[Array, "b k"],
     examples: Examples,
@@ -85,8 +83,7 @@ def nearest(
         losing, winning = (
             (rivals[i], examples.targets) if examples.targets is not None else (examples.labels, rivals[i])
         )
-        up, down = (jax.nn.one_hot(c, logits.shape[-1], dtype=logits.dtype) for c in (winning, losing))
-        normal = pull_back(up - down)
+        normal = pull_back(covectors(logits, losing, winning))
         largest = jnp.max(jnp.abs(normal), axis=axes)
         scale = 1 / jnp.maximum(largest, _TINY)
         normal, gap = normal * along(scale, normal), scale * lacking(logits, losing, winning, kappa)
@@ -105,6 +102,12 @@ def nearest(
     zeros = jnp.zeros_like(images)
     none = Boundary(zeros, jnp.zeros_like(kappa), zeros, jnp.full_like(kappa, jnp.inf))
     return lax.fori_loop(0, len(rivals), consider, none)
+
+
+def covectors(logits: Float[Array, "b k"], losing: Int[Array, " b"], winning: Int[Array, " b"]) -> Float[Array, "b k"]:
+    """Of the difference of two logits, the winning one's less the losing one's."""
+    up, down = (jax.nn.one_hot(c, logits.shape[-1], dtype=logits.dtype) for c in (winning, losing))
+    return up - down
 
 
 def lacking(

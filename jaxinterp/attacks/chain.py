@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, ClassVar
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, UInt
 
-from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, ended, per_example, select
+from jaxinterp.attacks import objective
+from jaxinterp.attacks.attack import AttackResult, Examples, OneGradient, Real, Record, ended, per_example, select
 from jaxinterp.attacks.constraint import NORMS, Norm
 from jaxinterp.canonical import canonical
 from jaxinterp.draws import wrapped
@@ -92,17 +94,66 @@ class Chain:
 
     def step(self, model, state: ChainState) -> ChainState:
         """One step of the earliest stage that has unfinished examples."""
-        steps = [functools.partial(self.step_of, i, model) for i in range(len(self.stages))]
+        steps = [functools.partial(self.step_of, i, model) for i in range(len(self._parts))]
         return lax.switch(self.stage(state), steps, state)
 
     def stage(self, state: ChainState) -> Int[Array, ""]:
+        """The part that this stage is in: neighbours that ask for one gradient at a time are one to the driver."""
+        parts = [i for i, part in enumerate(self._parts) for _ in part]
+        return jnp.asarray(parts, jnp.int32)[self._earliest(state)]
+
+    def step_of(self, stage: int, model, state: ChainState) -> ChainState:
+        """One step of the earliest stage of that part, for the examples that are in it."""
+        part = self._parts[stage]
+        if len(part) == 1:
+            return self._step(part[0], model, state)
+        several = canonical(lambda chain, model, state: chain._step_of_several(part, model, state))
+        return several(self, model, state)
+
+    @property
+    def _parts(self) -> tuple[tuple[int, ...], ...]:
+        """The stages, with those together that can share the passes of a network."""
+        shares = [isinstance(attack, OneGradient) and attack.one_gradient for attack in self.stages]
+        starts = [i for i, share in enumerate(shares) if not (i and share and shares[i - 1])]
+        return tuple(tuple(range(*ends)) for ends in itertools.pairwise([*starts, len(self.stages)]))
+
+    def _earliest(self, state: ChainState) -> Int[Array, ""]:
         """The earliest stage that has unfinished examples; without any, the last one."""
         return jnp.min(jnp.where(state.done, len(self.stages) - 1, state.stage))
 
-    def step_of(self, stage: int, model, state: ChainState) -> ChainState:
-        """One step of a stage, for the examples that are in it."""
+    def _step(self, stage: int, model, state: ChainState) -> ChainState:
+        """One step of a stage."""
+        attack, inner = self._attack(stage), self._begun(stage, model, state)
+        inner = lax.cond(jnp.all(inner.done), lambda inner: inner, lambda inner: attack.step(model, inner), inner)
+        return self._after(stage, state, inner)
+
+    def _step_of_several(self, part: tuple[int, ...], model, state: ChainState) -> ChainState:
+        """One step of the earliest of several stages, whose programs have the passes of the network in common."""
+        now = jnp.clip(self._earliest(state), part[0], part[-1]) - part[0]
+
+        def of_it(function, *args):
+            """`function(stage, attack, inner, *args)` of that stage, where `inner` is its state."""
+
+            def of(stage):
+                return lambda stages, *args: function(stage, self._attack(stage), stages[stage], *args)
+
+            return lax.switch(now, list(map(of, part)), state.stages, *args)
+
+        state = of_it(lambda stage, attack, inner: _put(state, stage, self._begun(stage, model, state)))
+        points = of_it(lambda stage, attack, inner: attack.points(inner))
+        logits, pull_back = objective.linearised(model, points, state.examples.support)
+        covectors, needed = of_it(lambda stage, attack, inner, logits: attack.covectors(inner, logits), logits)
+        gradient = lax.cond(jnp.any(needed), pull_back, lambda _: jnp.zeros_like(points), covectors)
+
+        def update(stage, attack, inner, logits, gradient):
+            return self._after(stage, state, attack.update(inner, logits, lambda _: gradient))
+
+        return of_it(update, logits, gradient)
+
+    def _begun(self, stage: int, model, state: ChainState) -> Any:
+        """The state of a stage, begun by the examples that have reached it."""
         attack, examples = self._attack(stage), state.examples
-        here = ~state.done & (state.stage == stage)
+        here = _here(stage, state)
 
         def begin(inner):
             # Nobody pays for a stage, or keeps its states up to date, before the stage is reached.
@@ -111,19 +162,21 @@ class Chain:
             return select(here & inner.done, new, inner)
 
         inner = state.stages[stage]
-        inner = lax.cond(jnp.any(here & inner.done), begin, lambda inner: inner, inner)
-        inner = lax.cond(jnp.all(inner.done), lambda inner: inner, lambda inner: attack.step(model, inner), inner)
-        found = here & self._succeeded(stage, attack.result(inner))
+        return lax.cond(jnp.any(here & inner.done), begin, lambda inner: inner, inner)
+
+    def _after(self, stage: int, state: ChainState, inner: Any) -> ChainState:
+        """The state with that of a stage after its step, and the examples that it ends for in the next one."""
+        here = _here(stage, state)
+        found = here & self._succeeded(stage, self._attack(stage).result(inner))
         if self.eps is not None:
             inner = dataclasses.replace(inner, done=inner.done | found)
-        left = here & inner.done
+        left, last = here & inner.done, stage + 1 == len(self.stages)
         return dataclasses.replace(
-            state,
-            stages=(*state.stages[:stage], inner, *state.stages[stage + 1 :]),
-            stage=state.stage + (left & ~found & (stage + 1 < len(self.stages))),
+            _put(state, stage, inner),
+            stage=state.stage + (left & ~found & (not last)),
             iterations=jnp.where(found & (state.iterations < 0), state.count, state.iterations),
             count=state.count + here,
-            done=state.done | (left & (found | (stage + 1 == len(self.stages)))),
+            done=state.done | (left & (found | last)),
         )
 
     @canonical
@@ -164,6 +217,16 @@ class Chain:
                 raise ValueError(
                     f"Chain.stages[{i}] must have the chain's norm {self.norm!r}, as eps is given, got {attack.norm!r}"
                 )
+
+
+def _here(stage: int, state: ChainState) -> Bool[Array, " b"]:
+    """The examples that are in a stage."""
+    return ~state.done & (state.stage == stage)
+
+
+def _put(state: ChainState, stage: int, inner: Any) -> ChainState:
+    """The state with another one of a stage."""
+    return dataclasses.replace(state, stages=(*state.stages[:stage], inner, *state.stages[stage + 1 :]))
 
 
 def _waiting(attack: Any, model: Any, problem: tuple[Any, ...]) -> Any:

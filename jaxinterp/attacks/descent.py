@@ -123,31 +123,62 @@ def step(
     stop_on_success: bool = False,
     forward: int = 1,
     backward: int = 1,
-    judged: Callable[[Array, DescentState], Any] | None = None,
 ) -> DescentState:
     """Judges the iterate and moves on; the last call of a run only judges.
-
-    An example is done after the first run in which it succeeded, or the last one. Starting the next run is the
-    caller's part: see `restart`.
 
     Args:
         model: images -> logits.
         state: the state before the step.
         move: where to go, unless the iterate is the last of its run.
+        steps: as for `settle`, with the arguments that follow.
+        runs: number of runs.
+        stop_on_success: an example is done at its first success.
+        forward: forward passes of a move, among them the one that judges.
+        backward: backward passes of a move.
+    """
+
+    def judge(model, state):
+        return model(state.images), state.images, state.memory
+
+    moved = lax.cond(jnp.any(moving(state, steps)), move, judge, model, state)
+    passes = {"forward": forward, "backward": backward}
+    return settle(state, *moved, steps=steps, runs=runs, stop_on_success=stop_on_success, **passes)
+
+
+def moving(state: DescentState, steps: int) -> Bool[Array, " b"]:
+    """Which examples move on from their iterate: the last one of a run of K `steps` is only judged."""
+    return ~state.done & (state.count % (steps + 1) < steps)
+
+
+def settle(
+    state: DescentState,
+    logits: Float[Array, "b k"],
+    images: Float[Array, "b h w c"],
+    memory: Any,
+    *,
+    steps: int,
+    runs: int = 1,
+    stop_on_success: bool = False,
+    forward: int = 1,
+    backward: int = 1,
+) -> DescentState:
+    """The state after a step to `images`, with the iterate judged by its logits.
+
+    An example is done after the first run in which it succeeded, or the last one. Starting the next run is the
+    caller's part: see `restart`.
+
+    Args:
+        state: the state before the step.
+        logits: at the iterate.
+        images: the next iterates, taken by examples that move and are not done.
+        memory: what these remember.
         steps: number of steps K in a run.
         runs: number of runs.
         stop_on_success: an example is done at its first success.
         forward: forward passes of a move, among them the one that judges.
         backward: backward passes of a move.
-        judged: memory from the logits at the iterate and the state before, where nothing moves.
     """
-    examples, active = state.examples, ~state.done
-
-    def judge(model, state):
-        return model(state.images), state.images, state.memory
-
-    moves = active & (state.count % (steps + 1) < steps)
-    logits, images, memory = lax.cond(jnp.any(moves), move, judge, model, state)
+    examples, active, moves = state.examples, ~state.done, moving(state, steps)
     found = active & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
     record = state.record.update(
         images=state.images,
@@ -161,8 +192,7 @@ def step(
     done = ~active | ((count % (steps + 1) == 0) & (record.success | (count >= runs * (steps + 1))))
     if stop_on_success:
         done = done | found
-    remembered = state.memory if judged is None else judged(logits, state)
-    images, memory = select(moves & ~done, (images, memory), (state.images, remembered))
+    images, memory = select(moves & ~done, (images, memory), (state.images, state.memory))
     return dataclasses.replace(state, record=record, images=images, memory=memory, count=count, done=done)
 
 

@@ -34,7 +34,10 @@ _TINY = 1e-30
 
 @pytree
 class FABState:
-    """Every example's iterate, nearest success and place in the search; `count` is the number of iterations so far."""
+    """Every example's iterate, nearest success and place in the search; `count` is the number of iterations so far.
+
+    An iteration is two steps: from the iterate `images` to its successor, and, where that has `moved`, a look at it.
+    """
 
     examples: Examples
     record: Record
@@ -51,6 +54,8 @@ class FABState:
     kappa: Float[Array, " b"]
     rivals: Int[Array, "b n"] | None  # of FAB-T: one for each run
     key: UInt[Array, "b n"] | None
+    moved: Bool[Array, " b"]
+    slopes: Bool[Array, " b"]  # whether there was one at the iterate before
     count: Int[Array, " b"]
     done: Bool[Array, " b"]
 
@@ -97,8 +102,13 @@ class FAB:
 
     @property
     def iterations(self) -> int:
-        """All iterations of all starts, and the final search; fewer where there are fewer rivals, or a target."""
-        return (self.classes or 1) * self.restarts * self.steps + _SEARCH
+        """Two for each iteration of all starts, and the final search; fewer with fewer rivals, or a target."""
+        return 2 * (self.classes or 1) * self.restarts * self.steps + _SEARCH
+
+    @property
+    def one_gradient(self) -> bool:
+        """With one rival at a time."""
+        return self.classes is not None
 
     def _total(self, state: FABState) -> int:
         """Iterations of all starts."""
@@ -128,63 +138,94 @@ class FAB:
             kappa=per_example(self.kappa, images),
             rivals=rivals,
             key=jax.random.key_data(keys) if self.restarts > 1 else None,
+            moved=zeros.astype(bool),
+            slopes=zeros.astype(bool),
             count=zeros,
             done=zeros.astype(bool),
         )
 
     @canonical
     def step(self, model, state: FABState) -> FABState:
-        """One iteration of the algorithm, or one step of the final search, for each example by its own count."""
-        examples, active, x = state.examples, ~state.done, state.images
-        start, searching = state.count == 0, state.count >= self._total(state)
-        logits, pull_back = objective.linearised(model, x, examples.support)
-        rival = None
-        if state.rivals is not None:
-            rivals = select(start, boundary.ranked(logits, examples, state.rivals.shape[1]), state.rivals)
-            state = dataclasses.replace(state, rivals=rivals)
-            place = jnp.minimum(state.count // (self.restarts * self.steps), rivals.shape[1] - 1)
-            rival = jnp.take_along_axis(rivals, place[:, None], axis=1)[:, 0]
-        passes = 1 if rival is not None else boundary.passes(logits, examples, self.candidates)
+        """Half an iteration of the algorithm, or one step of the final search, for each example by its own count."""
+        return self.update(state, *objective.linearised(model, self.points(state), state.examples.support))
+
+    def points(self, state: FABState) -> Float[Array, "b h w c"]:
+        """The iterates, their successors, or points of the final search."""
+        return state.images
+
+    def covectors(self, state: FABState, logits: Float[Array, "b k"]) -> tuple[Float[Array, "b k"], Bool[Array, " b"]]:
+        """Of the one boundary that is considered, for those that go on from their iterate."""
+        examples, rival = state.examples, self._rival(self._ranked(state, logits))
+        rival = boundary.ranked(logits, examples, 1)[:, 0] if rival is None else rival
+        classes = (examples.labels, rival) if examples.targets is None else (rival, examples.targets)
+        return boundary.covectors(logits, *classes), self._moves(state)
+
+    def update(self, state: FABState, logits: Float[Array, "b k"], pull_back: objective.PullBack) -> FABState:
+        """From the iterates to their successors, or onwards from those."""
+        examples, x = state.examples, state.images
+        state = self._ranked(state, logits)
+        rival, arrives, moves = self._rival(state), ~state.done & state.moved, self._moves(state)
+        start = moves & (state.count == 0)
+        searching = ~state.done & ~arrives & ~moves
         # The original judges an iterate before the backward step only. Its logits after it are here without another
         # pass, and it may still be a success, and then a nearer one.
-        state, found = self._judge(state, x, logits, active)
-        state = self._narrow(state, logits, active & (searching | start), found)
-        moves = active & ~searching & ~(start & found)
+        found = ~state.done & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
+        moves = moves & ~(start & found)
+        passes = 1 if rival is not None else boundary.passes(logits, examples, self.candidates)
+        state = self._judge(state, logits, found, backward=moves * passes)
+        state = self._narrow(state, logits, searching | start, found)
 
         def iterate():
             near = boundary.nearest(pull_back, x, logits, examples, state.kappa, self.candidates, self.norm, rival)
-            moved = self._towards(near, state)
-            return moved, model(moved), jnp.isfinite(near.distance)
+            return self._towards(near, state), jnp.isfinite(near.distance)
 
-        moved, logits, slopes = lax.cond(jnp.any(moves), iterate, lambda: (x, logits, jnp.zeros_like(moves)))
-        state, found_moved = self._judge(state, moved, logits, moves, backward=moves * passes)
-        back = examples.images + along(state.beta, x) * (moved - examples.images)
-        state = dataclasses.replace(state, images=select(moves, select(found_moved, back, moved), x))
+        towards, slopes = lax.cond(jnp.any(moves), iterate, lambda: (x, jnp.zeros_like(moves)))
+        back = examples.images + along(state.beta, x) * (x - examples.images)
         # Without a slope all further iterations from this start would be the same.
-        left = jnp.where(moves & ~slopes, self.steps - state.count % self.steps, 1)
+        left = jnp.where(arrives & ~state.slopes, self.steps - state.count % self.steps, 1)
         state = dataclasses.replace(
             state,
-            count=state.count + active * left,
+            images=select(moves, towards, select(arrives & found, back, x)),
+            moved=jnp.where(state.done, state.moved, moves),
+            slopes=jnp.where(moves, slopes, state.slopes),
+            count=state.count + jnp.where(state.done | moves, 0, left),
             done=state.done | (start & found),
         )
-        return self._next_start(state, moves)
+        return self._next_start(state, arrives)
 
-    def _judge(self, state: FABState, images, logits, who, backward=None) -> tuple[FABState, Bool[Array, " b"]]:
-        """The state with the images of `who` taken into account, at a forward pass each; and which are successes."""
-        examples = state.examples
-        found = who & objective.succeeded(logits, examples.labels, examples.targets, state.kappa)
-        size = distance(images - examples.images, self.norm)
+    def _moves(self, state: FABState) -> Bool[Array, " b"]:
+        """Which examples go on from their iterate, unless that is the original and a success."""
+        return ~state.done & ~state.moved & (state.count < self._total(state))
+
+    def _ranked(self, state: FABState, logits) -> FABState:
+        """With the rivals in the order of the original's logits, which are seen first."""
+        if state.rivals is None:
+            return state
+        first = (state.count == 0) & ~state.moved
+        ranked = boundary.ranked(logits, state.examples, state.rivals.shape[1])
+        return dataclasses.replace(state, rivals=select(first, ranked, state.rivals))
+
+    def _rival(self, state: FABState) -> Int[Array, " b"] | None:
+        """The rival of the run that an example is in."""
+        if state.rivals is None:
+            return None
+        place = jnp.minimum(state.count // (self.restarts * self.steps), state.rivals.shape[1] - 1)
+        return jnp.take_along_axis(state.rivals, place[:, None], axis=1)[:, 0]
+
+    def _judge(self, state: FABState, logits, found, backward) -> FABState:
+        """The state with the points of all that are not done taken into account."""
+        size = distance(state.images - state.examples.images, self.norm)
         better = found & (size < state.best)
         record = state.record.update(
-            images=images,
+            images=state.images,
             found=found,
             better=better,
             iteration=state.count,
-            forward=who,
-            backward=jnp.zeros_like(who) if backward is None else backward,
+            forward=~state.done,
+            backward=backward,
         )
         best, best_logits = select(better, (size, logits), (state.best, state.best_logits))
-        return dataclasses.replace(state, record=record, best=best, best_logits=best_logits), found
+        return dataclasses.replace(state, record=record, best=best, best_logits=best_logits)
 
     def _towards(self, near: boundary.Boundary, state: FABState) -> Float[Array, "b h w c"]:
         """The next iterate, from the nearest boundary at this one."""

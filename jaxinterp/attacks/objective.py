@@ -20,6 +20,9 @@ from jaxinterp.network import Model
 ROUNDING = 1e-5
 _ULPS = 4  # of the largest logit
 
+# From a covector of the logits to a gradient with respect to the images.
+PullBack = Callable[[Float[Array, "b k"]], Float[Array, "b h w c"]]
+
 
 def single(model: Model) -> Partial:
     """The model with logits of 16 or 64 bits as float32, in which margins and losses keep their types."""
@@ -115,7 +118,7 @@ def shortfall(
 
 def linearised(
     model: Model, images: Float[Array, "b h w c"], support: Bool[Array, "b h w c"] | None = None
-) -> tuple[Float[Array, "b k"], Callable[[Array], Float[Array, "b h w c"]]]:
+) -> tuple[Float[Array, "b k"], PullBack]:
     """Logits, and the backward pass that takes a covector of the logits [B,K] to a gradient on the support.
 
     The backward pass can be called any number of times, or inside `lax.cond` where it may not be needed. Components

@@ -1,5 +1,6 @@
 """Chain against the same attacks run by hand one after the other, with other keys and on what is left."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,10 @@ from jax.tree_util import Partial
 
 from jaxinterp import attacks
 from jaxinterp.attacks import (
+    APGD,
+    APGDT,
     CW,
+    FAB,
     FGSM,
     IFGSM,
     MIFGSM,
@@ -56,9 +60,10 @@ def begun(attack, model, images, labels, keys):
     return attack.init(model, images, labels, None, keys)
 
 
-def alone(attack, stage):
-    """The result of an attack with the keys of the given stage."""
-    model, images, labels = problem()
+def alone(attack, stage, model=None, labels=None):
+    """The result of an attack with the keys of the given stage, on the problem or on another model."""
+    usual, images, usual_labels = problem()
+    model, labels = (usual, usual_labels) if model is None else (model, labels)
     attack = by_example(coerce(attack), BATCH)
     keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(example_keys(KEY, images))
     return finish(attack, advance(attack, model, begun(attack, model, images, labels, keys)))
@@ -160,6 +165,44 @@ def test_on_one_device_stages_are_programs_of_their_own_as_they_are_reached(monk
     for end in (state, pieces):
         for a, b in zip(jax.tree.leaves(finish(chain, end)), jax.tree.leaves(whole), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def wavy(p, x):
+    return affine(p, jnp.sin(x))
+
+
+def test_neighbours_that_ask_for_one_gradient_share_the_network():
+    """Its passes stand in their program once, and every stage gives what it gives on its own."""
+    model, images, _ = problem()
+    model = Partial(wavy, *model.args)
+    labels = jnp.argmax(model(images), axis=-1)
+    weak, rivals = APGD(eps=WEAK, steps=3), APGDT(eps=WEAK, steps=2, classes=2, norm="l2")
+    stages = (weak, rivals, FAB(steps=3, classes=2))
+    one, two, three = (alone(attack, i, model, labels) for i, attack in enumerate(stages))
+    assert 0 < np.sum(one.success) < BATCH
+    assert np.all(three.success)
+    left = ~np.asarray(one.success)
+    last = left & ~np.asarray(two.success)
+    assert last.any()
+    result = run(Chain(stages), model, images, labels, key=KEY)
+    expected = pick(last, three, pick(left, two, one))
+    for field in ("images", "success", "l0", "l1", "l2", "linf"):
+        np.testing.assert_array_equal(getattr(result, field), getattr(expected, field))
+    for field in ("forward", "backward"):
+        paid = [np.asarray(getattr(end, field)) for end in (one, two, three)]
+        np.testing.assert_array_equal(getattr(result, field), paid[0] + left * paid[1] + last * paid[2])
+
+    def passes(*stages):
+        text = driver.lowered(Chain(stages), model, start(Chain(stages), model, images, labels, key=KEY)).as_text()
+        return text.count("stablehlo.sine"), text.count("stablehlo.cosine")
+
+    assert passes(*stages) == passes(weak) == (1, 1)
+    assert passes(*stages, Square(steps=2)) == (2, 1)  # which sees logits only
+    # Several gradients in a step, or others between them, and it is not shared.
+    parts = Chain((*stages, Square(), weak, FAB(), rivals, PGD(), PGD()))
+    state = start(parts, model, images, labels, key=KEY)
+    found = [int(parts.stage(dataclasses.replace(state, stage=state.stage + i))) for i in range(9)]
+    assert found == [0, 0, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_confidence_and_radius_are_those_of_the_chain():

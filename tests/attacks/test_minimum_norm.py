@@ -284,7 +284,7 @@ def test_two_iterations_and_the_search_of_fab_by_hand(norm):
     model, images, labels, weights, _ = problem
     best, _ = optimum(problem, norm)
     attack = FAB(norm=norm, steps=2, alpha_max=0.2, beta=0.7)
-    state = advance(attack, model, start(attack, model, images, labels, key=KEY), 1)
+    state = advance(attack, model, start(attack, model, images, labels, key=KEY), 2)  # there, and a look at it
     if norm == "l1":  # on the component with the largest slope
         d_0 = np.zeros((6, np.prod(SHAPE)))
         normal = weights[:, 1] - weights[:, 0]
@@ -301,7 +301,7 @@ def test_two_iterations_and_the_search_of_fab_by_hand(norm):
     # From there d = (1 - 0.735) d_0, so that a = min(0.265 / 1.265, 0.2) = 0.2.
     d = (1 - 0.735) * d_0
     x2 = 0.8 * (x1 + 1.05 * d) + 0.2 * 1.05 * d_0
-    state = advance(attack, model, state, 1)
+    state = advance(attack, model, state, 2)
     np.testing.assert_allclose(getattr(finish(attack, state), norm), np.linalg.norm(x2, ORDER[norm], axis=1), rtol=3e-3)
     assert not np.asarray(state.done).any()
     result = finish(attack, advance(attack, model, state))
@@ -345,7 +345,7 @@ def test_a_restart_of_fab_lies_at_half_the_reach_on_the_support(norm):
     state = start(attack, model, centre, np.zeros(6, int), key=KEY, support=support, ids=np.arange(6))
     offsets = []
     for _ in range(2):
-        state = advance(attack, model, state, 1)
+        state = advance(attack, model, state, 2)
         offset = np.asarray(state.images - centre, np.float64)
         np.testing.assert_allclose(np.linalg.norm(offset.reshape(6, -1), ORDER[norm], axis=1), 0.3, rtol=1e-5)
         assert not offset[~support].any()
