@@ -70,7 +70,8 @@ def dlr(logits: Float[Array, "b k"], labels: Int[Array, " b"], targets: Int[Arra
     (Z_y - max_{j != y} Z_j) / (Z_1 - Z_3), with Z_1 >= Z_2 >= ... the sorted logits; with targets
     (max_{j != t} Z_j - Z_t) / (Z_1 - (Z_3 + Z_4) / 2). Croce and Hein (2020, arXiv 2003.01690, equations 6 and 7)
     have Z_y in place of the maximum in the latter, which does not see a third class that stays above the target.
-    Where there are too few classes for a divisor, those with -inf aside, it is Z_1 - Z_3, or one.
+    Where there are fewer classes than the divisor names, those with -inf aside, it is one. (With the third in place of
+    a fourth one, the ratio of the lowest class is one everywhere, without a slope.)
     """
     return margin(logits, labels, targets) / _dlr_scale(logits, 3 if targets is None else 4)
 
@@ -82,13 +83,12 @@ def dlr_of_rival(logits: Float[Array, "b k"], labels: Int[Array, " b"], rivals: 
 
 def _dlr_scale(logits, lowest):
     """Z_1 - (Z_3 + Z_4) / 2 where the `lowest` logit to use is the fourth, Z_1 - Z_3 where it is the third."""
-    classes = logits.shape[-1]
-    if classes == 2:
+    if logits.shape[-1] < lowest:
         return jnp.ones_like(logits[:, 0])
     ruled_out = logits == -jnp.inf
-    few = jnp.sum(~ruled_out, axis=-1, dtype=jnp.int32) < 3
+    few = jnp.sum(~ruled_out, axis=-1, dtype=jnp.int32) < lowest
     logits = jnp.where(ruled_out, jnp.min(jnp.where(ruled_out, jnp.inf, logits), axis=-1, keepdims=True), logits)
-    _, order = lax.top_k(logits, min(lowest, classes))
+    _, order = lax.top_k(logits, lowest)
     first, third, last = (pick(logits, order[:, i]) for i in (0, 2, -1))
     return jnp.where(few, 1.0, jnp.maximum(first - (third + last) / 2, 1e-12))
 

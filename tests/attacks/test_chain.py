@@ -56,17 +56,17 @@ def problem():
 
 
 @jax.jit
-def begun(attack, model, images, labels, keys):
-    return attack.init(model, images, labels, None, keys)
+def begun(attack, model, images, labels, targets, keys, support):
+    return attack.init(model, images, labels, targets, keys, support)
 
 
-def alone(attack, stage, model=None, labels=None):
+def alone(attack, stage, model=None, labels=None, targets=None, support=None):
     """The result of an attack with the keys of the given stage, on the problem or on another model."""
     usual, images, usual_labels = problem()
     model, labels = (usual, usual_labels) if model is None else (model, labels)
     attack = by_example(coerce(attack), BATCH)
     keys = jax.vmap(lambda k: jax.random.fold_in(k, stage))(example_keys(KEY, images))
-    return finish(attack, advance(attack, model, begun(attack, model, images, labels, keys)))
+    return finish(attack, advance(attack, model, begun(attack, model, images, labels, targets, keys, support)))
 
 
 def pick(condition, *results):
@@ -171,35 +171,56 @@ def wavy(p, x):
     return affine(p, jnp.sin(x))
 
 
-def test_neighbours_that_ask_for_one_gradient_share_the_network():
-    """Its passes stand in their program once, and every stage gives what it gives on its own."""
+def wavy_problem():
+    """The same with a model that is not linear."""
     model, images, _ = problem()
     model = Partial(wavy, *model.args)
-    labels = jnp.argmax(model(images), axis=-1)
-    weak, rivals = APGD(eps=WEAK, steps=3), APGDT(eps=WEAK, steps=2, classes=2, norm="l2")
-    stages = (weak, rivals, FAB(steps=3, classes=2))
-    one, two, three = (alone(attack, i, model, labels) for i, attack in enumerate(stages))
-    assert 0 < np.sum(one.success) < BATCH
-    assert np.all(three.success)
-    left = ~np.asarray(one.success)
-    last = left & ~np.asarray(two.success)
-    assert last.any()
-    result = run(Chain(stages), model, images, labels, key=KEY)
-    expected = pick(last, three, pick(left, two, one))
+    return model, images, jnp.argmax(model(images), axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "radii"),
+    [("any class", (0.002, 0.13, 0.1)), ("a target", (0.006, 0.3, 0.14)), ("a support", (0.0025, 0.13, 0.11))],
+)
+def test_neighbours_that_ask_for_one_gradient_give_what_they_give_alone(kind, radii):
+    model, images, labels = wavy_problem()
+    targets = (labels + 1) % 3 if kind == "a target" else None
+    support = np.arange(images[0].size).reshape(SHAPE) % 3 > 0 if kind == "a support" else None
+    given = {"targets": targets, "support": None if support is None else np.broadcast_to(support, images.shape)}
+    stages = (
+        Square(eps=0.0, steps=1),
+        APGD(eps=radii[0], steps=5),
+        APGD(eps=radii[1], norm="l1", steps=20),
+        APGDT(eps=radii[2], step_size=radii[2] / 4, steps=8, classes=2, norm="l2", random_start=False),
+        FAB(steps=3, classes=2),
+    )
+    ends = [alone(attack, i, model, labels, **given) for i, attack in enumerate(stages)]
+    result = run(Chain(stages), model, images, labels, key=KEY, **given)
+    left, passes, expected = np.ones(BATCH, bool), {"forward": 0, "backward": 0}, ends[0]
+    for i, end in enumerate(ends):
+        assert np.any(left & np.asarray(end.success)) == (i > 0), "every stage breaks something but the first"
+        expected = pick(left, end, expected)
+        passes = {name: total + left * np.asarray(getattr(end, name)) for name, total in passes.items()}
+        left = left & ~np.asarray(end.success)
     for field in ("images", "success", "l0", "l1", "l2", "linf"):
         np.testing.assert_array_equal(getattr(result, field), getattr(expected, field))
-    for field in ("forward", "backward"):
-        paid = [np.asarray(getattr(end, field)) for end in (one, two, three)]
-        np.testing.assert_array_equal(getattr(result, field), paid[0] + left * paid[1] + last * paid[2])
+    for field, total in passes.items():
+        np.testing.assert_array_equal(getattr(result, field), total)
+
+
+def test_neighbours_that_ask_for_one_gradient_share_the_network():
+    """Its passes stand in their program once."""
+    model, images, labels = wavy_problem()
+    stages = (APGD(steps=3), APGDT(steps=2, norm="l2"), FAB(steps=3, classes=2))
 
     def passes(*stages):
         text = driver.lowered(Chain(stages), model, start(Chain(stages), model, images, labels, key=KEY)).as_text()
         return text.count("stablehlo.sine"), text.count("stablehlo.cosine")
 
-    assert passes(*stages) == passes(weak) == (1, 1)
+    assert passes(*stages) == passes(stages[0]) == (1, 1)
     assert passes(*stages, Square(steps=2)) == (2, 1)  # which sees logits only
     # Several gradients in a step, or others between them, and it is not shared.
-    parts = Chain((*stages, Square(), weak, FAB(), rivals, PGD(), PGD()))
+    parts = Chain((*stages, Square(), stages[0], FAB(), stages[1], PGD(), PGD()))
     state = start(parts, model, images, labels, key=KEY)
     found = [int(parts.stage(dataclasses.replace(state, stage=state.stage + i))) for i in range(9)]
     assert found == [0, 0, 0, 1, 2, 3, 4, 5, 6]

@@ -18,6 +18,7 @@ from jax.tree_util import Partial
 from jaxinterp.attacks import (
     APGD,
     APGDT,
+    DDN,
     FGSM,
     MIFGSM,
     PGD,
@@ -28,6 +29,7 @@ from jaxinterp.attacks import (
     TranslationInvariant,
     VarianceTuning,
     advance,
+    boundary,
     finish,
     objective,
     run,
@@ -175,7 +177,13 @@ def test_apgd_t_tries_the_strongest_rivals_one_after_the_other():
     np.testing.assert_array_equal(state.record.backward, 0)
     logits = np.array(model(jnp.asarray(images)))
     logits[np.arange(6), labels] = -np.inf
-    np.testing.assert_array_equal(state.memory.rivals, np.argsort(-logits, axis=1)[:, :3])
+    rivals = np.argsort(-logits, axis=1)[:, :3]
+    np.testing.assert_array_equal(state.memory.rivals, rivals)
+    # Which holds to the end, whatever other points say.
+    far = APGDT(eps=0.05, kappa=100.0, classes=3, steps=3)
+    end = advance(far, model, start(far, model, images, labels, key=KEY))
+    assert (np.asarray(boundary.ranked(model(end.images), end.examples, 3)) != rivals).any()
+    np.testing.assert_array_equal(end.memory.rivals, rivals)
     result = finish(attack, advance(attack, model, state))
     assert not np.asarray(result.success).any()
     np.testing.assert_array_equal(result.forward, 1 + 3 * 2 * 3)  # the ranking, rivals, restarts, passes of a run
@@ -277,10 +285,22 @@ def test_the_difference_of_logits_ratio_by_hand():
     np.testing.assert_allclose(
         objective.dlr(8 * logits - 64, labels, None), objective.dlr(logits, labels, None), rtol=1e-6
     )
-    # Fewer classes: Z_1 - Z_3 of three, nothing of two.
-    np.testing.assert_allclose(objective.dlr_of_rival(logits[:, :3], labels, jnp.array([0, 0])), [3 / 6, -6 / 6])
+    # Nothing with fewer classes than the divisor names.
+    np.testing.assert_allclose(objective.dlr_of_rival(logits[:, :3], labels, jnp.array([0, 0])), [3, -6])
+    np.testing.assert_allclose(objective.dlr(logits[:, :3], labels, jnp.array([2, 0])), [4 + 2, 4 - 7])
     np.testing.assert_allclose(objective.dlr(logits[:, :2], jnp.array([1, 1]), None), [3.0, -3.0])
     assert np.isfinite(jax.grad(lambda z: jnp.sum(objective.dlr(z, labels, None)))(jnp.zeros((2, 5)))).all()
+
+
+@pytest.mark.parametrize("attack", [APGD(norm="l2", loss="dlr", steps=20), APGDT(norm="l2", steps=20)])
+def test_the_ratio_has_a_slope_towards_the_lowest_of_three_classes(attack):
+    model, images, _, _ = linear(3)
+    logits = np.asarray(model(jnp.asarray(images)))
+    labels, targets = logits.argmax(1), logits.argmin(1)
+    nearest = run(DDN(steps=100), model, images, labels, targets, key=KEY)
+    assert np.asarray(nearest.success).all()
+    given = dataclasses.replace(attack, eps=1.25 * nearest.l2)
+    assert np.asarray(run(given, model, images, labels, targets, key=KEY).success).all()
 
 
 # APGD

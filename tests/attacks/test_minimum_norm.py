@@ -277,6 +277,19 @@ def test_fab_t_goes_to_one_rival_after_the_other():
     np.testing.assert_array_equal(whole.backward, 4 * 10)  # there are four rivals
 
 
+def test_the_rivals_of_fab_t_are_those_of_the_original():
+    model, images, labels, _, _ = linear(5, seed=7)
+    attack, examples = FAB(classes=9, steps=3, eta=20.0), Examples(jnp.asarray(images), jnp.asarray(labels), None, None)
+    first = np.asarray(boundary.ranked(model(examples.images), examples, 4))
+    state = start(attack, model, images, labels, key=KEY)
+    orders = []
+    for _ in range(4):
+        state = advance(attack, model, state, 1)
+        np.testing.assert_array_equal(state.rivals, first)
+        orders.append(np.asarray(boundary.ranked(model(state.images), examples, 4)))
+    assert (orders[0] != first).any(), "at the successor of the original it is another one"
+
+
 @pytest.mark.parametrize("norm", ["l2", *(pytest.param(more, marks=pytest.mark.exhaustive) for more in ("l1", "linf"))])
 def test_two_iterations_and_the_search_of_fab_by_hand(norm):
     """Two classes: one hyperplane. The first iterate lies 1.05 away; the search ends on the boundary."""
@@ -304,6 +317,9 @@ def test_two_iterations_and_the_search_of_fab_by_hand(norm):
     state = advance(attack, model, state, 2)
     np.testing.assert_allclose(getattr(finish(attack, state), norm), np.linalg.norm(x2, ORDER[norm], axis=1), rtol=3e-3)
     assert not np.asarray(state.done).any()
+    # The search looks first where the difference of logits would be zero, and a hundredth of the rest beyond.
+    after = finish(attack, advance(attack, model, state, 1))
+    np.testing.assert_allclose(getattr(after, norm), best, rtol=3e-3)
     result = finish(attack, advance(attack, model, state))
     np.testing.assert_allclose(getattr(result, norm), best, rtol=3e-3)
     np.testing.assert_array_equal(result.forward, 2 * 2 + 3)
