@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinterp.attacks import boundary, descent, objective
@@ -174,21 +173,21 @@ class _Descent:
         self, state: descent.DescentState, logits: Float[Array, "b k"]
     ) -> tuple[Float[Array, "b k"], Bool[Array, " b"]]:
         """The gradient of the loss with respect to the logits, for those that move on."""
-        return _value_and_gradient(self._loss(state), logits)[1], descent.moving(state, self.steps)
+        return objective.values_and_covectors(logits, self._loss(state))[1], descent.moving(state, self.steps)
 
     def update(
         self, state: descent.DescentState, logits: Float[Array, "b k"], pull_back: objective.PullBack
     ) -> descent.DescentState:
         """A step down the loss, or a new start for those that begin another run."""
         rivals, runs = state.memory.rivals, self.restarts
-        loss, by_logits = _value_and_gradient(self._loss(state), logits)
+        loss, covectors = objective.values_and_covectors(logits, self._loss(state))
         if rivals is not None:
             runs *= rivals.shape[1]
             ranked = boundary.ranked(logits, state.examples, rivals.shape[1])
             memory = dataclasses.replace(state.memory, rivals=select(state.count < 0, ranked, rivals))
             state = dataclasses.replace(state, memory=memory)
         moves = jnp.any(descent.moving(state, self.steps))
-        gradient = lax.cond(moves, pull_back, lambda _: jnp.zeros_like(state.images), by_logits)
+        gradient = objective.pulled_back(pull_back, covectors, state.images, moves)
         images, memory = _moved(state, loss, gradient, norm=self.norm, steps=self.steps)
         stop = self.stop_on_success
         state = descent.settle(state, logits, images, memory, steps=self.steps, runs=runs, stop_on_success=stop)
@@ -344,12 +343,6 @@ def _begin(attack: _Descent, state: descent.DescentState) -> descent.DescentStat
         return start, _search(attack, start, state.step_size, state.memory.rivals)
 
     return descent.restart(state, begin, steps=attack.steps, first=attack.random_start)
-
-
-def _value_and_gradient(loss: Loss, logits):
-    """The loss at the logits, and its gradient with respect to them."""
-    values, by_logits = jax.vjp(loss, logits)
-    return values, by_logits(jnp.ones_like(values))[0]
 
 
 def _moved(state: descent.DescentState, loss, gradient, *, norm, steps):

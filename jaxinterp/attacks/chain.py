@@ -143,7 +143,7 @@ class Chain:
         points = of_it(lambda stage, attack, inner: attack.points(inner))
         logits, pull_back = objective.linearised(model, points, state.examples.support)
         covectors, needed = of_it(lambda stage, attack, inner, logits: attack.covectors(inner, logits), logits)
-        gradient = lax.cond(jnp.any(needed), pull_back, lambda _: jnp.zeros_like(points), covectors)
+        gradient = objective.pulled_back(pull_back, covectors, points, jnp.any(needed))
 
         def update(stage, attack, inner, logits, gradient):
             return self._after(stage, state, attack.update(inner, logits, lambda _: gradient))

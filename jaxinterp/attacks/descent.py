@@ -103,14 +103,32 @@ def towards(state: DescentState, direction: Float[Array, "b h w c"], which: Norm
     return project(moved, state.examples.images, state.eps, which, state.examples.support)
 
 
-def steepest(which: Literal["linf", "l2"]) -> Move:
-    """The step of steepest descent."""
+def steepest(which: Literal["linf", "l2"]) -> Callable[[DescentState, Array], Float[Array, "b h w c"]]:
+    """The step of steepest descent, from the state and the gradient."""
+    return lambda state, gradient: towards(state, constraint.steepest(gradient, which), which)
 
-    def move(model, state):
-        logits, ascent = gradient(model, state)
-        return logits, towards(state, constraint.steepest(ascent, which), which), state.memory
 
-    return move
+def descend(
+    model: Model,
+    state: DescentState,
+    move: Callable[[DescentState, Array], Float[Array, "b h w c"]],
+    *,
+    steps: int,
+    runs: int = 1,
+    stop_on_success: bool = False,
+) -> DescentState:
+    """`step` where one gradient of `objective.likelihood` is all that a move asks for.
+
+    The forward pass then stands in the program once.
+    """
+    examples = state.examples
+    logits, pull_back = objective.linearised(model, state.images, examples.support)
+    _, covectors = objective.values_and_covectors(
+        logits, lambda z: objective.likelihood(z, examples.labels, examples.targets)
+    )
+    gradient = objective.pulled_back(pull_back, covectors, state.images, jnp.any(moving(state, steps)))
+    images = move(state, gradient)
+    return settle(state, logits, images, state.memory, steps=steps, runs=runs, stop_on_success=stop_on_success)
 
 
 def step(

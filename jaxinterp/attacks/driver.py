@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import Attack, AttackResult, Staged, State
 from jaxinterp.draws import reproducible
+from jaxinterp.hoisting import ahead
 from jaxinterp.network import Model, as_model
 from jaxinterp.sharding import mesh_of, on_host, on_mesh, with_automatic_axes
 
@@ -279,8 +280,13 @@ def _start(mesh: Mesh | None):
 def _advance(mesh: Mesh | None, donated: bool = False, stage: int | None = None):
     def one_program(own, shared, state, limit, enough):
         common, model = shared
-        attack, model = together(own, common), objective.single(model)
-        step = attack.step if stage is None else functools.partial(attack.step_of, stage)
+        attack = together(own, common)
+
+        def one_step(model, state):
+            model = objective.single(model)
+            return attack.step(model, state) if stage is None else attack.step_of(stage, model, state)
+
+        step = ahead(one_step, model, state)
 
         def unfinished(carry):
             taken, state = carry
@@ -289,7 +295,7 @@ def _advance(mesh: Mesh | None, donated: bool = False, stage: int | None = None)
 
         def body(carry):
             taken, state = carry
-            return taken + 1, step(model, state)
+            return taken + 1, step(state)
 
         taken, state = lax.while_loop(unfinished, body, (jnp.int32(0), state))
         return taken[None], state

@@ -43,7 +43,7 @@ class FGSM:
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """The signed step, or the judgement."""
-        return descent.step(model, state, descent.steepest("linf"), steps=1)
+        return descent.descend(model, state, descent.steepest("linf"), steps=1)
 
     @canonical
     def result(self, state: descent.DescentState) -> AttackResult:

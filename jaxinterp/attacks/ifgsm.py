@@ -58,7 +58,7 @@ class IFGSM:
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One signed step."""
-        return descent.step(
+        return descent.descend(
             model, state, descent.steepest("linf"), steps=self.steps, stop_on_success=self.stop_on_success
         )
 

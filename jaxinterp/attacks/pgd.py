@@ -75,7 +75,7 @@ class PGD:
     @canonical
     def step(self, model, state: descent.DescentState) -> descent.DescentState:
         """One step of steepest descent."""
-        state = descent.step(
+        state = descent.descend(
             model,
             state,
             _sparse if self.norm == "l1" else descent.steepest(self.norm),
@@ -101,8 +101,7 @@ class PGD:
         return descent.restart(state, begin, steps=self.steps)
 
 
-def _sparse(model, state):
+def _sparse(state, ascent):
     """A step by equal parts of as many components as `state.memory` says, or more where the box leaves less room."""
-    logits, ascent = descent.gradient(model, state)
     moved = state.images - sparse_step(ascent, state.images, state.step_size, state.memory)
-    return logits, project(moved, state.examples.images, state.eps, "l1", state.examples.support), state.memory
+    return project(moved, state.examples.images, state.eps, "l1", state.examples.support)
