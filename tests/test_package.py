@@ -12,7 +12,18 @@ import jaxinterp
 PACKAGE = Path(jaxinterp.__file__).parent
 LATE = ("optax", "orbax", "matplotlib", "PIL", "tyro", "tensorflow_datasets", "tqdm", "torch", "tensorflow", "jinja2")
 CORE = (
-    *("network", "canonical", "models", "attacks", "effect", "cam", "attribution", "faithfulness", "localize"),
+    *(
+        "network",
+        "canonical",
+        "hoisting",
+        "models",
+        "attacks",
+        "effect",
+        "cam",
+        "attribution",
+        "faithfulness",
+        "localize",
+    ),
     *("pytree", "sharding", "draws", "windowed", "jpeg", "similarity", "ensemble"),
 )
 SHELL = {

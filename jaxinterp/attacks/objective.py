@@ -162,7 +162,7 @@ def pulled_back(
     if needed is None:
         if jax.default_backend() != "cpu":
             return pull_back(covectors)
-        needed = jnp.any(covectors != 0)
+        needed = jnp.any(jnp.isfinite(covectors))  # as good as always; without one, no gradient is finite either
     return lax.cond(needed, pull_back, lambda _: jnp.zeros_like(images), covectors)
 
 

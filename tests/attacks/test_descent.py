@@ -292,6 +292,35 @@ def test_the_difference_of_logits_ratio_by_hand():
     assert np.isfinite(jax.grad(lambda z: jnp.sum(objective.dlr(z, labels, None)))(jnp.zeros((2, 5)))).all()
 
 
+@pytest.mark.parametrize(("factor", "made"), [(1.0, 1), (0.0, 1), (np.nan, 0)])
+def test_a_backward_pass_is_a_branch_that_is_taken_whatever_it_is_asked(factor, made):
+    """So that a count of passes does not depend on the logits. Without any number there is none, and no gradient."""
+    passes = []
+
+    @jax.custom_vjp
+    def probe(x):
+        return x
+
+    def backward(_, g):
+        jax.debug.callback(lambda: passes.append(1))
+        return (g,)
+
+    probe.defvjp(lambda x: (x, None), backward)
+    model, images, _, _ = linear(3)
+
+    @jax.jit
+    def gradient(x):
+        return objective.value_and_gradient(lambda x: model(probe(x)), x, lambda z: factor * jnp.sum(z, axis=1))
+
+    _, _, found = gradient(images)
+    jax.effects_barrier()
+    assert len(passes) == made
+    assert np.any(found) == (factor == 1)
+    assert not np.signbit(np.asarray(found)[np.asarray(found) == 0]).any()
+    if jax.default_backend() == "cpu":
+        assert "stablehlo.case" in gradient.lower(images).as_text()
+
+
 @pytest.mark.parametrize("attack", [APGD(norm="l2", loss="dlr", steps=20), APGDT(norm="l2", steps=20)])
 def test_the_ratio_has_a_slope_towards_the_lowest_of_three_classes(attack):
     model, images, _, _ = linear(3)
