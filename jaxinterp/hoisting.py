@@ -145,7 +145,10 @@ def _only_arranges(eqn: Any, arranged: set[Any]) -> bool:
 def _values(
     closed: jex.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Any], known: Mapping[Any, Any] | None = None
 ) -> list[Any]:
-    """The values of some variables, where some others are known; of all results, with what else the function does."""
+    """The values of some variables, by what is needed for them alone.
+
+    Where others are known, as in a function that goes on from there, what else it does (its effects) is done, too.
+    """
     jaxpr, values = closed.jaxpr, dict(known or {})
     values.update(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
     steps, missing = [], {atom for atom in wanted if isinstance(atom, jex.Var)}.difference(values)
