@@ -11,6 +11,7 @@ best point and restarts of its own.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -147,7 +148,7 @@ def checkpoints(steps: int) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-class _Descent:
+class _Descent(abc.ABC):
     """The steps that both attacks take: they look at the iterate, and nowhere else."""
 
     one_gradient: ClassVar[bool] = True
@@ -198,8 +199,9 @@ class _Descent:
         """The latest iterate that succeeded."""
         return descent.result(state)
 
+    @abc.abstractmethod
     def _loss(self, state: descent.DescentState) -> Loss:
-        raise NotImplementedError
+        """What every example descends, from its logits."""
 
 
 @pytree
