@@ -74,6 +74,22 @@ def test_a_loop_gives_the_same_bits():
     assert not np.allclose(found, X)
 
 
+def test_every_branch_has_its_own():
+    a, b = (jnp.asarray(RNG.normal(size=(3, 3)), jnp.float32) for _ in range(2))
+
+    def chosen(weights, x):
+        first, second = weights
+        return lax.switch(
+            x[0, 0].astype(jnp.int32), [lambda x: first.T @ x, lambda x: second[::-1] @ first.T @ x, lambda x: x + 1], x
+        )
+
+    prepared = ahead(chosen, (a, b), jnp.zeros((3, 3)))
+    assert turns(prepared, jnp.zeros((3, 3))) == []
+    for choice in range(3):
+        x = jnp.asarray(RNG.normal(size=(3, 3)), jnp.float32).at[0, 0].set(choice)
+        np.testing.assert_allclose(prepared(x), chosen((a, b), x), rtol=1e-6, atol=1e-6)
+
+
 def test_loops_inside_turn_them_before_too():
     """Of what is the same in all their steps; what they carry may be turned in each."""
 
