@@ -12,8 +12,9 @@ for gradients; "as shipped" that they do, as those of a network just loaded do (
 quality: C&W and EAD against foolbox with the same number of search steps, steps (at most) and learning rate. Both end
 a search step early where the loss stands still: foolbox looks at the loss of the whole batch after each tenth of the
 steps, this package at that of each image, after each tenth of the steps ("as foolbox") or more often and with less
-patience ("early": --window, --tolerance). What is compared is the time, beside success, the median of the distance,
-which must be within 1 % of foolbox's, and how many gradients of single images were really computed.
+patience in all search steps but the last ("early": --window, --tolerance; --no-polish: in the last one, too). What is
+compared is the time, beside success, the median of the distance, which must be within 1 % of foolbox's, and how many
+gradients of single images were really computed.
 
 compile: seconds from Python to machine code of one step of every attack, with its start and its end, against those of
 one gradient, on ResNet-18; the least of three rounds. The stages of a chain are compiled as they are reached, so that
@@ -237,8 +238,9 @@ def quality(
     networks: tuple[str, ...] = tuple(QUALITY),
     search_steps: int = 9,
     steps: int | None = None,
-    window: int = 20,
+    window: int = 13,
     tolerance: float = 0.01,
+    polish: bool = True,
     methods: tuple[Literal["cw", "ead"], ...] = ("cw", "ead"),
     forms: tuple[Literal["early", "as foolbox"], ...] = ("early", "as foolbox"),
     trained: Path | None = None,
@@ -254,6 +256,7 @@ def quality(
         steps: Steps of each, at most; by default 1000, on ResNet-18 100.
         window: Steps after which "early" looks at the loss.
         tolerance: Relative decrease of the loss in them with which it goes on.
+        polish: Begin the last search step of "early" at the nearest success, with more patience.
         methods: Which attacks.
         forms: Which of ours to time.
         trained: Folder of checkpoints, such as RESULTS/ckpts of `jaxinterp train`; networks in it have their weights
@@ -276,10 +279,10 @@ def quality(
         for label in methods:
             attack, peer, settings = pairs[label]
             row: dict[str, Any] = {"network": name, "attack": label, **budget, "batch": len(p.images)}
-            row |= {"window": window, "tolerance": tolerance}
+            row |= {"window": window, "tolerance": tolerance, "polish": polish}
             kept: dict[str, Any] = {}
 
-            early = dataclasses.replace(attack, window=window, tolerance=tolerance)
+            early = dataclasses.replace(attack, window=window, tolerance=tolerance, polish=polish)
             ours: dict[str, attacks.Attack] = {"early": early, "as foolbox": attack}
             programs: dict[str, Callable[[], Any]] = {
                 form: functools.partial(_ours, form, ours[form], p, kept) for form in forms

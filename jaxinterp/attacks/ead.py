@@ -14,31 +14,24 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
 from jaxinterp.attacks.constraint import distance
-from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, judge_if_warm, restart
+from jaxinterp.attacks.search import TOLERANCE, Bracket, Progress, Searching, judge_if_warm, next_problem
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
 
 @pytree
-class EADState:
-    """Every example's iterates x_k and y_k, bracket of the constant, and place in the search."""
+class EADState(Searching):
+    """Every example's iterates x_k and y_k, and place in the search."""
 
-    examples: Examples
-    record: Record
     best: Float[Array, " b"]  # distance of the best success by the rule
     x: Float[Array, "b h w c"]
     y: Float[Array, "b h w c"]
-    bracket: Bracket
-    progress: Progress
     beta: Float[Array, " b"]
-    lr: Float[Array, " b"]
-    kappa: Float[Array, " b"]
-    done: Bool[Array, " b"]
 
 
 @pytree
@@ -65,6 +58,9 @@ class EAD:
         window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged; the lowest loss of the
             search step must stand still then, too, since at the boundary the loss goes up and down.
         tolerance: see `abort_early`.
+        polish: begin the last search step at the best success so far, with the smallest constant that has succeeded,
+            and give it twice the window and a tenth of the tolerance. Search steps that end early then cost little
+            distance: they only have to find the constant.
     """
 
     name: ClassVar[str] = "ead"
@@ -80,6 +76,7 @@ class EAD:
     abort_early: bool = static(default=True)
     window: int | None = static(default=None)
     tolerance: Real = TOLERANCE
+    polish: bool = static(default=False)
 
     @property
     def iterations(self) -> int:
@@ -142,7 +139,12 @@ class EAD:
             backward=active,
         )
         progress, ended = state.progress.advance(
-            success, hinge(logits) + elastic, steps=self.steps, abort_early=self.abort_early, window=self.window
+            success,
+            hinge(logits) + elastic,
+            steps=self.steps,
+            abort_early=self.abort_early,
+            window=self.window,
+            polishing=state.polishing(self.search_steps) if self.polish else None,
         )
         moved = dataclasses.replace(
             state,
@@ -153,20 +155,12 @@ class EAD:
             progress=progress,
             done=state.done | (success & (size == 0)),  # nothing is better; an adversarial original has no slope
         )
-        return self._next_problem(select(active, moved, state), active & ended)
 
-    def _next_problem(self, state: EADState, ended: Bool[Array, " b"]) -> EADState:
-        """Where a problem has ended: the next constant, from the start."""
-        begin = state.examples.start
-        x, y = restart(ended, lambda: (begin, begin), (state.x, state.y))
-        return dataclasses.replace(
-            state,
-            x=x,
-            y=y,
-            bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
-            progress=select(ended, state.progress.next_problem(), state.progress),
-            done=state.done | (ended & (state.progress.problem + 1 >= self.search_steps)),
-        )
+        def fresh(images):
+            return {"x": images, "y": images}
+
+        moved = select(active, moved, state)
+        return next_problem(moved, active & ended, fresh, search_steps=self.search_steps, polish=self.polish)
 
     @canonical
     def result(self, state: EADState) -> AttackResult:

@@ -8,6 +8,7 @@ are [B]. `Nearest` is a whole search for the nearest success in L2, by Adam on s
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,7 @@ T = TypeVar("T")
 TOLERANCE = 1e-4  # relative decrease of the loss that counts as progress
 _CHECKS = 10  # times that progress is checked in one problem, unless an attack says how often,
 _WINDOW = 10  # but then not more often than every so many iterations: Adam starts with a rising loss
+_PATIENCE = 2, 0.1  # of a search step that polishes: its window and its tolerance, in those of the others
 
 
 @pytree
@@ -41,13 +43,19 @@ class Bracket:
         """Nothing has failed or succeeded yet."""
         return cls(per_example(const, images), per_example(0.0, images), per_example(jnp.inf, images))
 
+    @property
+    def closed(self) -> Bool[Array, " b"]:
+        """Where a constant has succeeded."""
+        return jnp.isfinite(self.upper)
+
     def narrow(self, found: Bool[Array, " b"], growth: float) -> Bracket:
         """After a problem with or without success: the mean of the bounds, or `growth` times c before any success."""
         # The original program tries the upper bound once more in the last of ten or more search steps; with early
         # successes kept, that only repeats what is known.
         upper = jnp.where(found, jnp.minimum(self.upper, self.const), self.upper)
         lower = jnp.where(found, self.lower, jnp.maximum(self.lower, self.const))
-        return Bracket(jnp.where(jnp.isfinite(upper), (lower + upper) / 2, self.const * growth), lower, upper)
+        narrowed = Bracket(self.const, lower, upper)
+        return dataclasses.replace(narrowed, const=jnp.where(narrowed.closed, (lower + upper) / 2, self.const * growth))
 
 
 @pytree
@@ -89,21 +97,29 @@ class Progress:
         steps: int | Int[Array, " b"],
         abort_early: bool,
         window: int | None = None,
+        polishing: Bool[Array, " b"] | None = None,
     ) -> tuple[Progress, Bool[Array, " b"]]:
         """After one more iteration, and which problems have ended.
 
         They end after `steps` iterations, and with `abort_early` where the loss has not fallen by `tolerance`
         (relative) in `window` iterations; None means a tenth of `steps`. Where a window is given, the lowest loss must
-        have stood still, too: within a few iterations the latest one may rise by chance.
+        have stood still, too: within a few iterations the latest one may rise by chance. Those that are `polishing`
+        have more patience.
         """
         iteration, checked_loss, checked_lowest = self.iteration + 1, self.checked_loss, self.checked_lowest
         lowest = jnp.minimum(self.lowest, loss)
         ended = iteration >= steps
         if abort_early:
-            due = iteration % (jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window) == 0
-            stands = loss > (1 - self.tolerance) * checked_loss
+            size: Any = jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window
+            tolerance = self.tolerance
+            if polishing is not None:
+                longer, finer = _PATIENCE
+                size = jnp.where(polishing, longer * size, size)
+                tolerance = jnp.where(polishing, finer * tolerance, tolerance)
+            due = iteration % size == 0
+            stands = loss > (1 - tolerance) * checked_loss
             if window is not None:
-                stands = stands & (lowest > (1 - self.tolerance) * checked_lowest)
+                stands = stands & (lowest > (1 - tolerance) * checked_lowest)
             ended = ended | (due & stands)
             checked_loss = jnp.where(due, loss, checked_loss)
             checked_lowest = jnp.where(due, lowest, checked_lowest)
@@ -167,32 +183,46 @@ def judge_if_warm(model: Model, state: Any, kappa: Float[Array, " b"], best: str
 
 
 @pytree
-class Nearest:
-    """A search for the nearest success in L2: min D(x') + c max(f(x') + kappa, 0) for one constant c after the other.
+class Searching:
+    """A search that ranks its successes: min D(x') + c max(f(x') + kappa, 0) for one constant c after the other.
 
     Attributes:
         examples: the problem.
-        record: the nearest success so far.
-        best_l2: its distance.
-        variable: what is optimised, with its optimiser.
+        record: the best success so far.
         bracket: of the constant.
         progress: where every example stands.
         kappa: confidence.
-        lr: learning rate of Adam.
+        lr: learning rate.
         done: examples that no further step changes.
     """
 
     examples: Examples
     record: Record
-    best_l2: Float[Array, " b"]
-    variable: Any
     bracket: Bracket
     progress: Progress
     kappa: Float[Array, " b"]
     lr: Float[Array, " b"]
     done: Bool[Array, " b"]
 
+    def polishing(self, search_steps: int) -> Bool[Array, " b"]:
+        """Which examples polish: they are in the last problem, and one before has succeeded."""
+        return (self.progress.problem == search_steps - 1) & self.bracket.closed
 
+
+@pytree
+class Nearest(Searching):
+    """A search for the nearest success in L2.
+
+    Attributes:
+        best_l2: its distance.
+        variable: what is optimised, with its optimiser.
+    """
+
+    best_l2: Float[Array, " b"]
+    variable: Any
+
+
+S = TypeVar("S", bound=Searching)
 N = TypeVar("N", bound=Nearest)
 
 
@@ -224,6 +254,7 @@ def evaluate(
     abort_early: bool,
     window: int | None = None,
     loss: Literal["margin", "ce"] = "margin",
+    polishing: Bool[Array, " b"] | None = None,
 ) -> tuple[N, Float[Array, "b h w c"], Bool[Array, " b"]]:
     """The state after an evaluation at images x, the gradient of c max(f + kappa, 0) there, and who ends a problem.
 
@@ -238,6 +269,7 @@ def evaluate(
         abort_early: see `Progress.advance`.
         window: the same.
         loss: "margin", or "ce" for cross-entropy in place of max(f + kappa, 0).
+        polishing: see `Progress.advance`.
     """
     state = judge_if_warm(model, state, state.kappa)
     examples, active, first = state.examples, ~state.done, state.progress.count == 0
@@ -260,7 +292,7 @@ def evaluate(
         images=x, found=success, better=better, iteration=state.progress.count, forward=active, backward=active
     )
     progress, ended = state.progress.advance(
-        success, distance + penalty, steps=steps, abort_early=abort_early, window=window
+        success, distance + penalty, steps=steps, abort_early=abort_early, window=window, polishing=polishing
     )
     judged = dataclasses.replace(
         state,
@@ -272,13 +304,45 @@ def evaluate(
     return judged, gradient, active & ended
 
 
-def next_problem(state: N, ended: Bool[Array, " b"], fresh: Callable[[], Any], *, search_steps: int) -> N:
-    """Where a problem has ended: the next constant, from the variable `fresh()`."""
+def next_problem(
+    state: S,
+    ended: Bool[Array, " b"],
+    fresh: Callable[[Float[Array, "b h w c"]], dict[str, Any]],
+    *,
+    search_steps: int,
+    polish: bool = False,
+) -> S:
+    """Where a problem has ended: the next constant, from the start.
+
+    With `polish` the last problem of an example that has succeeded begins at the best success, with the smallest
+    constant that has succeeded. (In the last of ten or more search steps the program of Carlini and Wagner tries that
+    constant again, too, but from the start.)
+
+    Args:
+        state: the state before.
+        ended: whose problem has ended.
+        fresh: from the images at which a problem begins to the fields of the state that are optimised.
+        search_steps: number of problems.
+        polish: see above.
+    """
+    after = dataclasses.replace(
+        state, bracket=state.bracket.narrow(state.progress.found, growth=10.0), progress=state.progress.next_problem()
+    )
+    begin = functools.partial(fresh, state.examples.start)
+    if polish:
+        polishes = after.polishing(search_steps)
+        const = jnp.where(polishes, after.bracket.upper, after.bracket.const)
+        after = dataclasses.replace(after, bracket=dataclasses.replace(after.bracket, const=const))
+
+        def begin():
+            return fresh(select(polishes, state.record.best, state.examples.start))
+
+    old = {name: getattr(state, name) for name in jax.eval_shape(begin)}
     return dataclasses.replace(
         state,
-        variable=restart(ended, fresh, state.variable),
-        bracket=select(ended, state.bracket.narrow(state.progress.found, growth=10.0), state.bracket),
-        progress=select(ended, state.progress.next_problem(), state.progress),
+        **restart(ended, begin, old),
+        bracket=select(ended, after.bracket, state.bracket),
+        progress=select(ended, after.progress, state.progress),
         done=state.done | (ended & (state.progress.problem + 1 >= search_steps)),
     )
 

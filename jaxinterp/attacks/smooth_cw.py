@@ -140,7 +140,11 @@ class SmoothCW:
             gradient = jnp.where(examples.support, gradient, 0)
         variable = state.variable.descend(state.smoother.transposed(gradient), state.lr)
         moved_on = select(active, dataclasses.replace(judged, variable=variable), state)
-        return next_problem(moved_on, ended, lambda: self._beginning(state), search_steps=self.search_steps)
+
+        def fresh(_):
+            return {"variable": self._beginning(state)}
+
+        return next_problem(moved_on, ended, fresh, search_steps=self.search_steps)
 
     def _beginning(self, state: SmoothCWState) -> Free:
         """The z of the image at which every problem begins."""

@@ -70,7 +70,7 @@ CASES: dict[str, Any] = {
     "ifgsm": IFGSM(eps=0.03, steps=5),
     "pgd-linf": PGD(eps=0.03, steps=5),
     "pgd-l2": PGD(eps=0.5, norm="l2", steps=5),
-    "cw": CW(lr=0.05, initial_const=0.3, search_steps=3, steps=15),
+    "cw": CW(lr=0.05, initial_const=0.3, search_steps=3, steps=15, window=5, tolerance=0.01, polish=True),
     "fgsm": FGSM(eps=0.03),
     "pgd-l1": PGD(eps=6.0, norm="l1", sparsity=0.05, steps=4, restarts=2),
     "apgd-linf": APGD(eps=0.03, steps=6, restarts=2),
@@ -110,7 +110,7 @@ CASES: dict[str, Any] = {
     "autoattack": AutoAttack(eps=0.02, steps=2, classes=2, queries=20),
     "hopskipjump-l2": HopSkipJump(steps=2, evaluations=10, tries=20),
     "hopskipjump-linf": HopSkipJump(norm="linf", steps=2, evaluations=10, tries=20),
-    "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15),
+    "ead": EAD(beta=0.01, lr=0.02, initial_const=1.0, search_steps=3, steps=15, window=5, tolerance=0.01, polish=True),
     "strattack": StrAttack(
         eps=0.2,
         tau=0.05,

@@ -1,8 +1,14 @@
-"""The search over the constant: brackets, progress and restarts by hand."""
+"""The search over the constant: brackets, progress and restarts by hand; the polish on linear models."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.tree_util import Partial
 
+from jaxinterp.attacks import CW, EAD, advance, run, start
 from jaxinterp.attacks.search import Bracket, Progress, restart
 
 IMAGES = jnp.zeros((3, 2, 2, 1))
@@ -67,6 +73,86 @@ def test_with_a_window_the_lowest_loss_must_stand_still_too():
     progress = progress.next_problem()
     assert np.isinf(progress.lowest).all()
     assert np.isinf(progress.checked_lowest).all()
+
+
+def test_who_polishes_has_twice_the_window_and_a_tenth_of_the_tolerance():
+    """A loss that falls by two per mille in three iterations; another that falls by two hundredths of that."""
+    rates = jnp.array([0.002, 0.002, 0.00004]) / 3
+    for window, ends_at in ((3, [6, 30, 12]), (None, [20, 30, 30])):
+        progress, ends = Progress.start(IMAGES, 0.01), []
+        for i in range(30):
+            progress, ended = progress.advance(
+                jnp.zeros(3, bool),
+                (1 - rates) ** i,
+                steps=30,
+                abort_early=True,
+                window=window,
+                polishing=jnp.array([False, True, True]),
+            )
+            ends.append(np.asarray(ended))
+        np.testing.assert_array_equal(np.argmax(ends, axis=0) + 1, ends_at)
+
+
+def affine(p, x):
+    return x.reshape(x.shape[0], -1) @ p[0] + p[1]
+
+
+def linear_problem():
+    """Images of a linear model of two classes, their labels, and how far away the other class is."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(6 * 5 * 3, 2)).astype(np.float32)
+    images = rng.uniform(0.35, 0.65, size=(6, 6, 5, 3)).astype(np.float32)
+    bias = (-images.reshape(6, -1).mean(0) @ w).astype(np.float32) + np.float32([8, 0])
+    logits = images.reshape(6, -1) @ w + bias
+    distances = np.abs(logits[:, 0] - logits[:, 1]) / np.linalg.norm(w[:, 0] - w[:, 1])
+    return Partial(affine, (jnp.asarray(w), jnp.asarray(bias))), jnp.asarray(images), logits.argmax(1), distances
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        CW(lr=0.02, initial_const=0.1, search_steps=4, steps=40, window=5, tolerance=0.1, polish=True),
+        EAD(lr=0.02, beta=0.001, initial_const=0.1, search_steps=4, steps=40, window=5, tolerance=0.1, polish=True),
+    ],
+)
+def test_the_last_search_step_begins_at_the_best_success_with_the_smallest_constant_that_succeeded(attack):
+    model, images, labels, _ = linear_problem()
+    kappa = jnp.array([0, 0, 0, 1e3, 1e3, 0.5], jnp.float32)  # two that nothing reaches
+    attack, seen = dataclasses.replace(attack, kappa=kappa), np.zeros(6, bool)
+    state = start(attack, model, images, labels, key=jax.random.key(0))
+    while not np.asarray(state.done).all():
+        before, state = state, advance(attack, model, state, 1, compact=False)
+        begins = np.asarray((state.progress.problem == 3) & (state.progress.iteration == 0) & ~state.done)
+        begun = state.variable.images() if isinstance(attack, CW) else state.x
+        for i in np.flatnonzero(begins & ~seen):
+            hopeless = not np.isfinite(state.bracket.upper[i])
+            assert hopeless == (kappa[i] > 1)
+            assert state.bracket.const[i] == (10 * before.bracket.const[i] if hopeless else state.bracket.upper[i])
+            where = images if hopeless else state.record.best
+            np.testing.assert_allclose(begun[i], where[i], atol=1e-6)
+            assert hopeless or np.abs(begun[i] - images[i]).max() > 1e-3
+        seen |= begins
+    assert seen.all()
+
+
+def test_a_polish_makes_good_what_ended_too_early():
+    model, images, labels, distances = linear_problem()
+    early = CW(lr=0.005, search_steps=9, steps=400, window=8, tolerance=0.05)
+    found = {
+        name: run(attack, model, images, labels, key=jax.random.key(0))
+        for name, attack in {
+            "early": early,
+            "polished": dataclasses.replace(early, polish=True),
+            "patient": CW(lr=0.005, search_steps=9, steps=400),
+        }.items()
+    }
+    ratios = {name: np.asarray(result.l2) / distances for name, result in found.items()}
+    cost = {name: np.asarray(result.backward) for name, result in found.items()}
+    assert all(result.success.all() for result in found.values())
+    assert (ratios["early"] > 1.02).all()
+    assert (ratios["polished"] < 1.006).all()
+    assert (ratios["patient"] < 1.001).all()
+    assert (cost["polished"] < cost["patient"] / 3).all()
 
 
 def test_successes_last_for_the_problem():
