@@ -5,7 +5,8 @@ author of a network. `canonical` rewrites the traced function, so that any JAX m
 
 * Speed. Inside scan, while and cond a convolution takes the fast path only in the exact layout NHWC,HWIO->NHWC
   (jax-ml/jax#12868). The gradient with respect to the input, and every network in NCHW, comes in another one and
-  runs many times slower. Explicit transposes around the convolution restore the fast path.
+  runs many times slower. Explicit transposes around the convolution restore the fast path. And a convolution with few
+  channels would keep to a single thread: where that matters, examples lie side by side, as one wide image.
 * Reproducibility. A product or a sum with few rows is computed in another order than one with many, so an example's
   result would depend on the size of the batch it came in. Rows and columns of matrix products are padded to multiples
   of 64; convolutions that have few output pixels get more examples, those with few output channels more channels,
@@ -43,6 +44,7 @@ _SIDE = 64
 _ROWS, _TILES, _TILE = 48, 12, 6
 _IMAGE = 4  # output channels that an image has at most
 _FEWEST = 16  # columns of a matrix product, from which on it is so from twelve tiles of rows
+_WORTH_THREADS = 1 << 26  # operations of a convolution that are worth more than one thread
 _COLUMNS = 32  # output channels of a convolution, from which on incomplete tiles of rows follow the same order
 
 
@@ -471,10 +473,80 @@ def _enough(eqn, lhs, rhs, p, shape):
         lhs = _pad(lhs, 0, max(batch, -(-_ROWS // rows), -(-_TILES // tiles)))
     if p["feature_group_count"] == 1:
         rhs = _pad(rhs, rhs.ndim - 1, max(shape[-1], _COLUMNS))
+    if _is_narrow(lhs, rhs, p, shape):
+        return lax.slice(_side_by_side(eqn, lhs, rhs, p), [0] * len(shape), shape)
     if lhs.ndim == 4 and lhs.shape[1] > shape[1] and all(pads == (0, 0) for pads in p["padding"]):
         # Without padding YNNPACK takes up to five times as long: one more row, for an output that is cut off again.
         p["padding"] = ((0, 1), (0, 0))
     return lax.slice(eqn.primitive.bind(lhs, rhs, **p), [0] * len(shape), shape)
+
+
+def _is_narrow(lhs, rhs, p, shape):
+    """Whether a convolution is worth more threads than it gets with its examples one after the other."""
+    if lhs.ndim != 4 or lhs.dtype != jnp.float32 or len(lhs) == 1 or 0 in shape:
+        return False
+    if any(size != 1 for size in (p["feature_group_count"], *p["lhs_dilation"])):
+        return False
+    stride, (low, high), terms = p["window_strides"][1], p["padding"][1], math.prod(rhs.shape[:-1])
+    if min(low, high, _reach(rhs, p) - stride - low) < 0:
+        return False
+    # The order of sums is the same only with enough tiles of rows, and another one where a row is a single position.
+    tiles = shape[1] * -(-len(lhs) * _between(lhs, p) // stride // _TILE)
+    if shape[2] == 1 or tiles < _TILES:
+        return False
+    operations = 2 * len(lhs) * math.prod(shape[1:-1]) * terms * rhs.shape[-1]
+    return operations >= _WORTH_THREADS and _parts(shape[2], rhs.shape[-1], terms) < _threads()
+
+
+def _side_by_side(eqn, lhs, rhs, p):
+    """The examples of a convolution beside each other, as one wide image with zeros between them.
+
+    YNNPACK divides the positions in a row and the output channels among its threads, but neither the rows nor the
+    examples, so that convolutions with few channels would have one thread only. The order of sums stays as it is.
+    """
+    batch, height, width, channels = lhs.shape
+    stride, low, between = p["window_strides"][1], p["padding"][1][0], _between(lhs, p)
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), ((0, 0, 0), (0, 0, 0), (0, between - width, 0), (0, 0, 0)))
+    wide = lax.reshape(lax.transpose(lhs, (1, 0, 2, 3)), (1, height, batch * between, channels))
+    p = {**p, "padding": (p["padding"][0], (low, _reach(rhs, p) - stride - low))}
+    out = eqn.primitive.bind(wide, rhs, **p)
+    return lax.transpose(lax.reshape(out, (out.shape[1], batch, between // stride, out.shape[3])), (1, 0, 2, 3))
+
+
+def _between(lhs, p):
+    """Columns from one example to the next."""
+    stride = p["window_strides"][1]
+    return -(-(lhs.shape[2] + max(p["padding"][1])) // stride) * stride
+
+
+def _reach(rhs, p):
+    """How many neighbouring columns a convolution looks at."""
+    return (rhs.shape[1] - 1) * p["rhs_dilation"][1] + 1
+
+
+def _parts(rows, columns, terms):
+    """Into how many parts YNNPACK divides a matrix product of so many rows and columns, sums of so many terms."""
+    terms, fewest = min(terms, 1024), min(rows, 64) * min(columns, 64)
+    some_rows, some_columns = min(rows, 16), min(columns, 64)
+    while True:
+        area, cost = some_rows * some_columns, (some_rows + some_columns) * terms
+        if area >= fewest and (cost >= 1 << 16 or area >= 1 << 16):
+            break
+        if (4 * some_columns <= some_rows or some_rows >= rows) and some_columns < columns:
+            some_columns *= 2
+        elif some_rows <= 4 * some_columns and some_rows < rows:
+            some_rows *= 2
+        else:
+            break
+    return -(-rows // some_rows) * -(-columns // some_columns)
+
+
+@functools.cache
+def _threads():
+    """Of YNNPACK; one where somebody gives the convolutions to other libraries, which do as they please."""
+    if any(name in os.environ.get("XLA_FLAGS", "") for name in _OPTIONS):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_accepted(lhs, rhs, p, shape):

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxinterp import canonical as rewriting
 from jaxinterp.canonical import canonical, jitted
 from jaxinterp.canonical import rounded as kept
+
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 
@@ -542,6 +545,80 @@ def test_convolutions_do_not_depend_on_the_batch_with_many_threads(sides, channe
     for examples in (1, 2, 3):
         np.testing.assert_array_equal(forward(x[-examples:]), out[-examples:], err_msg=f"{examples} examples")
         np.testing.assert_array_equal(gradient(out[:examples]), back[:examples], err_msg=f"{examples} examples")
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Puts the examples of every convolution side by side for which that is possible."""
+    monkeypatch.setattr(rewriting, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(rewriting, "_threads", lambda: 1 << 20)
+
+
+def batches(function, *args):
+    """The examples in each of the convolutions of a function, in its canonical form."""
+    jaxpr = jax.make_jaxpr(canonical(function))(*args)
+    return [eqn.invars[0].aval.shape[0] for eqn in jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
+
+
+@pytest.mark.parametrize(
+    ("sides", "channels", "filters", "kernel", "stride", "dilation", "padding"),
+    [
+        ((10, 10), 24, 32, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))),
+        ((12, 12), 32, 40, (3, 3), (1, 1), (1, 1), ((0, 0), (0, 0))),
+        ((13, 14), 20, 64, (3, 3), (2, 2), (1, 1), ((0, 1), (0, 1))),
+        ((23, 24), 3, 64, (7, 7), (2, 2), (1, 1), ((3, 3), (3, 3))),
+        ((9, 11), 16, 32, (3, 3), (1, 1), (2, 2), ((2, 2), (2, 2))),
+        ((1, 17), 32, 48, (1, 5), (1, 3), (1, 1), ((0, 0), (2, 2))),
+        ((8, 7), 16, 32, (2, 4), (1, 1), (1, 1), ((1, 0), (3, 0))),
+        ((40, 2), 64, 32, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))),
+        ((16, 12), 16, 32, (4, 4), (4, 4), (1, 1), ((0, 0), (0, 0))),
+    ],
+)
+def test_convolutions_with_examples_side_by_side_have_the_same_bits(
+    request, sides, channels, filters, kernel, stride, dilation, padding
+):
+    k, x = normal(0, *kernel, channels, filters), normal(1, 6, *sides, channels)
+
+    def convolution(x):
+        return lax.conv_general_dilated(x, k, stride, padding, rhs_dilation=dilation, dimension_numbers=NHWC)
+
+    apart = np.asarray(jax.jit(canonical(convolution))(x))
+    assert 1 not in batches(convolution, x)
+    request.getfixturevalue("wide")
+    beside = jax.jit(canonical(lambda x: convolution(x)))
+    assert batches(convolution, x) == [1]
+    np.testing.assert_array_equal(beside(x), apart)
+    for examples in (1, 2, 5):
+        np.testing.assert_array_equal(beside(x[-examples:]), apart[-examples:], err_msg=f"{examples} examples")
+    # What is in one image stays there.
+    for bad in (np.nan, np.inf):
+        found = np.asarray(beside(x.at[2].set(bad)))
+        np.testing.assert_array_equal(np.delete(found, 2, axis=0), np.delete(apart, 2, axis=0))
+        assert not np.isfinite(found[2]).any()
+
+
+def test_where_examples_lie_side_by_side(monkeypatch):
+    """For convolutions that are large enough and would not have all threads otherwise."""
+
+    def found(batch, side, channels, filters, threads):
+        monkeypatch.setattr(rewriting, "_threads", lambda: threads)
+        x, k = jnp.zeros((batch, side, side, channels)), jnp.zeros((3, 3, channels, filters))
+        return batches(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=NHWC), x, k)
+
+    assert found(16, 32, 64, 64, threads=2) == [1]
+    assert found(16, 32, 64, 64, threads=1) == [16]
+    assert found(1, 128, 64, 64, threads=2) == [1]
+    assert found(16, 6, 64, 64, threads=2) == [16], "too small"
+    assert found(16, 16, 128, 128, threads=2) == [16], "the channels are enough for two"
+    assert found(16, 16, 128, 128, threads=16) == [1]
+
+
+def test_parts_of_a_product():
+    """As measured by how many of two cores are busy (jaxlib 0.10.2)."""
+    alone = [(32, 64, 576), (16, 64, 576), (32, 128, 576), (32, 64, 1152), (26, 32, 288)]
+    assert [rewriting._parts(*sizes) for sizes in alone] == [1] * 5
+    several = [(16, 128, 1152), (32, 256, 576), (512, 64, 576), (128, 64, 576)]
+    assert all(rewriting._parts(*sizes) > 1 for sizes in several)
 
 
 def column_vectors(x):
