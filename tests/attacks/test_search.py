@@ -102,7 +102,7 @@ def linear_problem():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(6 * 5 * 3, 2)).astype(np.float32)
     images = rng.uniform(0.35, 0.65, size=(6, 6, 5, 3)).astype(np.float32)
-    bias = (-images.reshape(6, -1).mean(0) @ w).astype(np.float32) + np.float32([8, 0])
+    bias = (-images.reshape(6, -1).mean(0) @ w).astype(np.float32) + np.array([8, 0], np.float32)
     logits = images.reshape(6, -1) @ w + bias
     distances = np.abs(logits[:, 0] - logits[:, 1]) / np.linalg.norm(w[:, 0] - w[:, 1])
     return Partial(affine, (jnp.asarray(w), jnp.asarray(bias))), jnp.asarray(images), logits.argmax(1), distances
