@@ -203,7 +203,7 @@ def overhead(networks: tuple[str, ...] = tuple(BATCHES), rounds: int = 7, out: P
                     programs[f"foolbox, {kind}"] = peers.foolbox("LinfPGD", EPS, rel_stepsize=1 / 4, **size)
         for run in programs.values():
             run()
-        times = interleaved(programs, rounds)
+        times = interleaved(programs, rounds, least=0.5)
         bare = min(("gradients", "gradients, rewritten"), key=lambda which: statistics.median(times[which]))
         whole = [a + b for a, b in zip(times[bare], times["forward"], strict=True)]
         found = {

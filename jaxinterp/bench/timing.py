@@ -16,18 +16,28 @@ from typing import Any
 import jax
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, *, least: float = 0.0
+) -> dict[str, list[float]]:
     """Seconds of every function in every round; each round runs all of them, each one first in its turn.
 
     What a function returns is waited for: JAX hands arrays out before they are computed.
+
+    Args:
+        functions: what is timed.
+        rounds: how often.
+        least: seconds for which a function is repeated in a round, whose mean is taken. What ran before leaves threads
+            that are still waiting for work, of which a short function would have its share.
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            times[name].append(time.perf_counter() - start)
+            start, runs, spent = time.perf_counter(), 0, 0.0
+            while not runs or spent < least:
+                jax.block_until_ready(functions[name]())
+                runs, spent = runs + 1, time.perf_counter() - start
+            times[name].append(spent / runs)
     return times
 
 

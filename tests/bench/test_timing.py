@@ -27,6 +27,16 @@ def test_results_are_waited_for():
     assert len(waited) == 3
 
 
+def test_short_functions_are_repeated_and_their_mean_is_taken(monkeypatch):
+    clock = iter(np.cumsum([0.0, 2.0, 3.0, 1.0, 0.0, 10.0]).tolist())
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls = []
+    functions = {"short": lambda: calls.append("s"), "long": lambda: calls.append("l")}
+    # 2 + 3 + 1 seconds in three runs; 10 seconds in one.
+    assert timing.interleaved(functions, 1, least=6.0) == {"short": [2.0], "long": [10.0]}
+    assert "".join(calls) == "sssl"
+
+
 def test_medians_and_ratios():
     assert timing.middle([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
     assert timing.middle([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
