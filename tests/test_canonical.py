@@ -597,6 +597,32 @@ def test_convolutions_with_examples_side_by_side_have_the_same_bits(
         assert not np.isfinite(found[2]).any()
 
 
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    ("sides", "channels", "filters", "kernel", "stride", "dilation", "padding"),
+    [
+        ((2, 1), 48, 8, (2, 2), (2, 1), (1, 2), ((1, 0), (2, 0))),
+        ((5, 1), 64, 8, (2, 3), (1, 1), (1, 1), ((1, 0), (2, 0))),
+        ((2, 6), 3, 16, (2, 3), (2, 3), (1, 1), ((1, 1), (0, 0))),
+        ((3, 6), 128, 5, (3, 2), (1, 2), (1, 2), ((1, 0), (1, 2))),
+    ],
+)
+def test_examples_lie_side_by_side_only_where_that_changes_no_bit(
+    sides, channels, filters, kernel, stride, dilation, padding
+):
+    """Single positions and few rows, which YNNPACK sums in another order."""
+    k, x = normal(0, *kernel, channels, filters), normal(1, 3, *sides, channels)
+
+    def convolution(x):
+        return lax.conv_general_dilated(x, k, stride, padding, rhs_dilation=dilation, dimension_numbers=NHWC)
+
+    assert 1 not in batches(convolution, x)
+    found = jax.jit(canonical(convolution))(x)
+    assert_close(found, convolution(x), 1e-5)
+    for examples in (1, 2):
+        np.testing.assert_array_equal(jax.jit(canonical(convolution))(x[:examples]), found[:examples])
+
+
 def test_where_examples_lie_side_by_side(monkeypatch):
     """For convolutions that are large enough and would not have all threads otherwise."""
 

@@ -118,7 +118,7 @@ def linear_problem():
 def test_the_last_search_step_begins_at_the_best_success_with_the_smallest_constant_that_succeeded(attack):
     model, images, labels, _ = linear_problem()
     kappa = jnp.array([0, 0, 0, 1e3, 1e3, 0.5], jnp.float32)  # two that nothing reaches
-    attack, seen = dataclasses.replace(attack, kappa=kappa), np.zeros(6, bool)
+    attack, seen, begun_at = dataclasses.replace(attack, kappa=kappa), np.zeros(6, bool), np.zeros(6, int)
     state = start(attack, model, images, labels, key=jax.random.key(0))
     while not np.asarray(state.done).all():
         before, state = state, advance(attack, model, state, 1, compact=False)
@@ -131,8 +131,12 @@ def test_the_last_search_step_begins_at_the_best_success_with_the_smallest_const
             where = images if hopeless else state.record.best
             np.testing.assert_allclose(begun[i], where[i], atol=1e-6)
             assert hopeless or np.abs(begun[i] - images[i]).max() > 1e-3
+        begun_at = np.where(begins & ~seen, state.progress.count, begun_at)
         seen |= begins
     assert seen.all()
+    iterations = np.asarray(state.progress.count) - begun_at
+    assert (iterations[kappa < 1] % 10 == 0).all(), "checked after twice the window"
+    assert (iterations[kappa < 1] >= 20).all()
 
 
 def test_a_polish_makes_good_what_ended_too_early():
