@@ -490,9 +490,9 @@ def _is_narrow(lhs, rhs, p, shape):
     stride, (low, high), terms = p["window_strides"][1], p["padding"][1], math.prod(rhs.shape[:-1])
     if min(low, high, _reach(rhs, p) - stride - low) < 0:
         return False
-    # The order of sums is the same only with enough tiles of rows, and another one where a row is a single position.
+    # Only with enough tiles of rows is the order of sums the same.
     tiles = shape[1] * -(-len(lhs) * _between(lhs, p) // stride // _TILE)
-    if shape[2] == 1 or tiles < _TILES:
+    if tiles < _TILES:
         return False
     operations = 2 * len(lhs) * math.prod(shape[1:-1]) * terms * rhs.shape[-1]
     return operations >= _WORTH_THREADS and _parts(shape[2], rhs.shape[-1], terms) < _threads()

@@ -610,7 +610,7 @@ def test_convolutions_with_examples_side_by_side_have_the_same_bits(
 def test_examples_lie_side_by_side_only_where_that_changes_no_bit(
     sides, channels, filters, kernel, stride, dilation, padding
 ):
-    """Single positions and few rows, which YNNPACK sums in another order."""
+    """Few rows are summed in another order."""
     k, x = normal(0, *kernel, channels, filters), normal(1, 3, *sides, channels)
 
     def convolution(x):
