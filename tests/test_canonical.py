@@ -547,6 +547,10 @@ def test_convolutions_do_not_depend_on_the_batch_with_many_threads(sides, channe
         np.testing.assert_array_equal(gradient(out[:examples]), back[:examples], err_msg=f"{examples} examples")
 
 
+def convolved(x, k, stride, dilation, padding):
+    return lax.conv_general_dilated(x, k, stride, padding, rhs_dilation=dilation, dimension_numbers=NHWC)
+
+
 @pytest.fixture
 def wide(monkeypatch):
     """Puts the examples of every convolution side by side for which that is possible."""
@@ -579,8 +583,7 @@ def test_convolutions_with_examples_side_by_side_have_the_same_bits(
 ):
     k, x = normal(0, *kernel, channels, filters), normal(1, 6, *sides, channels)
 
-    def convolution(x):
-        return lax.conv_general_dilated(x, k, stride, padding, rhs_dilation=dilation, dimension_numbers=NHWC)
+    convolution = functools.partial(convolved, k=k, stride=stride, dilation=dilation, padding=padding)
 
     apart = np.asarray(jax.jit(canonical(convolution))(x))
     assert 1 not in batches(convolution, x)
@@ -613,8 +616,7 @@ def test_examples_lie_side_by_side_only_where_that_changes_no_bit(
     """Few rows are summed in another order."""
     k, x = normal(0, *kernel, channels, filters), normal(1, 3, *sides, channels)
 
-    def convolution(x):
-        return lax.conv_general_dilated(x, k, stride, padding, rhs_dilation=dilation, dimension_numbers=NHWC)
+    convolution = functools.partial(convolved, k=k, stride=stride, dilation=dilation, padding=padding)
 
     assert 1 not in batches(convolution, x)
     found = jax.jit(canonical(convolution))(x)
