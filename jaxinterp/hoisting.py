@@ -52,22 +52,21 @@ def ahead(function: Callable[[Any, X], X], weights: Any, x: X) -> Callable[[X], 
 def _lifted(closed: jex.ClosedJaxpr, fixed: Sequence[int]) -> jex.ClosedJaxpr:
     """The same function, with the arguments at `fixed` turned before the branches and loops that turn them."""
     jaxpr = closed.jaxpr
-    if not any(eqn.primitive.name in _INSIDE for eqn in jaxpr.eqns):
-        return closed
     arranged = {jaxpr.invars[i] for i in fixed}
     for eqn in jaxpr.eqns:
         if _only_arranges(eqn, arranged):
             arranged.update(eqn.outvars)
+    # Most branches of an attack never see the weights: they are not traced again.
+    places = {i: _places(eqn, arranged) for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name in _INSIDE}
+    if not any(places.values()):
+        return closed
 
     def function(*args):
         values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
-        for eqn in jaxpr.eqns:
+        for i, eqn in enumerate(jaxpr.eqns):
             inputs = [_read(atom, values) for atom in eqn.invars]
-            inside = _INSIDE.get(eqn.primitive.name)
-            if inside is None:
-                outputs = _bound(eqn, inputs)
-            else:
-                outputs = inside(eqn, inputs, [i for i, atom in enumerate(eqn.invars) if _is_in(atom, arranged)])
+            inside = places.get(i)
+            outputs = _INSIDE[eqn.primitive.name](eqn, inputs, inside) if inside else _bound(eqn, inputs)
             values.update(zip(eqn.outvars, outputs, strict=True))
         return [_read(atom, values) for atom in jaxpr.outvars]
 
@@ -170,8 +169,9 @@ def _read(atom: Any, values: Mapping[Any, Any]) -> Any:
     return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
 
-def _is_in(atom: Any, variables: set[Any]) -> bool:
-    return isinstance(atom, jex.Var) and atom in variables
+def _places(eqn: Any, variables: set[Any]) -> list[int]:
+    """Where among its inputs those variables are."""
+    return [i for i, atom in enumerate(eqn.invars) if isinstance(atom, jex.Var) and atom in variables]
 
 
 def _specs(avals: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
