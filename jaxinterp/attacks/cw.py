@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, select
 from jaxinterp.attacks.boxed import Boxed
-from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem
+from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem, patience
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
 
@@ -49,8 +49,9 @@ class CW:
             search step must stand still then, too, since at the boundary the loss goes up and down.
         tolerance: see `abort_early`.
         polish: begin the last search step at the nearest success so far, with the smallest constant that has succeeded,
-            and give it twice the window and a tenth of the tolerance. Search steps that end early then cost little
-            distance: they only have to find the constant.
+            and give it twice the window, a tenth of the tolerance and a falling learning rate, lr / (1 + k / window)
+            after k iterations. Search steps that end early then cost little distance: they only have to find the
+            constant.
         loss: "margin", or "ce" for cross-entropy: of the target, or untargeted of any other class than the label.
     """
 
@@ -102,6 +103,7 @@ class CW:
         if examples.support is not None:
             x = jnp.where(examples.support, x, examples.images)
         delta = x - examples.images
+        polishing = state.polishing(self.search_steps) if self.polish else None
         judged, gradient, ended = evaluate(
             model,
             state,
@@ -110,9 +112,13 @@ class CW:
             abort_early=self.abort_early,
             window=self.window,
             loss=self.loss,
-            polishing=state.polishing(self.search_steps) if self.polish else None,
+            polishing=polishing,
         )
-        variable = state.variable.descend(gradient + 2 * delta, state.lr, examples.support)
+        lr = state.lr
+        if polishing is not None:  # or Adam goes to and fro about the nearest point, as far off as its steps are long
+            k = state.progress.iteration.astype(jnp.float32)
+            lr = jnp.where(polishing, lr / (1 + k / patience(self.steps, self.window)), lr)
+        variable = state.variable.descend(gradient + 2 * delta, lr, examples.support)
         moved = select(active, dataclasses.replace(judged, variable=variable), state)
 
         def fresh(images):

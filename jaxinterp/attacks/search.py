@@ -110,7 +110,7 @@ class Progress:
         lowest = jnp.minimum(self.lowest, loss)
         ended = iteration >= steps
         if abort_early:
-            size: Any = jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window
+            size: Any = patience(steps, window)
             tolerance = self.tolerance
             if polishing is not None:
                 longer, finer = _PATIENCE
@@ -145,6 +145,11 @@ class Progress:
             lowest=jnp.full_like(self.lowest, jnp.inf),
             checked_lowest=jnp.full_like(self.checked_lowest, jnp.inf),
         )
+
+
+def patience(steps: int | Int[Array, " b"], window: int | None) -> int | Int[Array, ""] | Int[Array, " b"]:
+    """Iterations between two checks of progress: `window`, or a tenth of `steps`, at least 10."""
+    return jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window
 
 
 def judge_original(model: Model, examples: Examples, kappa: Float[Array, " b"]) -> Record:
