@@ -26,6 +26,9 @@ _PAGE = "docs/diagnostics.md"
 _ZERO = 0.1  # share of inputs without a gradient that is "many"
 _CLEARLY = 2.0  # factor between distances that the search of a nearest point does not explain, see CW, DDN and EAD
 _RADIUS = 1e-3  # part of a radius that rounding may add
+_NOISE = 1e-3  # smallest part of an image's range of logits that is noise
+_ROUNDING = 1e-4  # part of the size of an image's logits that float32 does not explain
+_DECIDING = 100  # margins behind an image's first class, beyond which a class is masked or without a chance
 # Of attacks that have no field for it, see `norm_of`.
 _NORMS: dict[str, str | None] = {
     **{"fgsm": "linf", "ifgsm": "linf", "mifgsm": "linf", "strattack": "linf", "spsa": "linf"},
@@ -52,11 +55,29 @@ class Finding:
         return f"{self.message}; see {self.section}"
 
 
-def _largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+def _differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Of finite values; infinite where one of two is not finite and the other not the same."""
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     apart = np.abs(np.subtract(one, other, where=~same, out=np.zeros_like(one)))
-    return float(np.where(np.isnan(apart), np.inf, apart).max())
+    return np.where(np.isnan(apart), np.inf, apart)
+
+
+def _tolerance(logits: np.ndarray, precision: float) -> np.ndarray:
+    """[B,K] the largest differences between two evaluations that rounding may explain.
+
+    Each image is judged by its own logits, of the classes that may decide: one masked by a large finite number says
+    nothing of the noise in others. What is usual in the batch counts only where an image has a tie, or logits near 0.
+    """
+    finite = np.isfinite(logits)
+    first = np.max(logits, axis=1, keepdims=True, where=finite, initial=np.finfo(logits.dtype).min)
+    behind = np.where(finite, first - logits, np.inf)
+    margin = np.nan_to_num(np.sort(behind, axis=1)[:, 1:2], posinf=0)  # infinite where a single class is finite
+    deciding = behind <= _DECIDING * np.maximum(margin, np.median(margin))
+    spread = np.max(behind, axis=1, keepdims=True, where=deciding, initial=0)
+    sizes = np.where(finite, np.abs(logits), 0)
+    size = np.max(sizes, axis=1, keepdims=True, where=deciding, initial=0)
+    size = np.maximum(np.maximum(size, 0.01 * np.median(size)), sizes)
+    return np.maximum(_NOISE * spread, max(_ROUNDING, 2 * precision) * size)
 
 
 def _finding(name: str, message: str) -> Finding:
@@ -92,18 +113,20 @@ def diagnose(model: Model, images: Any, labels: Any, *, key: jax.Array) -> list[
     precision = float(jnp.finfo(first.dtype).eps) if jnp.issubdtype(first.dtype, jnp.floating) else 0.0
     first, second = (on_host(logits).astype(np.float64) for logits in (first, second))
     again = on_host(jax.jit(lambda m, x: m(x))(model, images)).astype(np.float64)
-    spread = np.ptp(np.where(np.isfinite(first), first, 0), axis=1).max() or 1.0
-    difference = max(_largest_difference(first, other) for other in (second, again)) / spread
-    if difference > 1e-3:
+    tolerance = _tolerance(first, precision)
+    changed = np.any([_differences(first, other) > tolerance for other in (second, again)], axis=(0, 2))
+    if changed.any():
+        decisions = [logits.argmax(axis=1) for logits in (first, second, again)]
+        others = changed & (np.ptp(decisions, axis=0) > 0)
         found.append(
             _finding(
                 "random",
-                f"the model gives different logits for the same images (by {difference:.0%} of their range): attacks "
-                "on it need averages over its randomness",
+                f"the model gives different logits for the same images ({changed.sum()} of {len(changed)}, and "
+                f"different classes for {others.sum()}): attacks on it need averages over its randomness",
             )
         )
-    sums = first.sum(axis=1)
-    if first.min() >= 0 and np.allclose(sums, 1, atol=max(1e-3, 4 * precision)):
+    rows = first[np.isfinite(first).all(axis=1)]
+    if rows.size and rows.min() >= 0 and np.allclose(rows.sum(axis=1), 1, atol=max(1e-3, 4 * precision)):
         found.append(
             _finding(
                 "probabilities",
@@ -148,7 +171,7 @@ def compare_access(rows: Mapping[str, Sequence[Mapping[str, Any]]], attacks: Map
     for name, mine in blind.items():
         able = {other: norm for other in seeing if (norm := _comparable(attacks[other], attacks[name]))}
         missed = [row for row in mine if row["success"] and _missed(row, able, seeing, attacks)]
-        if len(missed) > max(1, 0.05 * len(mine)):
+        if _more_than_chance(len(missed), len(mine)):
             found.append(
                 _finding(
                     "transfer",
@@ -157,6 +180,10 @@ def compare_access(rows: Mapping[str, Sequence[Mapping[str, Any]]], attacks: Map
                 )
             )
     return found
+
+
+def _more_than_chance(missed: int, images: int) -> bool:
+    return missed > max(1, 0.05 * images)
 
 
 def _comparable(seeing: Attack, blind: Attack) -> str | None:
@@ -191,7 +218,10 @@ def _missed(row, able, seeing, attacks) -> bool:
 
 @with_automatic_axes
 def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any, *, kappa: Real = 0.0) -> list[Finding]:
-    """Whether images made on another model break more of this one's decisions than an attack on itself.
+    """Whether images made on another model break decisions of this one that an attack on itself did not.
+
+    Images are compared one by one: others that only the attack itself broke do not make up for them. A single image,
+    or 5 %, may be chance.
 
     Args:
         model: images -> logits.
@@ -199,6 +229,9 @@ def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any, *,
         white: the `AttackResult` of an untargeted attack on this model.
         transferred: [B,H,W,C] adversarial images made on another model, within the same budget.
         kappa: the confidence that was asked of `white`, one number or [B]; the other images must reach it too.
+
+    Returns:
+        One finding; empty where there are no such images but by chance.
 
     Raises:
         ValueError, TypeError: as `jaxinterp.attacks.run`.
@@ -208,13 +241,14 @@ def compare_transfer(model: Model, labels: Any, white: Any, transferred: Any, *,
     asked = np.broadcast_to(on_host(kappa).astype(np.float32), labels.shape)
     broken = on_host(_breaks(model, transferred, labels, asked))
     own = on_host(white.success)
-    if broken.sum() <= own.sum():
+    missed = int((broken & ~own).sum())
+    if not _more_than_chance(missed, len(own)):
         return []
     return [
         _finding(
             "transfer",
-            f"images made on another model break {int(broken.sum())} of {len(own)}, an attack on the model itself "
-            f"only {int(own.sum())}",
+            f"images made on another model break {missed} of {len(own)} decisions that an attack on the model itself "
+            f"did not (they break {int(broken.sum())} in all, the attack {int(own.sum())})",
         )
     ]
 

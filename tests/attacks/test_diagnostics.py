@@ -1,5 +1,6 @@
 """Each warning on a model that deserves it, and none on one that does not."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -65,6 +66,103 @@ def test_findings(name):
     model, expected = MODELS[name]
     found = diagnose(model, IMAGES, LABELS, key=jax.random.key(0))
     assert {finding.name for finding in found} == expected
+
+
+FIRST = np.arange(len(IMAGES))[:, None] == 0
+
+
+def names(model, images=IMAGES):
+    labels = np.argmax(linear(images)[:, 1:], axis=1) + 1  # class 0 may be masked
+    return {finding.name for finding in diagnose(model, images, labels, key=jax.random.key(0))}
+
+
+def disturbed(model, by):
+    """The logits of a model, changed by `by(logits)` times other normal numbers in every call."""
+
+    def noise(logits):
+        return (by(logits) * RNG.normal(size=logits.shape)).astype(np.float32)
+
+    def call(x):
+        logits = model(x)
+        added = jax.pure_callback(noise, jax.ShapeDtypeStruct(logits.shape, np.float32), jax.lax.stop_gradient(logits))
+        return logits + jax.lax.stop_gradient(added)
+
+    return call
+
+
+@pytest.mark.parametrize("images", [IMAGES, IMAGES[:1]], ids=["batch", "one image"])
+@pytest.mark.parametrize("masked", [[0], [0, 2, 4]], ids=str)
+@pytest.mark.parametrize("mask", [-1e3, -1e4, -1e9, -3e38])
+def test_a_masked_class_does_not_hide_noise(mask, masked, images):
+    noisy = disturbed(linear, lambda logits: 1.0)
+    remaining = np.setdiff1d(np.arange(5), masked)
+    labels = remaining[np.argmax(linear(images)[:, remaining], axis=1)]
+    for model, expected in ((noisy, {"random"}), (linear, set())):
+        found = diagnose(lambda x: model(x).at[:, masked].set(mask), images, labels, key=jax.random.key(0))  # noqa: B023
+        assert {finding.name for finding in found} == expected
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-2, 1e2, 1e4])
+@pytest.mark.parametrize("which", [FIRST, ~FIRST], ids=["one image", "all but one"])
+def test_images_with_larger_logits_do_not_hide_noise_in_others(which, factor):
+    scaled = lambda x: linear(x) * jnp.where(which, factor, 1.0)  # noqa: E731
+    small = np.array(which if factor < 1 else ~which)
+    noisy = disturbed(scaled, lambda logits: np.where(small, 0.1 * np.abs(logits), 0.0))
+    assert "random" in names(noisy)
+    assert "random" not in names(scaled)
+
+
+DETERMINISTIC = {
+    "logits": linear,
+    "one image of larger logits": lambda x: linear(x) * jnp.where(FIRST[: len(x)], 1e4, 1.0),
+    "large logits of small differences": lambda x: 1e4 + linear(x),
+    "classes that tie": lambda x: linear(x)[:, jnp.array([0, 1, 1, 2, 2])],
+    "two first classes near 0 in one image": lambda x: jnp.where(
+        FIRST[: len(x)], jnp.array([0.0, -1e-5, -3.0, -8.0, -9.0]), linear(x)
+    ),
+    "constant": lambda x: 0 * linear(x) + jnp.arange(5.0),
+    "the same in all classes": lambda x: 0 * linear(x) + 3.0,
+    "zero": lambda x: 0 * linear(x),
+    "log-softmax": lambda x: jax.nn.log_softmax(linear(x)),
+    "softmax": lambda x: jax.nn.softmax(linear(x)),
+    "a class masked by addition": lambda x: linear(x) + jnp.array([-1e9, 0.0, 0.0, 0.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_rounding_is_not_randomness(name):
+    def rounding(logits):
+        sizes = np.abs(logits)
+        return 1e-5 * np.maximum(sizes, np.max(sizes, axis=1, keepdims=True, where=sizes < 1e8, initial=0))
+
+    assert "random" not in names(disturbed(DETERMINISTIC[name], rounding))
+
+
+def test_rounding_where_logits_cancel_is_not_randomness():
+    cancelling = lambda x: jnp.where(FIRST, 0.0, linear(x))  # noqa: E731
+    assert "random" not in names(disturbed(cancelling, lambda logits: 1e-7))
+
+
+def test_randomness_tells_how_many_decisions_change():
+    fixed = disturbed(linear, lambda logits: np.where(FIRST, 0.1, 0.0) * np.ones(5))
+    wide = lambda x: fixed(x).at[:, 1].add(30.0)  # noqa: E731
+    [finding] = diagnose(wide, IMAGES, np.ones(8, int), key=jax.random.key(0))
+    assert "1 of 8, and different classes for 0" in finding.message
+    calls = iter(range(9))
+    moving = lambda x: linear(x) + 100 * jax.nn.one_hot(next(calls) % 5, 5)  # noqa: E731
+    [finding] = diagnose(moving, IMAGES, LABELS, key=jax.random.key(0))
+    assert "8 of 8, and different classes for 8" in finding.message
+
+
+def test_probabilities_are_seen_in_the_rows_that_are_finite():
+    def naive(x):
+        z = jnp.exp(jnp.where(FIRST, 100.0, 0.1) * jnp.abs(linear(x)))
+        return z / z.sum(axis=1, keepdims=True)
+
+    assert np.isnan(naive(IMAGES)).any(axis=1).tolist() == [True] + [False] * 7
+    assert "probabilities" in names(naive)
+    assert "probabilities" not in names(lambda x: jnp.where(FIRST, jnp.nan, linear(x)))
+    assert "probabilities" not in names(lambda x: linear(x) + jnp.nan)
 
 
 def test_every_finding_has_its_section_in_the_documentation():
@@ -141,6 +239,35 @@ def test_images_of_another_model_that_do_better_are_reported():
     [finding] = compare_transfer(flat, labels, weak, result.images)
     assert finding.name == "transfer"
     assert not compare_transfer(linear, LABELS, result, result.images)
+
+
+@pytest.mark.parametrize(
+    ("white", "transferred", "missed"),
+    [
+        ([0, 1, 2, 3], [4, 5, 6, 7], 4),
+        ([0, 1, 2, 3, 4], [5, 6], 2),  # although the attack on the model breaks more
+        ([0, 1, 2, 3], [0, 1, 2, 3], 0),
+        ([0, 1, 2, 3], [0, 1, 2, 3, 4], 0),  # a single one
+        ([], [4, 5], 2),
+    ],
+)
+def test_images_of_another_model_are_compared_one_by_one(white, transferred, missed):
+    result = run(IFGSM(eps=0.5, steps=5), linear, IMAGES, LABELS, key=jax.random.key(0))
+    images = np.where(np.isin(np.arange(8), transferred)[:, None, None, None], result.images, IMAGES)
+    result = dataclasses.replace(result, success=jnp.isin(jnp.arange(8), jnp.array(white, int)))
+    found = compare_transfer(linear, LABELS, result, images)
+    assert len(found) == (missed > 0)
+    for finding in found:
+        assert finding.name == "transfer"
+        assert f"{missed} of 8" in finding.message
+
+
+def test_chance_may_break_one_image_of_twenty_on_another_model():
+    images, labels = np.tile(IMAGES, (5, 1, 1, 1)), np.tile(LABELS, 5)
+    result = run(IFGSM(eps=0.5, steps=5), linear, images, labels, key=jax.random.key(0))
+    for missed, reported in ((2, False), (3, True)):
+        own = dataclasses.replace(result, success=jnp.arange(40) >= missed)
+        assert bool(compare_transfer(linear, labels, own, result.images)) == reported
 
 
 def test_images_of_another_model_must_reach_the_confidence_that_was_asked_for():
