@@ -587,6 +587,7 @@ def _line(definition: Definition) -> str:
 
 
 _NORM_LABELS = {"l0": "L0: components changed", "l1": "L1", "l2": "L2", "linf": "Linf"}
+_BUDGETS = {"l0": (1.0, 1e3), "l1": (1.0, 1e3), "l2": (0.1, 10.0), "linf": (1e-3, 1.0)}  # drawn where none breaks any
 # Okabe and Ito's palette without its yellow, which is too light for a line.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#111111")
 _DASHES = ("-", "--", ":", "-.")
@@ -610,14 +611,15 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
         raise ValueError("distances is empty, expected at least one norm and one attack")
     columns = min(2, len(distances))
     rows = math.ceil(len(distances) / columns)
-    attacks = list(next(iter(distances.values())))
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.5 * rows + 0.3 + 0.22 * len(attacks)), layout="constrained")
+    names = [_wrap(name, 4.2 * columns, 10.0) for name in next(iter(distances.values()))]
+    legend = 0.22 * len(names) + 0.2 * sum(name.count("\n") for name in names)
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.5 * rows + 0.3 + legend), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes in grid[len(distances) :]:
         axes.remove()
     for axes, (norm, by_attack) in zip(grid, distances.items(), strict=False):
         values = {name: np.sort(np.asarray(given, np.float64).ravel()) for name, given in by_attack.items()}
-        low, high = _log_range(list(values.values()))
+        low, high = _log_range(list(values.values()), _BUDGETS.get(norm, (1e-3, 1.0)))
         low, high = min(low, high / 4), max(high, 4 * low)  # a tick or two at least
         for i, (name, budget) in enumerate(values.items()):
             if len(budget) > total:
@@ -642,9 +644,8 @@ def success_curves(distances: Mapping[str, Mapping[str, ArrayLike]], *, total: i
         quiet(axes)
     for axes in grid[: len(distances) : columns]:
         axes.set_ylabel(f"share of {total} pictures broken")
-    handles, labels = grid[0].get_legend_handles_labels()
-    wrapped = [_wrap(label, 4.2 * columns, 10.0) for label in labels]
-    figure.legend(handles, wrapped, loc="outside upper left", frameon=False, ncols=1)
+    handles, _ = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", frameon=False, ncols=1)
     return figure
 
 
@@ -1238,12 +1239,12 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(grid[:count])
 
 
-def _log_range(groups: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Limits of a log axis around the positive values, with room for the zeros' line below them."""
+def _log_range(groups: Sequence[np.ndarray], empty: tuple[float, float] = (1e-3, 1.0)) -> tuple[float, float]:
+    """Limits of a log axis around the positive values, with room for the zeros' line below them; else `empty`."""
     values = np.concatenate(groups)
     values = values[values > 0]
     if not values.size:
-        return 1e-3, 1.0
+        return empty
     low, high = float(values.min()), float(values.max())
     room = max((high / low) ** 0.08, 1.3)
     return low / room, high * room

@@ -501,6 +501,23 @@ def test_success_curves_rise_at_the_distances_to_the_share_broken():
         plots.success_curves(distances, total=2)
 
 
+def test_long_names_and_norms_without_a_success_leave_success_curves_their_panels():
+    """A name on two lines is as high as two; axes without data have the range of their norm."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*names):
+        distances = {norm: {name: rng.uniform(1, 2, 3) for name in names} for norm in ("l1", "l2")}
+        figure = plots.success_curves({"l0": {name: [] for name in names}, **distances}, total=4)
+        FigureCanvasAgg(figure).draw()
+        return figure, figure.axes[0].get_window_extent().height / figure.dpi
+
+    long = [f"mifgsm:eps={i}/255,decay=0.9,transforms=vmi(samples=5,beta=1.5)+ni+si+" + "x" * 40 for i in range(20)]
+    figure, height = drawn(*long)
+    assert all("\n" in text.get_text() for text in figure.legends[0].get_texts())
+    assert height == pytest.approx(drawn("pgd")[1], abs=0.2)
+    assert figure.axes[0].get_xlim() == (1, 1000)
+
+
 def estimates(*means):
     return [Estimate(mean, mean - 0.1, mean + 0.2, 9) for mean in means]
 
