@@ -45,7 +45,7 @@ from jaxinterp.explain.tables import SHARE_COLUMNS, as_json
 from jaxinterp.network import Network
 from jaxinterp.pictures import Selection, classify_resized
 from jaxinterp.robustness import evaluate
-from jaxinterp.runs import file_name
+from jaxinterp.runs import file_name, stem
 from jaxinterp.statistics import Estimate, bootstrap_mean, proportion
 from jaxinterp.study import Answer, Setting, Study, begin, verdict
 
@@ -185,7 +185,7 @@ def made(setting: Smooth, source: str, out: Path) -> tuple[Network, dict[str, di
         images[name] = {}
         for row in found.rows:
             if row["attack"] == texts[name] and row["success"]:
-                with np.load(folder / f"{file_name(row['id'])}.npz") as stored:
+                with np.load(folder / f"{stem(row['id'])}.npz") as stored:
                     images[name][row["id"]] = stored["image"]
     labels = {row["id"]: row["label"] for row in found.rows}
     return found.network, images, labels

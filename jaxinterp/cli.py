@@ -168,7 +168,7 @@ def attack(
         images=images,
         watermarks=watermarks,
     )
-    for line in tables.lines(found.summary, clean=found.clean):
+    for line in tables.lines(found.summary, clean=found.clean, predicted=int(found.pictures.unlabelled.sum())):
         print(line)
     print(f"\n{out}/images.csv: the table\n{found.curves}: success against budget")
 

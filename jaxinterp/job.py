@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from jaxinterp import attacks, parallel, processes
@@ -135,7 +136,8 @@ def begin(
         },
     )
     selected = Selection(source, tuple(range(count)))
-    say(f"{count} pictures; labels: {source.label_origin}")
+    origin = _label_origin(source, count)
+    say(f"{count} pictures; labels: {origin}")
     if marks is not None:
         say(f"{len(marks.ids)} watermarks in {len(marks.folders)} folders")
         for name, reason in marks.damaged:
@@ -161,7 +163,15 @@ def begin(
         raise ValueError("no picture could be read, so there is nothing to attack")
     if not len(seen.correct):
         raise ValueError("no picture is classified correctly, so there is nothing to attack")
-    return Job(run, network, params, equipped, selected, seen, source.label_origin)
+    return Job(run, network, params, equipped, selected, seen, origin)
+
+
+def _label_origin(source: AnySource, count: int) -> str:
+    """Where the labels of the first `count` pictures come from; of a data set, all or none have one."""
+    if isinstance(source, Tfds) or np.all(source.labels < 0) or np.all(source.labels[:count] >= 0):
+        return source.label_origin
+    missing = np.sum(source.labels[:count] < 0)
+    return f"{source.label_origin}; for {missing} of {count} pictures, the network's own prediction"
 
 
 def _check_starts(chosen: Iterable[Attack], network: Network, params: Params) -> None:

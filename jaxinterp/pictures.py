@@ -60,11 +60,15 @@ class Numbered:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The clean pictures as the network sees them: one entry for every readable picture, in order."""
+    """The clean pictures as the network sees them: one entry for every readable picture, in order.
+
+    Where `unlabelled` is true, the label is the network's own prediction.
+    """
 
     indices: np.ndarray
     ids: tuple[str, ...]
     labels: np.ndarray
+    unlabelled: np.ndarray
     predicted: np.ndarray
     targets: np.ndarray
     damaged: tuple[tuple[str, str], ...]
@@ -89,7 +93,7 @@ def survey(
     group = processes.current()
     size = max(1, min(batch_size, len(source)))
     starts = range(0, len(source), _SURVEYED * size)
-    if group.told(run.read_part("pictures") is None):
+    if group.told("unlabelled" not in (run.read_part("pictures") or {})):  # which older versions did not store
         for start in group.share(_missing(run, starts)):
             block = range(start, min(start + _SURVEYED * size, len(source)))
             run.write_part(_survey_part(start), _look(network, params, source, block, size, progress))
@@ -107,6 +111,7 @@ def survey(
         indices=stored["indices"],
         ids=ids,
         labels=stored["labels"],
+        unlabelled=stored["unlabelled"],
         predicted=stored["predicted"],
         targets=random_targets(ids, stored["labels"], network.num_classes, seed),
         damaged=tuple((str(name), str(reason)) for name, reason in stored["damaged"]),
@@ -163,7 +168,8 @@ def _look(
 def _merged(network: Network, blocks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """All blocks as one; the network's own prediction where there is no label. Errors are those of `survey`."""
     whole = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    whole["labels"] = np.where(whole["labels"] < 0, whole["predicted"], whole["labels"])
+    whole["unlabelled"] = whole["labels"] < 0
+    whole["labels"] = np.where(whole["unlabelled"], whole["predicted"], whole["labels"])
     outside = np.flatnonzero(whole["labels"] >= network.num_classes)
     if outside.size:
         raise ValueError(
@@ -223,8 +229,8 @@ def left_out(network: Network, pictures: Pictures) -> list[tuple[str, str]]:
     return damaged + [
         (
             pictures.ids[i],
-            f"not attacked: seen as {network.class_name(pictures.predicted[i])}, "
-            f"labelled {network.class_name(pictures.labels[i])}",
+            f"not attacked: seen as {network.class_name(int(pictures.predicted[i]))}, "
+            f"labelled {network.class_name(int(pictures.labels[i]))}",
         )
         for i in wrong
     ]

@@ -76,10 +76,14 @@ def file_name(name: str) -> str:
     return safe if safe == name else f"{safe}-{zlib.crc32(name.encode()):08x}"
 
 
+def stem(name: str) -> str:
+    """The names of this picture's files without their suffix: `x` of x.png and of x, `x.jpg` of x.jpg."""
+    return file_name(name.removesuffix(".png"))
+
+
 def png_name(name: str) -> str:
     """The file that is drawn of the picture with this name: `x.png` of x.png and of x, `x.jpg.png` of x.jpg."""
-    stem, suffix = (name[:-4], name[-4:]) if name.lower().endswith(".png") else (name, ".png")
-    return file_name(stem) + suffix
+    return f"{stem(name)}.png"
 
 
 def version(package: str) -> str:

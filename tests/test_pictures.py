@@ -115,3 +115,18 @@ def test_attacks_and_pictures_whose_names_are_cut_off_have_figures_of_their_own(
     assert len(set(paths)) == len(paths)
     assert len({path.parent for path in paths}) == len(names)
     assert file_name("pgd") == "pgd"
+
+
+def test_what_an_older_version_stored_is_looked_at_again(tmp_path):
+    """It did not store which labels are predictions."""
+    folder = noise(tmp_path / "pictures", "a.png", "b.png")
+    found = job(folder, tmp_path / "out")
+    stored = found.run.read_part("pictures")
+    assert stored is not None
+    assert stored.pop("unlabelled").tolist() == [True, True]
+    found.run.write_part("pictures", stored)
+    job(folder, tmp_path / "out")
+    again = found.run.read_part("pictures")
+    assert again is not None
+    assert again.pop("unlabelled").tolist() == [True, True]
+    assert all(np.array_equal(again[name], stored[name]) for name in {*again, *stored})

@@ -193,26 +193,32 @@ def _auto(root: str, paths: Sequence[str], classes: Classes) -> tuple[list[int],
         raise ValueError(f"labels: found both {' and '.join(files)}; say which one to use")
     if files:
         return _from_file(files[0], paths, [root], classes), f"the labels file {as_text(files[0])}"
-    labels = _from_class_folders(root, paths, classes) if root else None
-    if labels is not None:
+    labels = _from_class_folders(root, paths, classes) if root else [UNKNOWN] * len(paths)
+    if UNKNOWN not in labels:
         return labels, "the names of the class folders"
     if all(_LAST_NUMBER_STRICT.search(_stem(path)) for path in paths):
         try:
             return _from_names(paths, classes), "the last number in each file name"
         except ValueError:
             pass  # a number out of range: these are no labels
-    return [UNKNOWN] * len(paths), "predicted by the model, since no labels were found"
+    outside = [path for path, label in zip(paths, labels, strict=True) if label == UNKNOWN]
+    why = ", since no labels were found"
+    if len(outside) < len(paths):
+        names = some((as_text(_relative(path, root)) for path in outside), 1)
+        why = f": the names of the class folders are not used, since pictures lie outside of them: {names}"
+    return [UNKNOWN] * len(paths), f"predicted by the model{why}"
 
 
-def _from_class_folders(root: str, paths: Sequence[str], classes: Classes) -> list[int] | None:
-    split = [_relative(path, root).split("/") for path in paths]
-    if any(len(parts) < 2 for parts in split):
-        return None
-    try:
-        label = {name: classes.index(name) for name in {parts[0] for parts in split}}
-    except ValueError:
-        return None
-    return [label[parts[0]] for parts in split]
+def _from_class_folders(root: str, paths: Sequence[str], classes: Classes) -> list[int]:
+    """The label of every picture; -1 where it lies in no class folder."""
+    folders = [_relative(path, root).rpartition("/")[0].partition("/")[0] for path in paths]
+    labels: dict[str, int] = {}
+    for name in set(folders):
+        try:
+            labels[name] = classes.index(name) if name else UNKNOWN
+        except ValueError:
+            labels[name] = UNKNOWN
+    return [labels[name] for name in folders]
 
 
 def _from_names(paths: Sequence[str], classes: Classes) -> list[int]:

@@ -87,7 +87,9 @@ class Npz:
                 last = "" if classes is None else str(classes - 1)
                 shown = f"{self.labels[wrong[0]]} at {wrong[0]}"
                 raise self._error(f"{given}: expected classes in 0..{last}, or -1 = unknown, got {shown}")
-            self.label_origin = f"the array {given!r} of the file"
+            array = f"the array {given!r} of the file"
+            none = len(images) > 0 and np.all(self.labels == UNKNOWN)
+            self.label_origin = f"predicted by the model, since {array} has none" if none else array
         if ids is None:
             ids = np.arange(len(images))
         elif ids.shape != (len(images),) or ids.dtype.kind not in "iuU":

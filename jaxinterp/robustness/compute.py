@@ -20,10 +20,11 @@ from jaxinterp.attacks.constraint import distance
 from jaxinterp.attacks.diagnostics import norm_of
 from jaxinterp.canonical import canonical
 from jaxinterp.data import Batch, Source
+from jaxinterp.jpeg import to_unit
 from jaxinterp.network import Network, Params
 from jaxinterp.pictures import Pictures, Progress, chunk_size, chunks, classify, load_chunk, part_name, silent
 from jaxinterp.resumable import run_to_end
-from jaxinterp.runs import Run, file_name, png_name, replacing
+from jaxinterp.runs import Run, file_name, replacing, stem
 from jaxinterp.sharding import on_mesh
 
 NORMS = ("l0", "l1", "l2", "linf")
@@ -100,7 +101,7 @@ def _rounded(mesh: Mesh | None, norm: str | None) -> Callable[..., tuple[jax.Arr
     """(images, clean, eps) -> the images with 8 bits, their distances, and whether they are in the ball.
 
     In Linf a level outside the ball is replaced by the next one inside, if there is one. In other norms rounding may
-    leave a ball. Where there is none, all are inside. The same bits in any batch.
+    leave a ball. Where there is none, all are inside. The same bits in any batch, and those that are read from a PNG.
     """
 
     def of(images, clean, eps):
@@ -109,7 +110,7 @@ def _rounded(mesh: Mesh | None, norm: str | None) -> Callable[..., tuple[jax.Arr
             lowest = jnp.ceil((clean - along(eps, clean)) * 255 - _LEVEL)
             highest = jnp.floor((clean + along(eps, clean)) * 255 + _LEVEL)
             levels = jnp.where(lowest <= highest, jnp.clip(levels, lowest, highest), levels)
-        rounded = jnp.clip(levels, 0, 255) / 255
+        rounded = to_unit(jnp.clip(levels, 0, 255).astype(jnp.int32))
         distances = {name: distance(rounded - clean, name) for name in NORMS}
         if norm is None:
             return rounded, distances, jnp.ones(len(images), bool)
@@ -121,11 +122,11 @@ def _rounded(mesh: Mesh | None, norm: str | None) -> Callable[..., tuple[jax.Arr
 
 @functools.cache
 def _judged(mesh: Mesh | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(model, images, labels, targets, kappa) -> classes, and whether the margin is above the confidence kappa."""
+    """(model, images, labels, targets, kappa) -> classes, and whether they are successes, as attacks judge them."""
 
     def of(model, images, labels, targets, kappa):
-        logits = model(images)
-        return jnp.argmax(logits, axis=-1), -objective.margin(logits, labels, targets) > kappa
+        logits = objective.single(model)(images)
+        return jnp.argmax(logits, axis=-1), objective.succeeded(logits, labels, targets, kappa)
 
     return on_mesh(mesh, canonical(of), (False, True, True, True, True))
 
@@ -173,22 +174,30 @@ def compute_parts(
                 adversarial, rounded = arrays.pop("adversarial"), arrays.pop("rounded")
                 if images:
                     progress(f"{name}: pictures", 0.0)
-                    _write_images(run.directory / "adversarial" / file_name(name), arrays, adversarial, rounded)
+                    _write_images(run.directory, name, arrays, adversarial, rounded)
                 run.write_part(part, arrays)
                 run.remove_state(part)
             progress(name, len(chunk) / len(chosen))
 
 
-def _write_images(folder: Path, arrays: Mapping[str, np.ndarray], adversarial: np.ndarray, rounded: np.ndarray) -> None:
-    """NAME.npz with the float image and its classes, and a PNG with the image of 8 bits, for every success."""
+def image_path(attack: str, picture: str) -> Path:
+    """The PNG of a success, in the results directory; the .npz lies beside it."""
+    return Path("adversarial", file_name(attack), f"{stem(picture)}.png")
+
+
+def _write_images(
+    directory: Path, attack: str, arrays: Mapping[str, np.ndarray], adversarial: np.ndarray, rounded: np.ndarray
+) -> None:
+    """A .npz with the float image and its classes, and a PNG with the image of 8 bits, for every success."""
     for i, name in enumerate(arrays["ids"]):
         if not arrays["success"][i]:
             continue
-        with replacing(folder / f"{file_name(str(name))}.npz") as file:
+        png = directory / image_path(attack, str(name))
+        with replacing(png.with_suffix(".npz")) as file:
             fields = {key: arrays[key][i] for key in ("labels", "targets", "adversarial_class")}
             np.savez(file, image=adversarial[i], id=name, **fields)  # type: ignore[arg-type]  # arrays by name
         pixels = np.round(rounded[i] * 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
-        with replacing(folder / png_name(str(name))) as file:
+        with replacing(png) as file:
             file.write(buffer.getvalue())

@@ -37,7 +37,7 @@ class Evaluated:
         pictures: all pictures, attacked or not.
         rows: one for every picture and attack, with `tables.COLUMNS`.
         summary: one for every attack, see `tables.summarise`.
-        clean: accuracy on the clean pictures.
+        clean: accuracy on the clean pictures; of none where all labels are the network's own predictions.
         findings: what makes the evaluation doubtful.
         curves: the figure.
     """
@@ -96,7 +96,7 @@ def evaluate(
         pictures,
         model=model,
         chosen=chosen,
-        config={"targeted": targeted, "images": images, "rounding": "inside the ball, at the confidence"},
+        config={"targeted": targeted, "images": images, "rounding": "inside the ball, at the confidence, as read"},
         check=functools.partial(_check, targeted),
         out=out,
         labels=labels,
@@ -127,15 +127,17 @@ def evaluate(
             progress=progress,
         )
     rows: list[dict[str, Any]] = []
+    unlabelled = {seen.ids[i] for i in np.flatnonzero(seen.unlabelled)}
     for _, name, arrays in stored_parts(run, chosen, seen, batch_size):
-        rows += tables.rows(job.network, name, arrays)
+        rows += tables.rows(job.network, name, arrays, unlabelled=unlabelled, images=images)
 
     place = {(picture, name): (i, j) for i, picture in enumerate(seen.ids) for j, name in enumerate(chosen)}
     rows.sort(key=lambda row: place[row["id"], row["attack"]])
     findings += attacks.compare_access(
         {name: [row for row in rows if row["attack"] == name] for name in chosen}, chosen
     )
-    clean = proportion(len(seen.correct), len(seen.ids))
+    measured = len(unlabelled) < len(seen.ids)
+    clean = proportion(len(seen.correct), len(seen.ids)) if measured else proportion(0, 0)
     summary = tables.summarise(rows, list(chosen), labelled=len(seen.ids), correct=len(seen.correct))
     curves = run.directory / "curves.png"
     if group.first:
@@ -143,6 +145,7 @@ def evaluate(
         run.write_json(
             "summary.json",
             {
+                "predicted_labels": len(unlabelled),
                 "clean_accuracy": tables.as_json([{"clean": clean}])[0]["clean"],
                 "attacks": tables.as_json(summary),
                 "quantiles": tables.QUANTILES,

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxinterp.network import Network
-from jaxinterp.robustness.compute import NORMS
+from jaxinterp.robustness.compute import NORMS, image_path
 from jaxinterp.statistics import Estimate, proportion
 
 COLUMNS = (
-    *("id", "attack", "label", "label_name", "target", "target_name", "success", "adversarial_class"),
+    *("id", "attack", "label", "label_name", "label_predicted"),
+    *("target", "target_name", "success", "adversarial_class"),
     *(*NORMS, "first_success", "forward", "backward"),
     *("rounded_success", "rounded_class", "rounded_linf", "rounded_l2", "rounded_inside"),
+    "image",
 )
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ALL = "all attacks together"
 
 
-def rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-    """One row for every picture of a chunk, with the columns `COLUMNS`; no target of an untargeted attack."""
+def rows(
+    network: Network, attack: str, arrays: Mapping[str, np.ndarray], *, unlabelled: Collection[str], images: bool
+) -> Iterator[dict[str, Any]]:
+    """One row for every picture of a chunk, with the columns `COLUMNS`; no target of an untargeted attack.
+
+    Args:
+        network: the network.
+        attack: name of the attack.
+        arrays: of the chunk.
+        unlabelled: ids of pictures whose label is the network's own prediction.
+        images: whether the adversarial images are stored: `image` is then the PNG of a success.
+    """
     for i, name in enumerate(arrays["ids"]):
         target = int(arrays["targets"][i])
         yield {
@@ -29,10 +41,12 @@ def rows(network: Network, attack: str, arrays: Mapping[str, np.ndarray]) -> Ite
             "attack": attack,
             "label": int(arrays["labels"][i]),
             "label_name": network.class_name(int(arrays["labels"][i])),
+            "label_predicted": str(name) in unlabelled,
             "target": target if target >= 0 else None,
             "target_name": network.class_name(target) if target >= 0 else None,
             "first_success": arrays["iterations"][i],
             **{key: arrays[key][i] for key in COLUMNS if key in arrays},
+            "image": image_path(attack, str(name)).as_posix() if images and arrays["success"][i] else None,
         }
 
 
@@ -76,19 +90,33 @@ def summarise(
 
 
 def as_json(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The summary with estimates as dicts."""
+    """The summary with estimates as dicts; None for those of nothing."""
 
     def plain(value):
         if isinstance(value, Estimate):
+            if value.count == 0:
+                return None
             return {"value": value.mean, "low": value.low, "high": value.high, "count": value.count}
         return value
 
     return [{key: plain(value) for key, value in row.items()} for row in summary]
 
 
-def lines(summary: Sequence[Mapping[str, Any]], *, clean: Estimate) -> Iterator[str]:
-    """The summary as lines of text."""
-    yield f"\naccuracy on clean pictures  {clean:.1%}"
+def lines(summary: Sequence[Mapping[str, Any]], *, clean: Estimate, predicted: int) -> Iterator[str]:
+    """The summary as lines of text.
+
+    Args:
+        summary: as of `summarise`.
+        clean: accuracy on the clean pictures; of none where all labels are predicted.
+        predicted: how many labels are the network's own predictions.
+    """
+    if clean.count:
+        yield f"\naccuracy on clean pictures  {clean:.1%}"
+        if predicted:
+            yield f"  {predicted} of {clean.count} labels are the network's own predictions, which count as right"
+    else:
+        yield "\naccuracy on clean pictures  unknown, as all labels are the network's own predictions"
+        yield "  robust accuracy is the share of pictures that keep them"
     for row in summary:
         yield f"\n{row['attack']}"
         yield f"  success           {row['success']:.1%}   after rounding to 8 bits {row['rounded_success']:.1%}"

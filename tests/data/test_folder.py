@@ -187,7 +187,12 @@ def test_class_folders_by_index_and_name(tmp_path, put):
 @pytest.mark.parametrize("other", ["4/a.png", "holiday/a.png", "CARDIGAN/a.png", "loose.png", "-1/a.png"])
 def test_one_other_folder_and_none_is_a_class(tmp_path, put, other):
     put("tench/a.png", other)
-    assert set(labels(tmp_path, classes=NAMES).values()) == {-1}
+    folder = Folder(tmp_path, crop=None, classes=NAMES)
+    assert folder.labels.tolist() == [-1, -1]
+    why = "the names of the class folders are not used, since pictures lie outside of them"
+    assert folder.label_origin == f"predicted by the model: {why}: {other}"
+    put("more.png")
+    assert Folder(tmp_path, crop=None, classes=NAMES).label_origin.endswith(" and 1 more")
 
 
 def test_folders_without_pictures_do_not_count(tmp_path, put):

@@ -47,6 +47,8 @@ def test_fortran_order_other_types_and_ids(save):
     np.testing.assert_array_equal(source[3].image, images[3].astype(np.float32))
     assert (source.labels.tolist(), source[0].label) == ([-1] * 5, -1)
     assert source.label_origin == "predicted by the model, since the file has no labels"
+    unknown = Npz(save(images=PIXELS, labels=np.full(5, -1)))
+    assert unknown.label_origin == "predicted by the model, since the array 'labels' of the file has none"
     assert Npz(save(images=PIXELS[..., 0], ids=np.arange(5) + 7))[2].image.shape == (8, 6, 1)
     assert Npz(save(images=PIXELS, ids=np.arange(5) + 7)).ids == ("7", "8", "9", "10", "11")
     assert Npz(save(images=PIXELS, labels=np.arange(5)), labels="predicted").labels.tolist() == [-1] * 5

@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 from PIL import Image
 
 from jaxinterp import attacks, cli, models, parallel, robustness, watermarks
+from jaxinterp.data.decode import decode
 from jaxinterp.resumable import run_to_end
 from jaxinterp.robustness import compute, tables
 from jaxinterp.runs import Run, file_name
@@ -66,7 +67,10 @@ def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
     rows = read(tmp_path / "out" / "images.csv")
     assert [(row["id"], row["attack"]) for row in rows] == [(f"{c}.png", a) for c in "abcde" for a in SPECS]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["clean_accuracy"] == pytest.approx({"value": 1, "low": 0.4782, "high": 1, "count": 5}, abs=1e-4)
+    assert (summary["clean_accuracy"], summary["predicted_labels"]) == (None, PICTURES)
+    assert {row["label_predicted"] for row in rows} == {"true"}
+    text = "\n".join(tables.lines(found.summary, clean=found.clean, predicted=PICTURES))
+    assert "accuracy on clean pictures  unknown, as all labels are the network's own predictions" in text
     network, params = models.network("small_cnn"), jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn")))
     some = False
     for entry in summary["attacks"][:2]:
@@ -80,10 +84,11 @@ def test_counts_norms_and_pictures_agree_with_each_other(pictures, tmp_path):
             stem = found.run.directory / "adversarial"
             [png] = stem.glob(f"{row['attack'].partition(':')[0]}*/{row['id']}") if row["success"] == "true" else [None]
             if png is None:
-                assert row["l2"] == "0.0"
+                assert (row["l2"], row["image"]) == ("0.0", "")
                 continue
+            assert found.run.directory / row["image"] == png
             some = True
-            with np.load(f"{png}.npz") as stored:
+            with np.load(png.with_suffix(".npz")) as stored:
                 image = stored["image"]
                 assert int(stored["labels"]) == int(row["label"])
             clean = np.asarray(Image.open(pictures / row["id"]), np.float32) / 255
@@ -132,7 +137,7 @@ def test_pictures_of_8_bits_stay_in_a_ball_in_linf(pictures, tmp_path):
         outside[row["attack"]] += row["rounded_success"] == "true" and not inside
     assert outside[specs[1]] > 0  # a rounding that leaves the ball
     assert {row["attack"]: row["outside"] for row in found.summary if row["attack"] in specs} == outside
-    text = "\n".join(tables.lines(found.summary, clean=found.clean))
+    text = "\n".join(tables.lines(found.summary, clean=found.clean, predicted=0))
     assert f"{outside[specs[1]]} of the successes lie outside of the attack's ball" in text
 
 
@@ -149,6 +154,58 @@ def test_pictures_of_8_bits_have_the_confidence(pictures, tmp_path):
     [entry] = found.summary
     assert entry["rounded_success"].mean == sum(margin > 0.003 for margin in margins) / PICTURES
     assert entry["rounded_robust"].mean == pytest.approx(1 - sum(margin > 0 for margin in margins) / PICTURES)
+
+
+def test_the_picture_of_8_bits_that_is_judged_is_the_one_that_is_read(tmp_path):
+    """Bit for bit; one that is not changed has no distance."""
+    levels = np.random.default_rng(0).permutation(np.repeat(np.arange(256, dtype=np.uint8), 3)).reshape(16, 16, 3)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    clean = decode(tmp_path / "a.png", None)[None]
+    for norm in (None, "linf", "l2"):
+        rounded, distances, inside = compute._rounded(None, norm)(clean + np.float32(1e-3), clean, np.zeros(1))
+        assert np.asarray(rounded).tobytes() == clean.tobytes()
+        assert {name: float(value[0]) for name, value in distances.items()} == dict.fromkeys(compute.NORMS, 0)
+        assert np.asarray(inside).all()
+
+
+def test_pictures_of_8_bits_succeed_by_more_than_rounding():
+    model = Partial(lambda x: 100 * x[:, 0, 0])
+    images = np.zeros((2, 1, 1, 3), np.float32)
+    images[:, 0, 0] = [[0.5, 0.500001, 0], [0.5, 0.51, 0]]  # ahead by 1e-4 of 50, and by 1
+    classes, reached = compute._judged(None)(model, images, np.zeros(2, int), None, np.zeros(2, np.float32))
+    assert (np.asarray(classes).tolist(), np.asarray(reached).tolist()) == ([1, 1], [False, True])
+
+
+def test_labels_that_are_predictions_are_counted(pictures, tmp_path, capsys):
+    images = np.stack([np.asarray(Image.open(pictures / f"{name}.png")) for name in "abcde"])
+    network, params = models.network("small_cnn"), jax.tree.map(jnp.asarray, seeded.params(models.shapes("small_cnn")))
+    seen = np.argmax(network.bind(params)(jnp.asarray(images, jnp.float32) / 255), axis=1)
+    labels = [seen[0], -1, (seen[2] + 1) % 10, -1, seen[4]]
+    np.savez(tmp_path / "some.npz", images=images, labels=np.array(labels))
+    command = ["attack", str(tmp_path / "some.npz"), "--model", "small_cnn", "--attack", "fgsm", "--no-images"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "5 pictures; labels: the array 'labels' of the file; for 2 of 5 pictures, the network's own pred" in printed
+    assert "accuracy on clean pictures  80.0%" in printed
+    assert "  2 of 5 labels are the network's own predictions, which count as right\n" in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["predicted_labels"], summary["clean_accuracy"]["value"]) == (2, 0.8)
+    rows = {row["id"]: (row["label_predicted"], row["image"]) for row in read(tmp_path / "out" / "images.csv")}
+    assert rows == {"0": ("false", ""), "1": ("true", ""), "3": ("true", ""), "4": ("false", "")}
+    assert cli.main([*command, "--limit", "1", "--out", str(tmp_path / "one")]) == 0
+    assert "own prediction" not in capsys.readouterr().out
+
+
+def test_the_files_of_one_picture_are_called_alike(pictures, tmp_path):
+    (pictures / "sub dir").mkdir()
+    for name in ("d.png", "e.png"):
+        (pictures / name).rename(pictures / "sub dir" / name)
+    (pictures / "sub dir" / "e.png").rename(pictures / "sub dir" / "e.PNG")
+    found = evaluate(pictures, tmp_path / "out", specs=["pgd:eps=0.3,steps=10"])
+    named = [row["image"] for row in read(tmp_path / "out" / "images.csv") if row["success"] == "true"]
+    assert any("sub_dir" in name for name in named)
+    files = {path.relative_to(found.run.directory) for path in found.run.directory.glob("adversarial/*/*")}
+    assert files == {Path(name).with_suffix(suffix) for name in named for suffix in (".png", ".npz")}
 
 
 def test_a_ball_in_linf_around_pictures_between_the_levels():
