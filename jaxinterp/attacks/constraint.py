@@ -22,6 +22,7 @@ NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
 # <g, d> <= ||g||_dual ||d||: the dual norm of a slope is the change along the steepest direction of unit length.
 DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 _TINY = 1e-30
+_HUGE = 1e15  # far beyond the box, and squares of it can be added
 
 
 def distance(delta: Float[Array, "b h w c"], which: Norm) -> Float[Array, " b"]:
@@ -58,6 +59,7 @@ def project(
     elif which == "linf":
         delta = jnp.clip(delta, -radius, radius)
     else:
+        delta = jnp.clip(delta, -_HUGE, _HUGE)
         delta = delta * jnp.minimum(1.0, radius / jnp.maximum(along(norm(delta), images), _TINY))
     return jnp.where(delta == 0, original, jnp.clip(original + delta, 0.0, 1.0))
 

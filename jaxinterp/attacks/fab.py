@@ -67,7 +67,9 @@ class FAB:
         x <- (1 - a) (x + eta d) + a (x_0 + eta d_0)      (Croce and Hein 2020, arXiv 1907.02044)
 
     with d and d_0 the shortest ways from x and x_0 to the nearest linearised boundary. An iteration costs two forward
-    passes and a backward pass for every candidate, or one with a target.
+    passes and a backward pass for every candidate, or one with a target. In L1 the shortest way takes few components as
+    far as the box lets them: where the logits curve along it, as with the squared distance from a point, the iterates
+    may jump to and fro and never meet a success; so do those of the paper's algorithm.
 
     Attributes:
         alpha_max: largest bias a towards the original, from 0 to 1.

@@ -18,8 +18,11 @@ class PGD:
     """Steepest descent of cross-entropy in an Linf, L2 or L1 ball, from points uniform in the ball.
 
     In L1 a step moves a small part of the components by equal amounts (SLIDE, Tramer and Boneh 2019, arXiv
-    1904.13000, section 4), and more of them where the box leaves less room. The latest iterate that succeeded is
-    returned.
+    1904.13000, section 4), and more of them where the box leaves less room. Steps that move few components find sparse
+    successes best. Where only a change of many components succeeds, `sparsity` times `steps` must reach them: on logits
+    that fall with the squared distance from a point the defaults fail in balls of any size, 0.05 does not. (`APGD`
+    adapts the number.) Where several rivals are about equally near, cross-entropy is drawn to all of them, and may need
+    1.5 times the smallest radius. The latest iterate that succeeded is returned.
 
     Attributes:
         eps: radius of the ball, in pixel units of [0, 1]; one number, or one for every example.

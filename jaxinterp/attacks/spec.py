@@ -150,19 +150,48 @@ def _shown(value: Any) -> str:
 def explain(known: Mapping[str, type]) -> Iterator[str]:
     """Every attack with what it does and its parameters, as lines of text, from the docstrings."""
     for name, attack in known.items():
-        what, _, described = inspect.cleandoc(attack.__doc__ or "").partition("Attributes:")
+        what, meanings = _described(attack)
         yield f"{name}"
-        for paragraph in what.strip().split("\n\n"):
-            yield from textwrap.wrap(" ".join(paragraph.split()), 100, initial_indent="    ", subsequent_indent="    ")
-        meanings = _meanings(described)
-        choices = getattr(attack, "choices", {})
+        for paragraph in what.split("\n\n"):
+            yield from _wrapped(paragraph, 4)
         for field in _named(attack):
-            default = field.default
-            shown = "none" if default in (None, ()) else getattr(default, "name", None) or _shown(default)
-            words = f" ({', '.join(choices[field.name])})" if field.name in choices else ""
-            text = f"{field.name}={shown}{words}: {meanings.get(field.name, '')}"
-            yield from textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="          ")
+            yield from _wrapped(_explained(attack, field, meanings), 6, hanging=4)
+            parts = getattr(attack, "parts", {}).get(field.name, {})
+            if parts is known:
+                yield from _wrapped("One of the attacks in this list, as in cw(steps=200).", 10)
+            elif parts:
+                yield from _wrapped("Joined by +, each with parameters in brackets where it needs others:", 10)
+                yield from _parts(parts)
         yield ""
+
+
+def _parts(known: Mapping[str, type]) -> Iterator[str]:
+    """The parts that a parameter is made of, and their parameters."""
+    for name, part in known.items():
+        what, meanings = _described(part)
+        yield from _wrapped(f"{name}: {' '.join(what.split())}", 10, hanging=4)
+        for field in _named(part):
+            yield from _wrapped(_explained(part, field, meanings), 14, hanging=4)
+
+
+def _described(kind: type) -> tuple[str, dict[str, str]]:
+    """What it does, and what its parameters mean, from the docstring."""
+    what, _, described = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")
+    return what.strip(), _meanings(described)
+
+
+def _explained(kind: type, field: dataclasses.Field, meanings: Mapping[str, str]) -> str:
+    """NAME=DEFAULT (words): meaning."""
+    default, choices = field.default, getattr(kind, "choices", {})
+    shown = "none" if default in (None, ()) else getattr(default, "name", None) or _shown(default)
+    words = f" ({', '.join(choices[field.name])})" if field.name in choices else ""
+    return f"{field.name}={shown}{words}: {meanings.get(field.name, '')}"
+
+
+def _wrapped(text: str, indent: int, hanging: int = 0) -> list[str]:
+    return textwrap.wrap(
+        " ".join(text.split()), 100, initial_indent=" " * indent, subsequent_indent=" " * (indent + hanging)
+    )
 
 
 def _meanings(described: str) -> dict[str, str]:

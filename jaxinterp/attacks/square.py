@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxinterp.attacks import objective
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, Record, along, per_example, select
-from jaxinterp.attacks.constraint import distance, project
+from jaxinterp.attacks.constraint import distance, farthest, project
 from jaxinterp.canonical import canonical
 from jaxinterp.draws import wrapped
 from jaxinterp.pytree import pytree, static
@@ -97,7 +97,8 @@ class Square:
     @canonical
     def init(self, model, images, labels, targets, keys, support=None) -> SquareState:
         """Stripes, or a grid of patterns, on the support and in the box. No pass is made."""
-        eps = per_example(self.eps, images)
+        # A ball that holds the box is as good as any larger one, whose powers could be too large for a float.
+        eps = jnp.minimum(per_example(self.eps, images), farthest(images, support, self.norm))
         shape = images.shape[1:]
         first = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
         if self.norm == "linf":

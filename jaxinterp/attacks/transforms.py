@@ -253,6 +253,8 @@ class TranslationInvariant(_Forgetful):
 class VarianceTuning:
     """The gradient corrected by how it varied around the last iterate (VMI, Wang and He 2021, arXiv 2103.15571).
 
+    In a chain it stands before those that ask for several gradients.
+
     Attributes:
         beta: half the side of the neighbourhood, in units of eps.
         samples: number N of neighbours.

@@ -4,6 +4,7 @@ For logits Z = x W + b, the nearest point where Z_j reaches Z_y lies at distance
 and, with the dual norm, (Z_y - Z_j) / ||w_y - w_j||_1 in Linf, as long as the box is not in the way.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import Partial
+from scipy.optimize import bisect
 
 from jaxinterp import attacks
 from jaxinterp.attacks import APGD, APGDT, CW, DDN, FAB, IFGSM, PGD, DeepFool, finish, objective, start
@@ -196,6 +198,73 @@ def test_descent_succeeds_just_outside_the_optimum_and_not_inside(method, classe
     assert (distances[enough] >= 0.999 * best).all()
 
 
+def inside_of_a_ball(p, x):
+    centre, radius = p
+    return jnp.stack([jnp.zeros(len(x)), radius**2 - jnp.sum(jnp.square(x - centre), (1, 2, 3))], 1)
+
+
+def around_a_ball():
+    """A quadratic model, whose second class is a ball off the images, and their distances from it in three norms."""
+    rng = np.random.default_rng(3)
+    centre = rng.uniform(0.4, 0.6, SHAPE).astype(np.float32)
+    images = rng.uniform(0.25, 0.75, (6, *SHAPE)).astype(np.float32)
+    apart, radius = np.abs(images - centre).reshape(6, -1).astype(np.float64), 0.75
+
+    def level(squares, v):
+        return bisect(lambda t: squares(v, t) - radius**2, 0, 1)
+
+    # In L1 the largest differences are cut at one level, in Linf all become smaller by as much.
+    cut = [level(lambda v, t: (np.minimum(v, t) ** 2).sum(), v) for v in apart]
+    less = [level(lambda v, t: (np.maximum(v - t, 0) ** 2).sum(), v) for v in apart]
+    smallest = {
+        "l1": np.array([np.maximum(v - t, 0).sum() for v, t in zip(apart, cut, strict=True)]),
+        "l2": np.linalg.norm(apart, axis=1) - radius,
+        "linf": np.array(less),
+    }
+    return Partial(inside_of_a_ball, (jnp.asarray(centre), jnp.float32(radius))), jnp.asarray(images), smallest
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm", "factor"),
+    [
+        (CW(), "l2", 1.05),
+        (DDN(), "l2", 1.05),
+        (attacks.FMN(norm="l2"), "l2", 1.05),
+        (FAB(norm="l2"), "l2", 1.05),
+        (DeepFool(norm="l2"), "l2", 1.05),
+        (attacks.FMN(norm="l1"), "l1", 1.25),
+        (attacks.EAD(beta=0.01, rule="l1"), "l1", 1.25),
+        (attacks.FMN(norm="linf"), "linf", 1.25),
+        (FAB(norm="linf"), "linf", 1.25),
+        (attacks.CWLinf(), "linf", 1.25),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_a_quadratic_model_is_left_near_the_nearest_point(attack, norm, factor):
+    model, images, smallest = around_a_ball()
+    result = attacks.run(attack, model, images, np.zeros(6, int), key=jax.random.key(0))
+    assert result.success.all()
+    ratio = np.asarray(getattr(result, norm)) / smallest[norm]
+    assert (ratio > 0.999).all()
+    assert (ratio < factor).all(), ratio
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [IFGSM(), PGD(), PGD(norm="l2"), PGD(norm="l1", sparsity=0.05), APGD(), APGD(norm="l2"), APGD(norm="l1"), APGDT()],
+    ids=lambda attack: f"{attack.name}-{getattr(attack, 'norm', 'linf')}",
+)
+def test_a_quadratic_model_is_broken_just_outside_the_optimum_and_not_inside(attack):
+    model, images, smallest = around_a_ball()
+    norm = getattr(attack, "norm", "linf")
+    for factor in (0.95, 1.25):
+        eps = (factor * smallest[norm]).astype(np.float32)
+        attacked = dataclasses.replace(attack, eps=eps)
+        result = attacks.run(attacked, model, images, np.zeros(6, int), key=jax.random.key(0))
+        assert (np.asarray(result.success) == (factor > 1)).all()
+        assert (np.asarray(getattr(result, norm)) <= 1.0001 * eps).all()
+
+
 @pytest.mark.parametrize("targeted", [False, True])
 def test_penalised_cross_entropy_reaches_the_optimum_and_minimises_what_it_says(targeted):
     """The loss is ||d||^2 + c CE: at the end of one problem its gradient, written by hand, vanishes."""
@@ -250,6 +319,23 @@ def test_two_steps_of_pgd_in_l2_by_hand(targeted):
         size = np.linalg.norm(delta.reshape(6, -1), axis=1).reshape(-1, 1, 1, 1)
         x = np.clip(images + delta * np.minimum(1, 0.5 / size), 0, 1)
         np.testing.assert_allclose(state.images, x, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *(kind(norm=norm, steps=20) for kind in (PGD, APGD) for norm in ("linf", "l2", "l1")),
+        *(attacks.Square(norm=norm, steps=60) for norm in ("linf", "l2", "l1")),
+    ],
+    ids=lambda attack: f"{attack.name}-{attack.norm}",
+)
+def test_the_ball_may_be_larger_than_the_box_by_any_factor(attack):
+    """Neither its radius nor the steps that follow from it become infinite when they are squared or added."""
+    model, images, labels, _ = linear(3)
+    for eps in (1e6, 1e22, 3e38):
+        found = attacks.run(dataclasses.replace(attack, eps=eps), model, images, labels, key=jax.random.key(0))
+        assert found.success.all(), eps
+        assert np.isfinite(found.images).all()
 
 
 def test_the_default_step_crosses_the_ball_in_time():

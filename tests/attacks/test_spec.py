@@ -86,3 +86,19 @@ def test_the_list_explains_every_parameter_of_every_attack():
                 continue
             [meaning] = re.findall(rf"^      {field.name}=[^:]+: (.+)$", section, re.MULTILINE) or [""]
             assert len(meaning) > 3, f"{attack.name}:{field.name} is not explained"
+
+
+def test_the_list_explains_every_part_of_a_parameter():
+    lists = dict(zip(ATTACKS, "\n".join(explain(ATTACKS)).strip().split("\n\n"), strict=True))
+    section = lists["mifgsm"]
+    _, _, listed = section.partition("  transforms=none: ")
+    for name, part in MIFGSM.parts["transforms"].items():
+        [meaning] = re.findall(rf"^          {name}: (.+)$", listed, re.MULTILINE)
+        assert len(meaning) > 20
+        _, _, after = listed.partition(f"          {name}: ")
+        for field in dataclasses.fields(part):
+            assert re.match(rf"[^:]+\n( {{14}}.+\n)*? {{14}}{field.name}=\S+: ...", after), f"{name}:{field.name}"
+    assert listed.index("  ni: ") < listed.index("  steps=10: "), "below the parameter they belong to"
+    assert "one of the attacks in this list" in lists["smoothed"].lower()
+    assert "Joined by +" not in lists["smoothed"]
+    assert "Joined by +" not in lists["pgd"]
