@@ -16,9 +16,12 @@ import jax.numpy as jnp
 
 from jaxinterp.attacks.attack import AttackResult, Examples, Real, select
 from jaxinterp.attacks.boxed import Boxed
-from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem, patience
+from jaxinterp.attacks.search import TOLERANCE, Nearest, beginning, evaluate, next_problem
 from jaxinterp.canonical import canonical
 from jaxinterp.pytree import pytree, static
+
+_POLISHES = 2  # search steps
+_FINE = 0.1  # of the learning rate, in the last of them
 
 
 @pytree
@@ -48,10 +51,9 @@ class CW:
         window: None means a tenth of `steps`, at least 10. Fewer end sooner what has converged; the lowest loss of the
             search step must stand still then, too, since at the boundary the loss goes up and down.
         tolerance: see `abort_early`.
-        polish: begin the last search step at the nearest success so far, with the smallest constant that has succeeded,
-            and give it twice the window, a tenth of the tolerance and a falling learning rate, lr / (1 + k / window)
-            after k iterations. Search steps that end early then cost little distance: they only have to find the
-            constant.
+        polish: begin the last two search steps at the nearest success so far, with the smallest constant that has
+            succeeded, and give them twice the window and a tenth of the tolerance, the last one a tenth of the learning
+            rate, too. Search steps that end early then cost little distance: they only have to find the constant.
         loss: "margin", or "ce" for cross-entropy: of the target, or untargeted of any other class than the label.
     """
 
@@ -103,7 +105,7 @@ class CW:
         if examples.support is not None:
             x = jnp.where(examples.support, x, examples.images)
         delta = x - examples.images
-        polishing = state.polishing(self.search_steps) if self.polish else None
+        polishing = state.polishing(self.search_steps, _POLISHES) if self.polish else None
         judged, gradient, ended = evaluate(
             model,
             state,
@@ -115,16 +117,15 @@ class CW:
             polishing=polishing,
         )
         lr = state.lr
-        if polishing is not None:  # or Adam goes to and fro about the nearest point, as far off as its steps are long
-            k = state.progress.iteration.astype(jnp.float32)
-            lr = jnp.where(polishing, lr / (1 + k / patience(self.steps, self.window)), lr)
+        if self.polish:  # Adam goes to and fro about the nearest point, as far off as its steps are long
+            lr = jnp.where(state.polishing(self.search_steps, 1), _FINE * lr, lr)
         variable = state.variable.descend(gradient + 2 * delta, lr, examples.support)
         moved = select(active, dataclasses.replace(judged, variable=variable), state)
 
         def fresh(images):
             return {"variable": Boxed.start(images)}
 
-        return next_problem(moved, ended, fresh, search_steps=self.search_steps, polish=self.polish)
+        return next_problem(moved, ended, fresh, search_steps=self.search_steps, polishes=_POLISHES * self.polish)
 
     @canonical
     def result(self, state: CWState) -> AttackResult:

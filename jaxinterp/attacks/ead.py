@@ -144,7 +144,7 @@ class EAD:
             steps=self.steps,
             abort_early=self.abort_early,
             window=self.window,
-            polishing=state.polishing(self.search_steps) if self.polish else None,
+            polishing=state.polishing(self.search_steps, 1) if self.polish else None,
         )
         moved = dataclasses.replace(
             state,
@@ -160,7 +160,7 @@ class EAD:
             return {"x": images, "y": images}
 
         moved = select(active, moved, state)
-        return next_problem(moved, active & ended, fresh, search_steps=self.search_steps, polish=self.polish)
+        return next_problem(moved, active & ended, fresh, search_steps=self.search_steps, polishes=int(self.polish))
 
     @canonical
     def result(self, state: EADState) -> AttackResult:

@@ -110,7 +110,7 @@ class Progress:
         lowest = jnp.minimum(self.lowest, loss)
         ended = iteration >= steps
         if abort_early:
-            size: Any = patience(steps, window)
+            size: Any = jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window
             tolerance = self.tolerance
             if polishing is not None:
                 longer, finer = _PATIENCE
@@ -145,11 +145,6 @@ class Progress:
             lowest=jnp.full_like(self.lowest, jnp.inf),
             checked_lowest=jnp.full_like(self.checked_lowest, jnp.inf),
         )
-
-
-def patience(steps: int | Int[Array, " b"], window: int | None) -> int | Int[Array, ""] | Int[Array, " b"]:
-    """Iterations between two checks of progress: `window`, or a tenth of `steps`, at least 10."""
-    return jnp.maximum(steps // _CHECKS, _WINDOW) if window is None else window
 
 
 def judge_original(model: Model, examples: Examples, kappa: Float[Array, " b"]) -> Record:
@@ -209,9 +204,9 @@ class Searching:
     lr: Float[Array, " b"]
     done: Bool[Array, " b"]
 
-    def polishing(self, search_steps: int) -> Bool[Array, " b"]:
-        """Which examples polish: they are in the last problem, and one before has succeeded."""
-        return (self.progress.problem == search_steps - 1) & self.bracket.closed
+    def polishing(self, search_steps: int, polishes: int) -> Bool[Array, " b"]:
+        """Which examples polish: they are in one of the last `polishes` problems, and one before has succeeded."""
+        return (self.progress.problem >= search_steps - polishes) & self.bracket.closed
 
 
 @pytree
@@ -315,12 +310,12 @@ def next_problem(
     fresh: Callable[[Float[Array, "b h w c"]], dict[str, Any]],
     *,
     search_steps: int,
-    polish: bool = False,
+    polishes: int = 0,
 ) -> S:
     """Where a problem has ended: the next constant, from the start.
 
-    With `polish` the last problem of an example that has succeeded begins at the best success, with the smallest
-    constant that has succeeded. (In the last of ten or more search steps the program of Carlini and Wagner tries that
+    The last `polishes` problems of an example that has succeeded begin at the best success, with the smallest constant
+    that has succeeded. (In the last of ten or more search steps the program of Carlini and Wagner tries that
     constant again, too, but from the start.)
 
     Args:
@@ -328,19 +323,19 @@ def next_problem(
         ended: whose problem has ended.
         fresh: from the images at which a problem begins to the fields of the state that are optimised.
         search_steps: number of problems.
-        polish: see above.
+        polishes: see above.
     """
     after = dataclasses.replace(
         state, bracket=state.bracket.narrow(state.progress.found, growth=10.0), progress=state.progress.next_problem()
     )
     begin = functools.partial(fresh, state.examples.start)
-    if polish:
-        polishes = after.polishing(search_steps)
-        const = jnp.where(polishes, after.bracket.upper, after.bracket.const)
+    if polishes:
+        polishing = after.polishing(search_steps, polishes)
+        const = jnp.where(polishing, after.bracket.upper, after.bracket.const)
         after = dataclasses.replace(after, bracket=dataclasses.replace(after.bracket, const=const))
 
         def begin():
-            return fresh(select(polishes, state.record.best, state.examples.start))
+            return fresh(select(polishing, state.record.best, state.examples.start))
 
     old = {name: getattr(state, name) for name in jax.eval_shape(begin)}
     return dataclasses.replace(
