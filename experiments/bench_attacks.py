@@ -12,7 +12,7 @@ for gradients; "as shipped" that they do, as those of a network just loaded do (
 quality: C&W and EAD against foolbox with the same number of search steps, steps (at most) and learning rate. Both end
 a search step early where the loss stands still: foolbox looks at the loss of the whole batch after each tenth of the
 steps, this package at that of each image, after each tenth of the steps ("as foolbox") or more often and with less
-patience in all search steps but the last ("early": --window, --tolerance; --no-polish: in the last one, too). What is
+patience in all search steps but the last ("early": --window, --tolerance; --no-polish: in those, too). What is
 compared is the time, beside success, the median of the distance, which must be within 1 % of foolbox's, and how many
 gradients of single images were really computed.
 
@@ -256,7 +256,7 @@ def quality(
         steps: Steps of each, at most; by default 1000, on ResNet-18 100.
         window: Steps after which "early" looks at the loss.
         tolerance: Relative decrease of the loss in them with which it goes on.
-        polish: Begin the last search step of "early" at the nearest success, with more patience.
+        polish: Begin the last search steps of "early" at the nearest success, with more patience.
         methods: Which attacks.
         forms: Which of ours to time.
         trained: Folder of checkpoints, such as RESULTS/ckpts of `jaxinterp train`; networks in it have their weights

@@ -210,7 +210,7 @@ def around_a_ball():
     images = rng.uniform(0.25, 0.75, (6, *SHAPE)).astype(np.float32)
     apart, radius = np.abs(images - centre).reshape(6, -1).astype(np.float64), 0.75
 
-    def level(squares, v):
+    def level(squares, v) -> Any:
         return bisect(lambda t: squares(v, t) - radius**2, 0, 1)
 
     # In L1 the largest differences are cut at one level, in Linf all become smaller by as much.
