@@ -338,6 +338,21 @@ def test_the_ball_may_be_larger_than_the_box_by_any_factor(attack):
         assert np.isfinite(found.images).all()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_square_in_a_ball_larger_than_the_box_is_square_in_the_box(norm):
+    model, images, labels, _ = linear(8)
+    targets = np.asarray(model(images)).argmin(1)
+
+    def found(eps):
+        attack = attacks.Square(norm=norm, eps=eps, kappa=2.0, steps=100)
+        return attacks.run(attack, model, images, labels, key=jax.random.key(0), targets=targets)
+
+    box, larger = found(1e6), found(3e38)
+    assert (box.success & (box.iterations > 2)).any(), "not by the start alone"
+    for one, other in zip(jax.tree.leaves(box), jax.tree.leaves(larger), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_default_step_crosses_the_ball_in_time():
     attack = IFGSM(eps=0.1, steps=10)
     model, images, labels, _ = linear(2)

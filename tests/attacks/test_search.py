@@ -124,9 +124,11 @@ def test_the_last_search_steps_begin_at_the_best_success_with_the_smallest_const
     while not np.asarray(state.done).all():
         before, state = state, advance(attack, model, state, 1, compact=False)
         problem = np.asarray(state.progress.problem)
-        begins = (problem >= first) & np.asarray((state.progress.iteration == 0) & ~state.done)
+        begins = np.asarray((state.progress.iteration == 0) & ~state.done)
         begun = state.variable.images() if isinstance(attack, CW) else state.x
-        for i in np.flatnonzero(begins):
+        for i in np.flatnonzero(begins & (problem < first)):
+            np.testing.assert_allclose(begun[i], images[i], atol=1e-6)
+        for i in np.flatnonzero(begins & (problem >= first)):
             hopeless = not np.isfinite(state.bracket.upper[i])
             assert hopeless == (kappa[i] > 1)
             assert state.bracket.const[i] == (10 * before.bracket.const[i] if hopeless else state.bracket.upper[i])
